@@ -1,0 +1,38 @@
+# balancekvd: `make demo` shows it, `make test` proves it, `make help` lists the rest.
+#
+# Each room declares its own part in <room>/module.mk; deploy/setup.sh brings the packages that deploy/packages.txt names.
+
+VERSION := 0.1.0
+PREFIX ?= /usr/local
+DESTDIR ?=
+BUILD ?= build
+
+CC = gcc
+CSTD = -std=c11 -D_GNU_SOURCE
+WARN = -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wundef -Wvla -Werror
+OPT ?= -O2 -g
+SAN ?=
+CPPFLAGS = -I. -Ikernels -I$(BUILD)/proto -DBKV_VERSION='"$(VERSION)"'
+CFLAGS = $(CSTD) $(WARN) $(OPT) $(SAN) -fPIC -fno-omit-frame-pointer -fvisibility=hidden -pthread
+LDFLAGS = $(SAN) -pthread
+
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+include kernels/module.mk proto/module.mk daemon/module.mk client/module.mk deploy/module.mk tests/module.mk
+
+.PHONY: all help clean
+## all: the daemon, the command line and the client library
+all: kernels daemon client
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST) | sort | awk -F': ' '{printf "  make %-16s %s\n", $$1, $$2}'
+clean:
+	rm -rf $(BUILD)
+
+# One rule for every C file of ours; generated protobuf code has its own, laxer one in proto/module.mk.
+$(BUILD)/obj/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(DEPS_CFLAGS) $(CFLAGS) $(FILE_CFLAGS) -MMD -MP -c $< -o $@
+
+-include $(shell find $(BUILD)/obj -name '*.d' 2>/dev/null)

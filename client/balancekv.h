@@ -1,0 +1,198 @@
+// balancekv.h - the C client of balancekvd: link with -lbalancekv (pkg-config balancekv).
+//
+// A client is one connection that mends itself: it reconnects with back-off, and after a restart of the daemon opens its
+// specs again before the next call, so callers never see either but as UNAVAILABLE-like statuses of calls in flight.
+// Every function is thread-safe, nothing is global, nothing outlives bkv_client_destroy. Every call takes a deadline in
+// milliseconds (0: the client's default) and returns within it, whatever the network or the daemon does.
+//
+// Synchronous calls are the asynchronous ones waited for. Asynchronous: bkv_queue_t is a completion queue with a file
+// descriptor (eventfd) for any event loop; bkv_*_submit starts a call with a tag, bkv_queue_poll hands back completions.
+//
+// Compression without a daemon (codec.h), reading records (summary.h) and attention over them (codec.h) are in the same
+// library.
+#ifndef BALANCEKV_H
+#define BALANCEKV_H
+
+#include "codec.h"
+#include "seal.h"
+#include "status.h"
+#include "summary.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define BKV_DEFAULT_ENDPOINT "unix:/run/balancekv/balancekvd.sock"
+
+typedef struct bkv_client bkv_client_t;
+typedef struct bkv_queue bkv_queue_t;
+
+typedef struct bkv_client_options {
+    const char *endpoint; // "unix:/path" or "host:port"; NULL: $BKV_ENDPOINT, else BKV_DEFAULT_ENDPOINT
+    uint32_t timeout_ms;  // deadline of calls that give 0; 0: 10,000
+    const char *tls_ca;   // PEM file of the CA that signs the daemon; NULL: no TLS
+    const char *tls_cert; // PEM file of this client's certificate (mTLS); NULL: none
+    const char *tls_key;
+    const char *tls_name; // name to expect in the daemon's certificate; NULL: the endpoint's host
+} bkv_client_options_t;
+
+// A model's cache, as in proto/balancekv.proto's Spec; zero fields take the same defaults.
+typedef struct bkv_spec {
+    const char *model;
+    uint32_t layers, kv_heads, key_dim, value_dim;
+    bkv_dtype_t dtype;
+    uint32_t block_tokens;
+    const char *tenant; // NULL: the default tenant
+    uint32_t tp_rank, tp_size;
+    bkv_codec_t codec; // 0: balance
+    uint32_t rate, sink_tokens;
+    bool no_sink;
+    uint64_t seed;
+} bkv_spec_t;
+
+typedef struct bkv_limits {
+    uint64_t boot_epoch, max_message_bytes, max_block_bytes;
+    uint32_t max_batch;
+    char backend[16];
+} bkv_limits_t;
+
+// One block to put. payload: [layer][K,V][head][token][dim] in the spec's dtype, read during the call (asynchronous: until
+// its completion), never written.
+typedef struct bkv_put {
+    bkv_key_t key;
+    uint64_t position;
+    uint32_t tokens;
+    bkv_codec_t codec; // 0: the spec's
+    uint32_t rate;     // 0: the spec's
+    uint64_t ttl_ms;   // 0: the daemon's default
+    const void *payload;
+    size_t payload_bytes;
+} bkv_put_t;
+
+typedef struct bkv_put_result {
+    uint64_t stored_bytes;
+    bool duplicate;
+} bkv_put_result_t;
+
+// Layers and heads to fetch; a zero count means "all from first on".
+typedef struct bkv_range {
+    uint32_t first_layer, layers, first_head, heads;
+} bkv_range_t;
+
+// A record received, validated (bkv_record_check) and verified (checksum). data is 64-byte aligned and owned by the holder
+// of the bkv_record_t; free with bkv_record_free. status != BKV_OK: there is no data and message says why.
+typedef struct bkv_record {
+    bkv_key_t key;
+    bkv_status_t status;
+    void *data;
+    size_t length;
+} bkv_record_t;
+
+typedef struct bkv_metric {
+    const char *name, *help;
+    bool counter;
+    double value;
+} bkv_metric_t;
+
+typedef struct bkv_stats {
+    const char *version, *backend;
+    uint64_t boot_epoch, uptime_ms;
+    bool draining;
+    size_t count;
+    bkv_metric_t *metrics;
+} bkv_stats_t;
+
+// Library version, "1.0.0".
+BKV_API const char *bkv_version(void);
+
+// Never blocks on the network: the connection is made by the first call. options may be NULL. Bad files or addresses:
+// INVALID_ARGUMENT. On success *client is the caller's.
+BKV_API bkv_status_t bkv_client_create(const bkv_client_options_t *options, bkv_client_t **client, bkv_error_t *err);
+
+// Cancels what is in flight (its completions are delivered first to queues still alive) and frees. NULL is allowed. Queues
+// of this client must have been destroyed.
+BKV_API void bkv_client_destroy(bkv_client_t *client);
+
+// Declares a spec; *id names it from then on. limits may be NULL. Opened again by itself after a restart of the daemon.
+BKV_API bkv_status_t bkv_open(bkv_client_t *client, const bkv_spec_t *spec, uint32_t timeout_ms, bkv_spec_id_t *id,
+                              bkv_limits_t *limits, bkv_error_t *err);
+
+// The key of a block: SHA-256(id || parent or zeros || token ids, uint32 little-endian). parent NULL: the first block.
+BKV_API void bkv_key_next(const bkv_spec_id_t *id, const bkv_key_t *parent, const uint32_t *token_ids, size_t count,
+                          bkv_key_t *key);
+
+// Lower-case hex, NUL-terminated: out has room for 2 * n + 1 characters. The parse returns false unless text is exactly
+// 2 * n hex digits.
+BKV_API void bkv_hex(const uint8_t *bytes, size_t n, char *out);
+BKV_API bool bkv_hex_parse(const char *text, uint8_t *bytes, size_t n);
+
+BKV_API bkv_status_t bkv_lookup(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+                                uint32_t timeout_ms, bool *resident, size_t *prefix, bkv_error_t *err);
+
+// Puts `count` blocks in one call; results (count, may be NULL) are set on BKV_OK.
+BKV_API bkv_status_t bkv_put(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_put_t *blocks, size_t count,
+                             uint32_t timeout_ms, bkv_put_result_t *results, bkv_error_t *err);
+
+// Gets `count` records (range may be NULL). records[i] belongs to keys[i]; all are set, also on failure, and the caller
+// frees them. The status is the first record's that is not BKV_OK, or the call's.
+BKV_API bkv_status_t bkv_get(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+                             const bkv_range_t *range, uint32_t timeout_ms, bkv_record_t *records, bkv_error_t *err);
+
+BKV_API bkv_status_t bkv_fold_remote(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+                                     uint64_t budget_bytes, uint32_t timeout_ms, bkv_record_t *record, bkv_error_t *err);
+
+// Attention next to the data. args as in codec.h with first_layer, layers of the model; args->out and args->lse receive the
+// result.
+BKV_API bkv_status_t bkv_attend_remote(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+                                       const bkv_attend_args_t *args, uint32_t heads, uint32_t key_dim, uint32_t value_dim,
+                                       uint32_t timeout_ms, bkv_error_t *err);
+
+BKV_API bkv_status_t bkv_pin(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+                             uint64_t ttl_ms, uint32_t timeout_ms, uint64_t *lease, bkv_error_t *err);
+BKV_API bkv_status_t bkv_unpin(bkv_client_t *client, uint64_t lease, uint32_t timeout_ms, bkv_error_t *err);
+BKV_API bkv_status_t bkv_drop(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+                              uint32_t timeout_ms, size_t *dropped, bkv_error_t *err);
+
+// *stats is the caller's; free it with bkv_stats_free.
+BKV_API bkv_status_t bkv_stats_get(bkv_client_t *client, uint32_t timeout_ms, bkv_stats_t **stats, bkv_error_t *err);
+BKV_API void bkv_stats_free(bkv_stats_t *stats);
+
+// The health service's answer: BKV_OK when serving, BKV_BUSY when draining. round_trip_ns may be NULL.
+BKV_API bkv_status_t bkv_ping(bkv_client_t *client, uint32_t timeout_ms, uint64_t *round_trip_ns, bkv_error_t *err);
+
+BKV_API void bkv_record_free(bkv_record_t *record); // frees data, not the struct; NULL data is allowed
+
+// ---- asynchronous ----
+
+typedef struct bkv_completion {
+    uint64_t tag;
+    bkv_error_t error; // error.status is the call's status
+} bkv_completion_t;
+
+// A queue for at most `depth` calls in flight (1..65536).
+BKV_API bkv_status_t bkv_queue_create(bkv_client_t *client, uint32_t depth, bkv_queue_t **queue, bkv_error_t *err);
+
+// Cancels what is in flight and waits until nothing uses the callers' buffers any more.
+BKV_API void bkv_queue_destroy(bkv_queue_t *queue);
+
+// Readable while completions wait. Owned by the queue; do not read from it.
+BKV_API int bkv_queue_fd(const bkv_queue_t *queue);
+
+// Takes up to `max` completions, waiting at most wait_ms (0: not at all) for the first. Returns how many.
+BKV_API size_t bkv_queue_poll(bkv_queue_t *queue, bkv_completion_t *completions, size_t max, uint32_t wait_ms);
+
+// The asynchronous forms. All buffers (inputs, results, records) must live until the completion with `tag` is polled.
+// BKV_BUSY: the queue is full, nothing was started.
+BKV_API bkv_status_t bkv_put_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_put_t *blocks,
+                                    size_t count, uint32_t timeout_ms, bkv_put_result_t *results);
+BKV_API bkv_status_t bkv_get_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys,
+                                    size_t count, const bkv_range_t *range, uint32_t timeout_ms, bkv_record_t *records);
+BKV_API bkv_status_t bkv_lookup_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys,
+                                       size_t count, uint32_t timeout_ms, bool *resident, size_t *prefix);
+BKV_API bkv_status_t bkv_fold_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys,
+                                     size_t count, uint64_t budget_bytes, uint32_t timeout_ms, bkv_record_t *record);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,154 @@
+// pipeline.h - what the daemon does with requests, free of any wire format: the way from a block to a stored record and back.
+//
+//   Put:    bkv_ingest_begin (admit) -> _write* (bytes arrive) -> _commit: verify, compress on a compute thread, seal,
+//           publish -> done callback
+//   Get:    bkv_deliver -> bytes are read where they lie -> bkv_delivery_release
+//   Fold:   bkv_fold_start: pin all -> merge-and-reduce on a compute thread -> publish under its own key -> deliver
+//   Attend: bkv_attend_start: pin all -> attention on a compute thread -> done callback
+//
+// Everything is bounded and admitted at the door: staging memory, queued jobs, batch sizes; beyond it BKV_BUSY. A callback
+// runs exactly once for each accepted start, on a compute thread, and must not block. A request that its caller abandons
+// keeps what it holds until the work on it has ended, and is then released.
+//
+// Time: now_ms is the monotonic clock (bkv_now_ms in observe/clock.h), an argument so that tests use a fake one; the
+// pipeline reads config.now() on its own threads.
+#ifndef BKV_PIPELINE_H
+#define BKV_PIPELINE_H
+
+#include "daemon/pipeline/model.h"
+#include "daemon/store/store.h"
+
+typedef struct bkv_pipeline bkv_pipeline_t;
+typedef struct bkv_ingest bkv_ingest_t;
+
+typedef struct bkv_pipeline_config {
+    bkv_store_t *store; // outlives the pipeline
+    const bkv_backend_t *backend;
+    uint32_t compute_threads; // 0: one per online CPU
+    uint32_t max_jobs;        // queued compute jobs; beyond: BUSY
+    uint64_t staging_bytes;   // memory for payloads on their way to a codec; beyond: BUSY
+    uint64_t max_block_bytes; // largest payload
+    uint32_t max_specs, max_batch;
+    uint64_t default_ttl_ms; // 0: none
+    uint64_t (*now_ms)(void);
+} bkv_pipeline_config_t;
+
+// Counters: X(name, is_counter, help)
+#define BKV_PIPELINE_METRICS(X)                                                                                                \
+    X(put_blocks_total, true, "blocks taken in and published")                                                                 \
+    X(put_failed_total, true, "blocks refused or failed")                                                                      \
+    X(get_records_total, true, "records handed out")                                                                           \
+    X(folds_total, true, "folds computed")                                                                                     \
+    X(fold_hits_total, true, "folds answered from the store")                                                                  \
+    X(attends_total, true, "attention requests computed")                                                                      \
+    X(busy_total, true, "requests refused at the door")                                                                        \
+    X(compress_us_total, true, "microseconds spent compressing, all compute threads")                                          \
+    X(staging_bytes, false, "payload bytes in staging")                                                                        \
+    X(jobs_queued, false, "compute jobs waiting")                                                                              \
+    X(jobs_running, false, "compute jobs running")                                                                             \
+    X(specs, false, "specs opened")
+
+typedef struct bkv_pipeline_metrics {
+#define X(name, is_counter, help) uint64_t name;
+    BKV_PIPELINE_METRICS(X)
+#undef X
+} bkv_pipeline_metrics_t;
+
+bkv_status_t bkv_pipeline_create(const bkv_pipeline_config_t *config, bkv_pipeline_t **pipeline, bkv_error_t *err);
+
+// From now on new work is refused with BUSY ("draining"); what was accepted goes on.
+void bkv_pipeline_drain(bkv_pipeline_t *pipeline);
+
+// Waits until every accepted job has called back, at most timeout_ms. Returns false when some have not.
+bool bkv_pipeline_wait_idle(bkv_pipeline_t *pipeline, uint64_t timeout_ms);
+
+// Stops the compute threads (running jobs are finished, queued ones call back with CANCELLED) and frees.
+void bkv_pipeline_destroy(bkv_pipeline_t *pipeline);
+
+void bkv_pipeline_metrics(const bkv_pipeline_t *pipeline, bkv_pipeline_metrics_t *metrics);
+
+// The model table, for Open.
+bkv_model_table_t *bkv_pipeline_models(bkv_pipeline_t *pipeline);
+
+// ---- Put ----
+
+typedef struct bkv_ingest_args {
+    bkv_spec_id_t spec_id;
+    bkv_key_t key;
+    uint64_t position;
+    uint32_t tokens;
+    uint64_t payload_bytes;
+    bkv_codec_t codec; // 0: the model's
+    uint32_t rate;     // 0: the model's
+    uint64_t ttl_ms;   // 0: the default
+    bool has_checksum;
+    uint64_t checksum; // XXH3-64 of the payload
+} bkv_ingest_args_t;
+
+typedef struct bkv_ingest_result {
+    uint64_t stored_bytes;
+    bool duplicate;
+} bkv_ingest_result_t;
+
+// error.status == BKV_OK: the block is published (or was there).
+typedef void (*bkv_ingest_done_t)(void *user, const bkv_error_t *error, const bkv_ingest_result_t *result);
+
+// Checks the arguments against the model, takes memory for the payload (a raw payload is received straight into its slot in
+// the store). A key that is resident already is accepted too: its bytes are counted, not kept.
+bkv_status_t bkv_ingest_begin(bkv_pipeline_t *pipeline, const bkv_ingest_args_t *args, uint64_t now_ms, bkv_ingest_t **ingest,
+                              bkv_error_t *err);
+
+// The next bytes of the payload. More than payload_bytes in all: INVALID_ARGUMENT. One thread at a time.
+bkv_status_t bkv_ingest_write(bkv_ingest_t *ingest, const void *bytes, size_t length, bkv_error_t *err);
+
+// Bytes still missing.
+uint64_t bkv_ingest_missing(const bkv_ingest_t *ingest);
+
+// All bytes must have come, else INVALID_ARGUMENT and the ingest is still the caller's. On BKV_OK the ingest belongs to the
+// pipeline and `done` will be called. BUSY: too many jobs; the ingest is still the caller's.
+bkv_status_t bkv_ingest_commit(bkv_ingest_t *ingest, bkv_ingest_done_t done, void *user, bkv_error_t *err);
+
+// Gives an uncommitted ingest up; nothing of it remains.
+void bkv_ingest_abort(bkv_ingest_t *ingest);
+
+// ---- Get ----
+
+typedef struct bkv_deliver_range {
+    uint32_t first_layer, layers, first_head, heads; // a count of 0: all from first on
+} bkv_deliver_range_t;
+
+// A record to be read: the pinned bytes of the store themselves, or a slice made for this request.
+typedef struct bkv_delivery {
+    const uint8_t *data;
+    uint64_t length;
+    bkv_pin_t pin;
+    void *slice; // owned; NULL where data is the pinned record
+} bkv_delivery_t;
+
+bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
+                         const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery, bkv_error_t *err);
+void bkv_delivery_release(bkv_pipeline_t *pipeline, bkv_delivery_t *delivery); // from any thread
+
+// ---- Fold, Attend ----
+
+typedef struct bkv_fold_result {
+    bkv_key_t key;
+    bkv_delivery_t delivery; // the callback's to release
+} bkv_fold_result_t;
+
+typedef void (*bkv_fold_done_t)(void *user, const bkv_error_t *error, bkv_fold_result_t *result);
+
+// keys are copied. The fold's key is SHA-256("bkv-fold-1\0" | spec id | budget as uint64 LE | keys...).
+bkv_status_t bkv_fold_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
+                            uint64_t budget, uint64_t ttl_ms, uint64_t now_ms, bkv_fold_done_t done, void *user,
+                            bkv_error_t *err);
+
+typedef void (*bkv_attend_done_t)(void *user, const bkv_error_t *error);
+
+// args->q, out and lse are the caller's and must live until `done`. args->first_layer and layers are of the model; layers 0:
+// all from first_layer on. keys are copied.
+bkv_status_t bkv_attend_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
+                              const bkv_attend_args_t *args, uint64_t now_ms, bkv_attend_done_t done, void *user,
+                              bkv_error_t *err);
+
+#endif
