@@ -1,6 +1,98 @@
 # tests/: unit (criterion, mirrors the sources), integration (real daemon, real sockets), e2e (the real model), bench, fuzz.
+PYTHON ?= /usr/bin/python3
 UNIT_PC := criterion
 UNIT_SRC := $(wildcard tests/unit/*.c tests/unit/*/*.c)
 UNIT_OBJ := $(UNIT_SRC:%.c=$(BUILD)/obj/%.o)
-$(BUILD)/obj/tests/%.o: DEPS_CFLAGS = $(shell pkg-config --cflags $(UNIT_PC) $(DAEMON_PC) $(CLIENT_PC) $(BKV_PC))
+TEST_PC = $(UNIT_PC) $(DAEMON_PC) $(CLIENT_PC) $(BKV_PC)
+TEST_LIBS = $(shell pkg-config --libs $(TEST_PC)) -lm
+$(BUILD)/obj/tests/%.o: DEPS_CFLAGS = $(shell pkg-config --cflags $(TEST_PC))
 $(UNIT_OBJ): | $(PROTO_HDR)
+
+# One binary over every room's objects, so that a unit test can reach what is not exported.
+$(BUILD)/tests/unit: $(UNIT_OBJ) $(CLIENT_OBJ) $(filter-out %/main.o,$(BKV_OBJ)) $(DAEMON_LIB) $(KERNELS_LIB)
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $(filter-out %.a,$^) $(DAEMON_LIB) $(KERNELS_LIB) $(TEST_LIBS)
+
+.PHONY: test test-run unit integration e2e demo demo-run bench bench-run soak
+## test: set up, build, then run every test
+test: setup
+	@$(MAKE) --no-print-directory test-run
+test-run: all $(BUILD)/tests/unit
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/run.sh unit integration e2e
+## unit: unit tests alone
+unit: $(BUILD)/tests/unit
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/run.sh unit
+## integration: tests against a real daemon over real sockets
+integration: all
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/run.sh integration
+## e2e: a real model answers from what came back (needs BKV_MODEL_DIR)
+e2e: all
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/run.sh e2e
+## demo: set up, build, then show put, fold, get and attention on a real trace
+demo: setup
+	@$(MAKE) --no-print-directory demo-run
+demo-run: all
+	@BUILD=$(BUILD) $(PYTHON) tests/demo.py
+
+# Benches are C programs over the library and the bare gRPC C core.
+BENCH_SRC := $(wildcard tests/bench/*.c)
+BENCH_OBJ := $(BENCH_SRC:%.c=$(BUILD)/obj/%.o)
+$(BENCH_OBJ): | $(PROTO_HDR)
+$(BUILD)/tests/bench_rpc: $(BENCH_OBJ) $(BUILD)/lib/libbalancekv.so $(PROTO_OBJ)
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $(BENCH_OBJ) $(PROTO_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' \
+	  $(shell pkg-config --libs $(CLIENT_PC) $(BKV_PC)) -lm
+## bench: put, get and lookup against a bare gRPC C core in one run; writes build/bench/bench.json
+bench: setup
+	@$(MAKE) --no-print-directory bench-run
+bench-run: all $(BUILD)/tests/bench_rpc
+	@mkdir -p $(BUILD)/bench
+	$(BUILD)/tests/bench_rpc --daemon $(BUILD)/bin/balancekvd --out $(BUILD)/bench/bench.json
+## soak: mixed load for SECONDS (default 3600); memory must return to its level
+soak: all
+	@BUILD=$(BUILD) $(PYTHON) tests/integration/soak.py --seconds $(or $(SECONDS),3600)
+
+# Sanitizers build beside, never over, the normal build.
+.PHONY: asan tsan
+## asan: unit and integration tests under AddressSanitizer and UBSan
+asan: setup
+	@$(MAKE) --no-print-directory BUILD=build-asan SAN='-fsanitize=address,undefined -fno-sanitize-recover=undefined' OPT='-O1 -g' asan-run
+asan-run: all $(BUILD)/tests/unit
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) SANITIZER=asan tests/run.sh unit integration
+## tsan: unit and integration tests under ThreadSanitizer
+tsan: setup
+	@$(MAKE) --no-print-directory BUILD=build-tsan SAN='-fsanitize=thread' OPT='-O1 -g' tsan-run
+tsan-run: all $(BUILD)/tests/unit
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) SANITIZER=tsan tests/run.sh unit integration
+
+# Fuzzers: one libFuzzer driver per parser of outside bytes, with a corpus in tests/fuzz/corpus/<name>.
+FUZZ_SRC := $(wildcard tests/fuzz/fuzz_*.c)
+FUZZ_BIN := $(FUZZ_SRC:tests/fuzz/%.c=build-fuzz/%)
+FUZZ_SECONDS ?= 20
+FUZZ_ROOM_SRC = $(KERNELS_SRC) $(filter-out client/bkv/main.c,$(BKV_SRC)) $(CLIENT_SRC) $(DAEMON_SRC) $(PROTO_GEN)
+FUZZ_OBJ = $(FUZZ_ROOM_SRC:%.c=build-fuzz/obj/%.o)
+build-fuzz/obj/%.o: %.c | $(PROTO_HDR)
+	@mkdir -p $(@D)
+	clang $(CPPFLAGS) $(shell pkg-config --cflags $(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -w -fsanitize=fuzzer-no-link,address,undefined -pthread -c $< -o $@
+build-fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(FUZZ_OBJ)
+	clang $(CPPFLAGS) $(shell pkg-config --cflags $(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -pthread -o $@ $^ \
+	  $(shell pkg-config --libs $(DAEMON_PC) $(BKV_PC)) -lm
+.PHONY: fuzz fuzz-run
+## fuzz: every parser of outside bytes, FUZZ_SECONDS each (default 20)
+fuzz: setup
+	@$(MAKE) --no-print-directory fuzz-run
+fuzz-run: $(FUZZ_BIN)
+	@for f in $(FUZZ_BIN); do n=$$(basename $$f); mkdir -p build-fuzz/corpus/$$n; \
+	  $$f -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -rss_limit_mb=4096 build-fuzz/corpus/$$n $$(ls -d tests/fuzz/corpus/$$n 2>/dev/null) \
+	  >build-fuzz/$$n.log 2>&1 && echo "$$n: $$(grep -o 'stat::number_of_executed_units: *[0-9]*' build-fuzz/$$n.log | grep -o '[0-9]*$$') inputs, no finding" \
+	  || { tail -n 40 build-fuzz/$$n.log; exit 1; }; done
+
+.PHONY: tidy format
+## tidy: formatting, include direction, headers that compile alone, clang-tidy, shell scripts, unit file
+tidy: setup
+	@$(MAKE) --no-print-directory tidy-run
+tidy-run: $(PROTO_HDR)
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/tidy.sh
+## format: format the C sources in place
+format: setup
+	clang-format -i $$(git ls-files '*.c' '*.h')
