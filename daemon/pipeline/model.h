@@ -28,7 +28,8 @@ typedef struct bkv_model_table bkv_model_table_t;
 bkv_model_table_t *bkv_model_table_create(uint32_t capacity);
 void bkv_model_table_destroy(bkv_model_table_t *table);
 
-// Fills defaults in, checks every field (INVALID_ARGUMENT names it as "spec.<field>: ...") and computes tenant and id.
+// Fills defaults in (value_dim, block_tokens, tp_size, codec, rate; not params.sink, where 0 means none: whoever reads a wire
+// format resolves its own "unset"), checks every field (INVALID_ARGUMENT names it as "spec.<field>: ...") and computes tenant and id.
 bkv_status_t bkv_model_complete(bkv_model_t *model, bkv_error_t *err);
 
 // Remembers a completed model; the same again is success. RESOURCE_EXHAUSTED when the table is full.

@@ -36,7 +36,8 @@ typedef struct bkv_pipeline_config {
 // Counters: X(name, is_counter, help)
 #define BKV_PIPELINE_METRICS(X)                                                                                                \
     X(put_blocks_total, true, "blocks taken in and published")                                                                 \
-    X(put_failed_total, true, "blocks refused or failed")                                                                      \
+    X(put_duplicates_total, true, "blocks taken in whose key was there already")                                               \
+    X(put_failed_total, true, "blocks refused, failed or given up")                                                            \
     X(get_records_total, true, "records handed out")                                                                           \
     X(folds_total, true, "folds computed")                                                                                     \
     X(fold_hits_total, true, "folds answered from the store")                                                                  \
@@ -45,6 +46,7 @@ typedef struct bkv_pipeline_config {
     X(compress_us_total, true, "microseconds spent compressing, all compute threads")                                          \
     X(staging_bytes, false, "payload bytes in staging")                                                                        \
     X(jobs_queued, false, "compute jobs waiting")                                                                              \
+    X(jobs_ended_total, true, "compute jobs that have run")                                                                    \
     X(jobs_running, false, "compute jobs running")                                                                             \
     X(specs, false, "specs opened")
 
@@ -56,16 +58,21 @@ typedef struct bkv_pipeline_metrics {
 
 bkv_status_t bkv_pipeline_create(const bkv_pipeline_config_t *config, bkv_pipeline_t **pipeline, bkv_error_t *err);
 
-// From now on new work is refused with BUSY ("draining"); what was accepted goes on.
+// From now on new ingests, folds and attends are refused with BUSY ("draining"); what was accepted goes on, and records are
+// still delivered. Call it once no call in flight may need more than that.
 void bkv_pipeline_drain(bkv_pipeline_t *pipeline);
 
 // Waits until every accepted job has called back, at most timeout_ms. Returns false when some have not.
 bool bkv_pipeline_wait_idle(bkv_pipeline_t *pipeline, uint64_t timeout_ms);
 
-// Stops the compute threads (running jobs are finished, queued ones call back with CANCELLED) and frees.
+// Stops the compute threads (running jobs are finished, queued ones call back with CANCELLED) and frees. Asserts that no
+// ingest and no delivery is left.
 void bkv_pipeline_destroy(bkv_pipeline_t *pipeline);
 
 void bkv_pipeline_metrics(const bkv_pipeline_t *pipeline, bkv_pipeline_metrics_t *metrics);
+
+// May be changed at any time (SIGHUP).
+void bkv_pipeline_set_default_ttl(bkv_pipeline_t *pipeline, uint64_t ttl_ms);
 
 // The model table, for Open.
 bkv_model_table_t *bkv_pipeline_models(bkv_pipeline_t *pipeline);
@@ -90,7 +97,7 @@ typedef struct bkv_ingest_result {
     bool duplicate;
 } bkv_ingest_result_t;
 
-// error.status == BKV_OK: the block is published (or was there).
+// error.status == BKV_OK: the block is published (or was there). error and result are never NULL and live for the call only.
 typedef void (*bkv_ingest_done_t)(void *user, const bkv_error_t *error, const bkv_ingest_result_t *result);
 
 // Checks the arguments against the model, takes memory for the payload (a raw payload is received straight into its slot in
@@ -127,13 +134,15 @@ typedef struct bkv_delivery {
 
 bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
                          const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery, bkv_error_t *err);
-void bkv_delivery_release(bkv_pipeline_t *pipeline, bkv_delivery_t *delivery); // from any thread
+
+// From any thread. Leaves the delivery empty; an empty (zeroed) one is left alone.
+void bkv_delivery_release(bkv_pipeline_t *pipeline, bkv_delivery_t *delivery);
 
 // ---- Fold, Attend ----
 
 typedef struct bkv_fold_result {
     bkv_key_t key;
-    bkv_delivery_t delivery; // the callback's to release
+    bkv_delivery_t delivery; // the callback's to release, or to copy and have released later; empty on error
 } bkv_fold_result_t;
 
 typedef void (*bkv_fold_done_t)(void *user, const bkv_error_t *error, bkv_fold_result_t *result);

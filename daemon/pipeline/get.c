@@ -1,0 +1,108 @@
+// get.c - Get: a record's bytes where they lie, pinned; or, of some layers and heads only, a slice of it in staging memory.
+//
+// Sending them is the wire's (rpc/); the pin or the slice is held until bkv_delivery_release.
+#include "daemon/pipeline/internal.h"
+
+#include "kernels/seal.h"
+
+#include <stdlib.h>
+
+// Fills the counts of 0 in and checks a range against what the model has.
+static bkv_status_t check_range(const char *first_name, uint32_t first, const char *count_name, uint32_t *count, uint32_t have,
+                                bkv_error_t *err) {
+    if (first >= have) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: %u is not below %u", first_name, first, have);
+    }
+    if (*count == 0) {
+        *count = have - first;
+    }
+    if (*count > have - first) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: %u from %u on are more than %u", count_name, *count, first, have);
+    }
+    return BKV_OK;
+}
+
+static bkv_status_t resolve_range(const bkv_model_t *model, bkv_deliver_range_t *range, bkv_error_t *err) {
+    bkv_status_t status = check_range("first_layer", range->first_layer, "layers", &range->layers, model->shape.layers, err);
+    if (status == BKV_OK) {
+        status = check_range("first_head", range->first_head, "heads", &range->heads, model->shape.heads, err);
+    }
+    return status;
+}
+
+// Copies the range of a pinned record into staging memory.
+static bkv_status_t make_slice(bkv_pipeline_t *pipeline, const bkv_pin_t *pin, const bkv_deliver_range_t *range,
+                               bkv_delivery_t *delivery, bkv_error_t *err) {
+    size_t length = 0;
+    bkv_status_t status =
+        bkv_record_slice(pin->data, range->first_layer, range->layers, range->first_head, range->heads, NULL, &length, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    void *slice;
+    status = bkv_staging_get(pipeline->staging, length, &slice, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    status =
+        bkv_record_slice(pin->data, range->first_layer, range->layers, range->first_head, range->heads, slice, &length, err);
+    if (status != BKV_OK) {
+        bkv_staging_put(pipeline->staging, slice);
+        return status;
+    }
+    bkv_record_seal(slice);
+    *delivery = (bkv_delivery_t){.data = slice, .length = length, .slice = slice};
+    return BKV_OK;
+}
+
+static bkv_status_t deliver_slice(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
+                                  const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery,
+                                  bkv_error_t *err) {
+    bkv_pin_t pin;
+    bkv_status_t status = bkv_pin_checked(pipeline, spec_id, key, now_ms, &pin, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    status = make_slice(pipeline, &pin, range, delivery, err);
+    bkv_store_unpin(pipeline->config.store, &pin);
+    if (status == BKV_BUSY) {
+        bkv_count(&pipeline->counters.busy_total, 1);
+    }
+    return status;
+}
+
+bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
+                         const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery, bkv_error_t *err) {
+    *delivery = (bkv_delivery_t){0};
+    const bkv_model_t *model = bkv_model_table_find(pipeline->models, spec_id);
+    if (model == NULL) {
+        return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
+    }
+    bkv_deliver_range_t wanted = *range;
+    bkv_status_t status = resolve_range(model, &wanted, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    if (wanted.layers == model->shape.layers && wanted.heads == model->shape.heads) {
+        status = bkv_store_pin(pipeline->config.store, spec_id, key, now_ms, &delivery->pin, err);
+        if (status == BKV_OK) {
+            delivery->data = delivery->pin.data;
+            delivery->length = delivery->pin.length;
+        }
+    } else {
+        status = deliver_slice(pipeline, spec_id, key, &wanted, now_ms, delivery, err);
+    }
+    if (status == BKV_OK) {
+        bkv_count(&pipeline->counters.get_records_total, 1);
+    }
+    return status;
+}
+
+void bkv_delivery_release(bkv_pipeline_t *pipeline, bkv_delivery_t *delivery) {
+    if (delivery->slice != NULL) {
+        bkv_staging_put(pipeline->staging, delivery->slice);
+    } else if (delivery->data != NULL) {
+        bkv_store_unpin(pipeline->config.store, &delivery->pin);
+    }
+    *delivery = (bkv_delivery_t){0};
+}
