@@ -4,6 +4,8 @@
 // lock. A writer fills the model first and then publishes its pointer, so a reader sees a whole model or none.
 #include "daemon/pipeline/model.h"
 
+#include "daemon/observe/text.h"
+
 #include <assert.h>
 #include <openssl/evp.h>
 #include <pthread.h>
@@ -96,41 +98,6 @@ uint64_t bkv_tenant_tag(const char *name) {
 
 // ---- checks ----
 
-// How many bytes the UTF-8 sequence at text takes; 0 when it is none (overlong forms and surrogates are none).
-static size_t utf8_sequence(const unsigned char *text) {
-    static const struct {
-        unsigned char mask, lead;
-        uint32_t lowest;
-    } forms[] = {{0x80, 0x00, 0}, {0xe0, 0xc0, 0x80}, {0xf0, 0xe0, 0x800}, {0xf8, 0xf0, 0x10000}};
-    for (size_t extra = 0; extra < 4; extra++) {
-        if ((text[0] & forms[extra].mask) != forms[extra].lead) {
-            continue;
-        }
-        uint32_t point = text[0] & (uint32_t)(unsigned char)~forms[extra].mask;
-        for (size_t i = 1; i <= extra; i++) {
-            if ((text[i] & 0xc0) != 0x80) { // also the terminating NUL
-                return 0;
-            }
-            point = point << 6 | (text[i] & 0x3fu);
-        }
-        bool surrogate = point >= 0xd800 && point <= 0xdfff;
-        return point < forms[extra].lowest || point > 0x10ffff || surrogate ? 0 : extra + 1;
-    }
-    return 0;
-}
-
-static bool is_utf8(const char *text) {
-    const unsigned char *at = (const unsigned char *)text;
-    while (*at != '\0') {
-        size_t length = utf8_sequence(at);
-        if (length == 0) {
-            return false;
-        }
-        at += length;
-    }
-    return true;
-}
-
 static void fill_defaults(bkv_model_t *model) {
     if (model->shape.value_dim == 0) {
         model->shape.value_dim = model->shape.key_dim;
@@ -197,10 +164,10 @@ static bkv_status_t check_names(const bkv_model_t *model, bkv_error_t *err) {
     if (model->name[0] == '\0') {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "spec.model: empty, but it must name weights and revision");
     }
-    if (!is_utf8(model->name)) {
+    if (!bkv_utf8_check(model->name)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "spec.model: not UTF-8");
     }
-    if (!is_utf8(model->tenant_name)) {
+    if (!bkv_utf8_check(model->tenant_name)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "spec.tenant: not UTF-8");
     }
     return BKV_OK;
