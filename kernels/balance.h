@@ -1,0 +1,66 @@
+// balance.h - internal: choosing a few weighted tokens of one head, for blocks (balance_ref.c) and folds (fold_ref.c) alike.
+#ifndef BKV_BALANCE_H
+#define BKV_BALANCE_H
+
+#include "backend.h"
+#include "random.h"
+
+// The most tokens that one walk looks at: a leaf, or two merged halves, of the merge-and-reduce tree.
+#define BKV_WALK_TOKENS 512
+
+// The tokens of one (layer, head), wherever they lie.
+typedef struct bkv_source {
+    uint32_t tokens, key_dim, value_dim;
+    // Rows [first, first + count) as floats; k or v may be NULL.
+    void (*read)(const struct bkv_source *source, uint32_t first, uint32_t count, float *k, float *v);
+    const void *from;
+    uint32_t layer, head;
+} bkv_source_t;
+
+// What becomes of a token.
+typedef enum bkv_fate { BKV_DROPPED = 0, BKV_WALKED = 1, BKV_PROTECTED = 2 } bkv_fate_t;
+
+// Scratch of one walk over at most BKV_WALK_TOKENS tokens.
+typedef struct bkv_walk {
+    float *gram;    // [limit][limit]
+    float *columns; // [larger dim][limit]: rows transposed
+    float *row;     // [larger dim]
+    float *mean;    // [larger dim]
+    float *weight;  // [limit]
+    float *sum;     // [limit]: signed kernel sum at each token
+    uint32_t *list; // [limit]: those still there
+    uint8_t *sign;  // [limit]
+    uint32_t limit; // BKV_WALK_TOKENS, or fewer where there are fewer tokens; a multiple of 8
+} bkv_walk_t;
+
+void bkv_walk_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_dim, uint32_t value_dim, bkv_walk_t *walk);
+
+// Reduces tokens[0..n) to exactly `target` of them, 1 <= target <= n <= limit, moved to the front in their old order.
+// weight[token] of those kept grows so that the sum over the n tokens stays.
+void bkv_walk_reduce(const bkv_source_t *source, uint32_t *tokens, uint32_t n, uint32_t target, float *weight,
+                     bkv_random_t *random, bkv_walk_t *walk);
+
+// Scratch of a selection, and its result.
+typedef struct bkv_selection {
+    float *weight;  // [tokens]: in: of every token; out: of those kept
+    uint8_t *fate;  // [tokens]: bkv_fate_t
+    float *score;   // [tokens]
+    uint32_t *list; // [tokens]
+    float *k, *v;   // [BKV_KEY_GROUP_MAX][dim]
+    float *mean;    // [key_dim]
+    float *ranges;  // [4][key_dim]
+    bkv_walk_t walk;
+} bkv_selection_t;
+
+void bkv_selection_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_dim, uint32_t value_dim,
+                         bkv_selection_t *selection);
+
+// Chooses exactly m of the source's tokens: protects the first `sink` and the outliers, walks the rest. selection->weight
+// must hold the tokens' weights. All n tokens are kept as they are when m == n.
+void bkv_select(const bkv_source_t *source, uint32_t sink, uint32_t m, bkv_random_t *random, bkv_selection_t *selection);
+
+// Writes the planes of one section of `record` whose directory entry is placed: index, weights, keys and values of the
+// selection's kept tokens. position[t], or t itself where NULL, is token t's place among the record's source tokens.
+void bkv_selection_write(const bkv_source_t *source, const bkv_selection_t *selection, void *record, const uint32_t *position);
+
+#endif

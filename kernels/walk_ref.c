@@ -1,0 +1,210 @@
+// walk_ref.c - halving a set of weighted tokens by a self-balancing walk (BalanceKV, arXiv 2502.07861, SoftmaxBalance).
+// balance_ref.c says which tokens come here; what they keep is written there too.
+//
+// Token j stands for a vector u_j with <u_i, u_j> = exp(<k_i, k_j> / sqrt d) * (<v_i, v_j> + 0.025): the softmax numerator
+// as a function of any query is an inner product with the sum of w_j u_j, so a subset whose weighted sum is near the whole's
+// answers every query nearly as the whole does. The small constant keeps the denominator in balance as well.
+#include "balance.h"
+
+#include "vector.h"
+
+#include <assert.h>
+#include <math.h>
+
+#ifndef WALK_C
+#define WALK_C 0.5f
+#endif
+#ifndef WALK_TEMP
+#define WALK_TEMP 1.0f
+#endif
+#ifndef VALUE_FLOOR
+#define VALUE_FLOOR 0.025f
+#endif
+
+// Exponents above this are moved down together. e^20 times squared value norms and weights stays well inside a float.
+#define EXPONENT_TOP 20.0f
+
+static uint32_t larger(uint32_t a, uint32_t b) {
+    return a > b ? a : b;
+}
+
+void bkv_walk_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_dim, uint32_t value_dim, bkv_walk_t *walk) {
+    uint32_t dim = larger(key_dim, value_dim), limit = tokens < BKV_WALK_TOKENS ? tokens : BKV_WALK_TOKENS;
+    limit = (limit + 7) / 8 * 8;
+    walk->limit = limit;
+    walk->gram = bkv_scratch_take(scratch, (uint64_t)limit * limit * sizeof(float));
+    walk->columns = bkv_scratch_take(scratch, (uint64_t)limit * dim * sizeof(float));
+    walk->row = bkv_scratch_take(scratch, dim * sizeof(float));
+    walk->mean = bkv_scratch_take(scratch, dim * sizeof(float));
+    walk->weight = bkv_scratch_take(scratch, limit * sizeof(float));
+    walk->sum = bkv_scratch_take(scratch, limit * sizeof(float));
+    walk->list = bkv_scratch_take(scratch, limit * sizeof(uint32_t));
+    walk->sign = bkv_scratch_take(scratch, limit);
+}
+
+// Inner products of a 4 x 8 tile of columns: small enough for the registers of any machine.
+static void tile_dot(const float *restrict columns, uint32_t stride, uint32_t dim, uint32_t i, uint32_t j, float tile[4][8]) {
+    float sum[4][8] = {{0}};
+    for (uint32_t d = 0; d < dim; d++) {
+        const float *a = columns + (size_t)d * stride + i, *b = columns + (size_t)d * stride + j;
+        for (uint32_t r = 0; r < 4; r++) {
+            for (uint32_t c = 0; c < 8; c++) {
+                sum[r][c] += a[r] * b[c];
+            }
+        }
+    }
+    memcpy(tile, sum, sizeof(sum));
+}
+
+// Upper triangle (by tiles) of the inner products of the columns, put into the gram or multiplied into it.
+static void gram_keys(bkv_walk_t *walk, uint32_t padded, uint32_t dim) {
+    for (uint32_t i = 0; i < padded; i += 4) {
+        for (uint32_t j = i / 8 * 8; j < padded; j += 8) {
+            float tile[4][8];
+            tile_dot(walk->columns, padded, dim, i, j, tile);
+            for (uint32_t r = 0; r < 4; r++) {
+                memcpy(walk->gram + (size_t)(i + r) * padded + j, tile[r], sizeof(tile[r]));
+            }
+        }
+    }
+}
+
+static void gram_values(bkv_walk_t *walk, uint32_t padded, uint32_t dim, float scale, float shift) {
+    for (uint32_t i = 0; i < padded; i += 4) {
+        for (uint32_t j = i / 8 * 8; j < padded; j += 8) {
+            float tile[4][8];
+            tile_dot(walk->columns, padded, dim, i, j, tile);
+            for (uint32_t r = 0; r < 4; r++) {
+                float *row = walk->gram + (size_t)(i + r) * padded + j;
+                for (uint32_t c = 0; c < 8; c++) {
+                    row[c] = expf(row[c] * scale - shift) * (tile[r][c] + VALUE_FLOOR);
+                }
+            }
+        }
+    }
+    for (uint32_t i = 0; i < padded; i++) {
+        for (uint32_t j = 0; j < i / 8 * 8; j++) {
+            walk->gram[(size_t)i * padded + j] = walk->gram[(size_t)j * padded + i];
+        }
+    }
+}
+
+// Columns of the tokens' keys or values, zero up to `padded`; keys are centred, which leaves every softmax as it is and
+// keeps the exponents small.
+static void columns_load(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, uint32_t padded, bool values,
+                         bkv_walk_t *walk) {
+    uint32_t dim = values ? source->value_dim : source->key_dim;
+    for (uint32_t t = 0; t < n; t++) {
+        source->read(source, tokens[t], 1, values ? NULL : walk->row, values ? walk->row : NULL);
+        for (uint32_t d = 0; d < dim; d++) {
+            walk->columns[(size_t)d * padded + t] = walk->row[d];
+        }
+    }
+    for (uint32_t d = 0; d < dim; d++) {
+        float *column = walk->columns + (size_t)d * padded;
+        if (!values) {
+            float sum = 0, total = 0;
+            for (uint32_t t = 0; t < n; t++) {
+                sum += walk->weight[t] * column[t];
+                total += walk->weight[t];
+            }
+            for (uint32_t t = 0; t < n; t++) {
+                column[t] -= sum / total;
+            }
+        }
+        for (uint32_t t = n; t < padded; t++) {
+            column[t] = 0;
+        }
+    }
+}
+
+static void gram_build(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, uint32_t padded, bkv_walk_t *walk) {
+    columns_load(source, tokens, n, padded, false, walk);
+    gram_keys(walk, padded, source->key_dim);
+    float scale = WALK_TEMP / sqrtf((float)source->key_dim), top = 0;
+    for (uint32_t t = 0; t < n; t++) {
+        float own = walk->gram[(size_t)t * padded + t] * scale; // no inner product is larger than the largest square
+        top = own > top ? own : top;
+    }
+    columns_load(source, tokens, n, padded, true, walk);
+    gram_values(walk, padded, source->value_dim, scale, top > EXPONENT_TOP ? top - EXPONENT_TOP : 0);
+}
+
+static void shuffle(uint32_t *list, uint32_t n, bkv_random_t *random) {
+    for (uint32_t i = n; i > 1; i--) {
+        uint32_t j = bkv_random_below(random, i), other = list[i - 1];
+        list[i - 1] = list[j];
+        list[j] = other;
+    }
+}
+
+// Gives list[0..n), n even, signs of which exactly half are 1, by the walk: each token takes the sign that pulls the signed
+// sum back, at random where it does not matter. Once a sign has its half the rest take the other.
+static void walk_signs(const uint32_t *list, uint32_t n, uint32_t padded, bkv_random_t *random, bkv_walk_t *walk) {
+    uint32_t left[2] = {n / 2, n / 2};
+    memset(walk->sum, 0, padded * sizeof(float));
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t token = list[i];
+        const float *row = walk->gram + (size_t)token * padded;
+        float own = walk->weight[token] * row[token];
+        float pull = own > 0 ? walk->sum[token] / (2.0f * WALK_C * own) : 0.0f;
+        uint32_t sign = bkv_random_unit(random) < 0.5f - pull ? 1 : 0;
+        sign = left[sign] > 0 ? sign : !sign;
+        left[sign]--;
+        walk->sign[token] = (uint8_t)sign;
+        bkv_axpy(sign ? walk->weight[token] : -walk->weight[token], row, padded, walk->sum);
+    }
+}
+
+// Drops half of list[0..2 * drop) and hands their weight to the other half; list[0..n) closes up to n - drop.
+static void walk_halve(uint32_t *list, uint32_t n, uint32_t drop, uint32_t padded, bkv_random_t *random, bkv_walk_t *walk) {
+    shuffle(list, n, random);
+    walk_signs(list, 2 * drop, padded, random, walk);
+    uint8_t keep = bkv_random_next(random) >> 63 ? 1 : 0; // neither sign is better than the other
+    float total = 0, kept = 0;
+    for (uint32_t i = 0; i < 2 * drop; i++) {
+        total += walk->weight[list[i]];
+        kept += walk->sign[list[i]] == keep ? walk->weight[list[i]] : 0;
+    }
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t token = list[i];
+        if (i < 2 * drop) {
+            if (walk->sign[token] != keep) {
+                continue;
+            }
+            walk->weight[token] *= total / kept;
+        }
+        list[left++] = token;
+    }
+    assert(left == n - drop);
+}
+
+void bkv_walk_reduce(const bkv_source_t *source, uint32_t *tokens, uint32_t n, uint32_t target, float *weight,
+                     bkv_random_t *random, bkv_walk_t *walk) {
+    assert(target >= 1 && target <= n && n <= walk->limit);
+    uint32_t padded = (n + 7) / 8 * 8;
+    for (uint32_t t = 0; t < n; t++) {
+        walk->weight[t] = weight[tokens[t]];
+        walk->list[t] = t;
+    }
+    if (target < n) {
+        gram_build(source, tokens, n, padded, walk);
+    }
+    uint32_t left = n;
+    while (left > target) {
+        uint32_t drop = left - target < left / 2 ? left - target : left / 2;
+        walk_halve(walk->list, left, drop, padded, random, walk);
+        left -= drop;
+    }
+    memset(walk->sign, 0, n);
+    for (uint32_t i = 0; i < target; i++) {
+        walk->sign[walk->list[i]] = 1;
+    }
+    for (uint32_t t = 0, kept = 0; t < n; t++) {
+        if (walk->sign[t]) {
+            weight[tokens[t]] = walk->weight[t];
+            tokens[kept++] = tokens[t];
+        }
+    }
+}
