@@ -1,0 +1,173 @@
+// config_check.c - ranges, words, and options that do not go together.
+#include "daemon/config_check.h"
+
+#include "daemon/value.h"
+#include "kernels/codec.h"
+
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/un.h>
+
+bkv_status_t bkv_config_refuse(const bkv_config_t *config, size_t id, bkv_error_t *err, const char *format, ...) {
+    const bkv_option_t *option = &bkv_options[id];
+    char reason[BKV_MESSAGE_MAX];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(reason, sizeof(reason), format, arguments);
+    va_end(arguments);
+    if (config->origin[id] > 0) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s:%d: [%s] %s: %s", config->file, config->origin[id], option->section,
+                        option->name, reason);
+    }
+    if (config->origin[id] == 0) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "[%s] %s: %s", option->section, option->name, reason);
+    }
+    char flag[64];
+    snprintf(flag, sizeof(flag), "%s", option->name);
+    for (char *at = flag; *at != '\0'; at++) {
+        *at = *at == '_' ? '-' : *at;
+    }
+    return bkv_fail(err, BKV_INVALID_ARGUMENT, "--%s: %s", flag, reason);
+}
+
+// Numbers that parse but cannot work. Where 0 means "choose for me", zero says so.
+static const struct {
+    bkv_option_id_t id;
+    bool zero;
+    uint64_t lowest, highest;
+} ranges[] = {
+    {BKV_OPT_memory_arena, false, UINT64_C(1) << 20, UINT64_C(1) << 46},
+    {BKV_OPT_memory_slab, true, UINT64_C(64) << 10, UINT64_C(1) << 40},
+    {BKV_OPT_memory_max_entries, true, 1, UINT32_C(1) << 30},
+    {BKV_OPT_memory_staging, false, UINT64_C(64) << 10, UINT64_C(1) << 40},
+    {BKV_OPT_compute_threads, true, 1, 1024},
+    {BKV_OPT_compute_max_jobs, false, 1, 1 << 20},
+    {BKV_OPT_limits_rpc_threads, false, 1, 256},
+    {BKV_OPT_limits_max_calls, false, 1, 1 << 20},
+    {BKV_OPT_limits_max_message, false, UINT64_C(64) << 10, UINT64_C(1) << 30},
+    {BKV_OPT_limits_max_block, false, 1024, UINT64_C(1) << 40},
+    {BKV_OPT_limits_max_batch, false, 1, 1 << 16},
+    {BKV_OPT_limits_max_specs, false, 1, 1 << 20},
+    {BKV_OPT_limits_op_timeout, false, 1, 86400000},
+    {BKV_OPT_limits_drain_timeout, true, 1, 3600000},
+};
+
+static bkv_status_t check_range(const bkv_config_t *config, size_t i, bkv_error_t *err) {
+    const bkv_option_t *option = &bkv_options[ranges[i].id];
+    const void *field = (const char *)config + option->offset;
+    uint64_t value = option->type == BKV_U32 ? *(const uint32_t *)field : *(const uint64_t *)field;
+    if ((ranges[i].zero && value == 0) || (value >= ranges[i].lowest && value <= ranges[i].highest)) {
+        return BKV_OK;
+    }
+    char lowest[BKV_VALUE_TEXT], highest[BKV_VALUE_TEXT];
+    if (option->type == BKV_SIZE) {
+        bkv_value_format_size(ranges[i].lowest, lowest);
+        bkv_value_format_size(ranges[i].highest, highest);
+    } else if (option->type == BKV_MS) {
+        bkv_value_format_ms(ranges[i].lowest, lowest);
+        bkv_value_format_ms(ranges[i].highest, highest);
+    } else {
+        snprintf(lowest, sizeof(lowest), "%llu", (unsigned long long)ranges[i].lowest);
+        snprintf(highest, sizeof(highest), "%llu", (unsigned long long)ranges[i].highest);
+    }
+    return bkv_config_refuse(config, ranges[i].id, err, "must be within %s..%s%s", lowest, highest,
+                             ranges[i].zero ? ", or 0" : "");
+}
+
+static bool is_word(const char *text, const char *const *words) {
+    while (*words != NULL && strcmp(*words, text) != 0) {
+        words++;
+    }
+    return *words != NULL;
+}
+
+// host:port, with an IPv6 address in brackets.
+static bool is_address(const char *text) {
+    const char *colon = strrchr(text, ':');
+    uint32_t port;
+    if (colon == NULL || colon == text || bkv_value_parse_u32(colon + 1, &port) != NULL || port > 65535) {
+        return false;
+    }
+    bool bracketed = text[0] == '[' && colon[-1] == ']' && colon - text > 2;
+    return bracketed || (memchr(text, ':', (size_t)(colon - text)) == NULL && text[0] != '[');
+}
+
+static bool parse_mode(const char *text, unsigned *mode) {
+    char *end;
+    if (text[0] < '0' || text[0] > '7') {
+        return false;
+    }
+    unsigned long value = strtoul(text, &end, 8);
+    *mode = (unsigned)value;
+    return *end == '\0' && value <= 0777;
+}
+
+unsigned bkv_config_socket_mode(const bkv_config_t *config) {
+    unsigned mode = 0;
+    parse_mode(config->listen_socket_mode, &mode); // was checked when it was loaded
+    return mode;
+}
+
+static bkv_status_t check_listen(const bkv_config_t *config, bkv_error_t *err) {
+    unsigned mode;
+    const size_t longest = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1;
+    if (config->listen_socket[0] == '\0' && config->listen_tcp[0] == '\0') {
+        return bkv_config_refuse(config, BKV_OPT_listen_socket, err, "empty, and so is tcp: nothing to listen on");
+    }
+    if (strlen(config->listen_socket) > longest) {
+        return bkv_config_refuse(config, BKV_OPT_listen_socket, err, "longer than %zu bytes", longest);
+    }
+    if (!parse_mode(config->listen_socket_mode, &mode)) {
+        return bkv_config_refuse(config, BKV_OPT_listen_socket_mode, err,
+                                 "\"%.20s\": octal permissions are expected, as in 0660", config->listen_socket_mode);
+    }
+    if (config->listen_tcp[0] != '\0' && !is_address(config->listen_tcp)) {
+        return bkv_config_refuse(config, BKV_OPT_listen_tcp, err, "\"%.80s\": host:port is expected, an IPv6 host in brackets",
+                                 config->listen_tcp);
+    }
+    if ((config->listen_tls_cert[0] == '\0') != (config->listen_tls_key[0] == '\0')) {
+        bool cert_missing = config->listen_tls_cert[0] == '\0';
+        return bkv_config_refuse(config, cert_missing ? BKV_OPT_listen_tls_key : BKV_OPT_listen_tls_cert, err,
+                                 "needs %s as well", cert_missing ? "tls_cert" : "tls_key");
+    }
+    if (config->listen_tls_client_ca[0] != '\0' && config->listen_tls_cert[0] == '\0') {
+        return bkv_config_refuse(config, BKV_OPT_listen_tls_client_ca, err, "needs tls_cert and tls_key as well");
+    }
+    return BKV_OK;
+}
+
+static bkv_status_t check_words(const bkv_config_t *config, bkv_error_t *err) {
+    static const char *const targets[] = {"auto", "journald", "text", "json", NULL};
+    static const char *const levels[] = {"error", "warn", "info", "debug", NULL};
+    if (!is_word(config->log_target, targets)) {
+        return bkv_config_refuse(config, BKV_OPT_log_target, err, "\"%.40s\" is none of auto, journald, text, json",
+                                 config->log_target);
+    }
+    if (!is_word(config->log_level, levels)) {
+        return bkv_config_refuse(config, BKV_OPT_log_level, err, "\"%.40s\" is none of error, warn, info, debug",
+                                 config->log_level);
+    }
+    if (bkv_backend_get(config->compute_backend) == NULL) {
+        return bkv_config_refuse(config, BKV_OPT_compute_backend, err, "\"%.40s\" is not a backend that this machine can run",
+                                 config->compute_backend);
+    }
+    return BKV_OK;
+}
+
+bkv_status_t bkv_config_check(const bkv_config_t *config, bkv_error_t *err) {
+    bkv_status_t status = BKV_OK;
+    for (size_t i = 0; i < sizeof(ranges) / sizeof(ranges[0]) && status == BKV_OK; i++) {
+        status = check_range(config, i, err);
+    }
+    if (status == BKV_OK) {
+        status = check_listen(config, err);
+    }
+    if (status == BKV_OK) {
+        status = check_words(config, err);
+    }
+    if (status == BKV_OK && config->memory_slab > config->memory_arena) {
+        status = bkv_config_refuse(config, BKV_OPT_memory_slab, err, "is larger than the arena");
+    }
+    return status;
+}
