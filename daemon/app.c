@@ -25,6 +25,7 @@ static bkv_store_config_t store_config(const bkv_config_t *config, int arena_fd)
         .slab_bytes = config->memory_slab,
         .max_entries = config->memory_max_entries,
         .tenant_quota = config->memory_tenant_quota,
+        .recovered_ttl = config->memory_ttl,
         .prefault = config->memory_prefault,
         .arena_path = config->memory_arena_path[0] != '\0' ? config->memory_arena_path : NULL,
         .arena_fd = arena_fd,
@@ -69,9 +70,17 @@ static bkv_status_t start_store(bkv_app_t *app, bkv_error_t *err) {
     return status;
 }
 
+// A tenant without room in the store's table keeps the default quota: worth a line, not a reason to stop.
+static void set_quota(bkv_app_t *app, const bkv_tenant_quota_t *tenant, uint64_t bytes) {
+    bkv_error_t error;
+    if (bkv_store_set_quota(app->store, bkv_tenant_tag(tenant->name), bytes, &error) != BKV_OK) {
+        bkv_log(BKV_LOG_WARN, 0, "[tenant %s]: no quota could be set: %s", tenant->name, error.message);
+    }
+}
+
 static void apply_quotas(bkv_app_t *app) {
     for (uint32_t i = 0; i < app->config->tenant_count; i++) {
-        bkv_store_set_quota(app->store, bkv_tenant_tag(app->config->tenants[i].name), app->config->tenants[i].bytes);
+        set_quota(app, &app->config->tenants[i], app->config->tenants[i].bytes);
     }
 }
 
@@ -209,9 +218,10 @@ void bkv_app_reload(bkv_app_t *app) {
     bkv_log_set_level(app->config->log_level, NULL);
     bkv_server_set_op_timeout(app->server, app->config->limits_op_timeout);
     bkv_pipeline_set_default_ttl(app->pipeline, app->config->memory_ttl);
+    bkv_store_set_default_quota(app->store, app->config->memory_tenant_quota);
     for (uint32_t i = 0; i < next->tenant_count; i++) {
         if (!has_tenant(app->config, next->tenants[i].name)) {
-            bkv_store_set_quota(app->store, bkv_tenant_tag(next->tenants[i].name), app->config->memory_tenant_quota);
+            set_quota(app, &next->tenants[i], BKV_QUOTA_DEFAULT);
         }
     }
     apply_quotas(app);
