@@ -13,7 +13,7 @@ $(BUILD)/obj/client/%.o: DEPS_CFLAGS = $(shell pkg-config --cflags $(CLIENT_PC) 
 $(CLIENT_OBJ): | $(PROTO_HDR)
 $(CLIENT_SO): $(CLIENT_OBJ) $(PROTO_OBJ) $(KERNELS_OBJ) client/libbalancekv.map
 	@mkdir -p $(@D)
-	$(CC) $(LDFLAGS) -shared -Wl,-soname,libbalancekv.so.$(SOVERSION) -Wl,--version-script=client/libbalancekv.map \
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libbalancekv.so.$(SOVERSION) -Wl,--version-script=client/libbalancekv.map -Wl,-z,nodelete \
 	  -o $@ $(filter %.o,$^) $(shell pkg-config --libs $(CLIENT_PC)) -lm
 $(BUILD)/lib/libbalancekv.so: $(CLIENT_SO)
 	ln -sf libbalancekv.so.$(VERSION) $(BUILD)/lib/libbalancekv.so.$(SOVERSION)

@@ -1,0 +1,262 @@
+// target.c - checks endpoint and TLS options, and makes channels. Calls over them are call.c's.
+#include "target.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <grpc/grpc_security.h>
+#include <openssl/err.h>
+#include <openssl/pem.h>
+#include <openssl/x509.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/un.h>
+
+#define PEM_FILE_MAX (1 << 20)
+
+// Largest message taken from a daemon: its own default bound is 80 MiB, records come in far smaller chunks.
+#define RECEIVE_MAX (128 << 20)
+
+// A restarted daemon is found within a second. CONNECT_TIMEOUT bounds one try, handshakes included.
+#define RECONNECT_FIRST_MS   100
+#define RECONNECT_LONGEST_MS 1000
+#define CONNECT_TIMEOUT_MS   5000
+
+// Servers of gRPC close connections that ping more often than every 5 minutes. Besides, keepalive sets TCP_USER_TIMEOUT to
+// its timeout: a peer that is gone while bytes are on the way is noticed after that.
+#define KEEPALIVE_MS         330000
+#define KEEPALIVE_TIMEOUT_MS 15000
+
+static bool set(const char *text) {
+    return text != NULL && text[0] != '\0';
+}
+
+// ---- endpoint ----
+
+static bkv_status_t check_unix(const char *path, bkv_error_t *err) {
+    if (path[0] == '\0') {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoint: unix: without a path");
+    }
+    if (strlen(path) >= sizeof((struct sockaddr_un *)NULL)->sun_path) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoint: the socket's path has %zu bytes, at most %zu are possible",
+                        strlen(path), sizeof((struct sockaddr_un *)NULL)->sun_path - 1);
+    }
+    return BKV_OK;
+}
+
+static bool port_valid(const char *text) {
+    unsigned port = 0;
+    for (size_t i = 0; text[i] != '\0'; i++) {
+        if (!isdigit((unsigned char)text[i]) || i >= 5) {
+            return false;
+        }
+        port = port * 10 + (unsigned)(text[i] - '0');
+    }
+    return port >= 1 && port <= 65535;
+}
+
+// "host:port", "1.2.3.4:port" or "[v6]:port". Anything else gRPC might take for one of its own URI schemes.
+static bkv_status_t check_tcp(const char *endpoint, bkv_error_t *err) {
+    const char *colon = strrchr(endpoint, ':');
+    size_t host = colon != NULL ? (size_t)(colon - endpoint) : 0;
+    bool bracketed = host > 2 && endpoint[0] == '[' && endpoint[host - 1] == ']';
+    bool plain = host > 0 && strcspn(endpoint, ":[]/ ") == host;
+    if (!bracketed && !plain) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoint: \"%s\" is neither unix:/path nor host:port", endpoint);
+    }
+    if (!port_valid(colon + 1)) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoint: \"%s\" has no port between 1 and 65535", endpoint);
+    }
+    return BKV_OK;
+}
+
+static bkv_status_t check_endpoint(const char *endpoint, bool *is_unix, bkv_error_t *err) {
+    *is_unix = strncmp(endpoint, "unix:", 5) == 0;
+    return *is_unix ? check_unix(endpoint + 5, err) : check_tcp(endpoint, err);
+}
+
+// ---- TLS ----
+
+// The whole file, NUL-terminated; the caller frees it.
+static bkv_status_t read_pem(const char *option, const char *path, char **text, bkv_error_t *err) {
+    FILE *file = fopen(path, "re");
+    if (file == NULL) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: %s: %s", option, path, strerror(errno));
+    }
+    char *bytes = malloc(PEM_FILE_MAX);
+    size_t length = bytes != NULL ? fread(bytes, 1, PEM_FILE_MAX, file) : 0;
+    bool failed = ferror(file) != 0;
+    fclose(file);
+    if (bytes == NULL || failed || length == PEM_FILE_MAX) {
+        free(bytes);
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: %s: %s", option, path,
+                        length == PEM_FILE_MAX ? "larger than any PEM file" : "cannot be read");
+    }
+    bytes[length] = '\0';
+    *text = bytes;
+    return BKV_OK;
+}
+
+// Never ask a terminal for a key's password.
+static int no_password(char *buffer, int size, int writing, void *user) {
+    (void)buffer, (void)size, (void)writing, (void)user;
+    return 0;
+}
+
+static X509 *parse_certificate(const char *pem) {
+    BIO *bio = BIO_new_mem_buf(pem, -1);
+    X509 *certificate = bio != NULL ? PEM_read_bio_X509(bio, NULL, no_password, NULL) : NULL;
+    BIO_free(bio);
+    ERR_clear_error();
+    return certificate;
+}
+
+static EVP_PKEY *parse_key(const char *pem) {
+    BIO *bio = BIO_new_mem_buf(pem, -1);
+    EVP_PKEY *key = bio != NULL ? PEM_read_bio_PrivateKey(bio, NULL, no_password, NULL) : NULL;
+    BIO_free(bio);
+    ERR_clear_error();
+    return key;
+}
+
+// gRPC notices bad PEM only when it connects, and then only in its log; say it here.
+static bkv_status_t check_pems(const bkv_client_options_t *options, const char *ca, const char *cert, const char *key,
+                               bkv_error_t *err) {
+    X509 *authority = parse_certificate(ca);
+    X509 *certificate = cert != NULL ? parse_certificate(cert) : NULL;
+    EVP_PKEY *secret = key != NULL ? parse_key(key) : NULL;
+    bkv_status_t status = BKV_OK;
+    if (authority == NULL) {
+        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_ca: %s: no PEM certificate in it", options->tls_ca);
+    } else if (cert != NULL && certificate == NULL) {
+        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_cert: %s: no PEM certificate in it", options->tls_cert);
+    } else if (key != NULL && secret == NULL) {
+        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_key: %s: no unencrypted PEM private key in it", options->tls_key);
+    } else if (certificate != NULL && X509_check_private_key(certificate, secret) != 1) {
+        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_key: %s: not the key of tls_cert", options->tls_key);
+    }
+    ERR_clear_error();
+    X509_free(authority);
+    X509_free(certificate);
+    EVP_PKEY_free(secret);
+    return status;
+}
+
+static bkv_status_t check_tls_options(const bkv_client_options_t *options, bool is_unix, bkv_error_t *err) {
+    if (set(options->tls_cert) != set(options->tls_key)) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: missing; a client certificate needs both tls_cert and tls_key",
+                        set(options->tls_cert) ? "tls_key" : "tls_cert");
+    }
+    if (!set(options->tls_ca) && (set(options->tls_cert) || set(options->tls_name))) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_ca: missing; without it there is no TLS");
+    }
+    if (set(options->tls_ca) && is_unix && !set(options->tls_name)) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_name: needed for TLS over a unix socket, which has no host name");
+    }
+    return BKV_OK;
+}
+
+static bkv_status_t make_credentials(const bkv_client_options_t *options, grpc_channel_credentials **credentials,
+                                     bkv_error_t *err) {
+    char *ca = NULL, *cert = NULL, *key = NULL;
+    bkv_status_t status = read_pem("tls_ca", options->tls_ca, &ca, err);
+    if (status == BKV_OK && set(options->tls_cert)) {
+        status = read_pem("tls_cert", options->tls_cert, &cert, err);
+    }
+    if (status == BKV_OK && set(options->tls_key)) {
+        status = read_pem("tls_key", options->tls_key, &key, err);
+    }
+    if (status == BKV_OK) {
+        status = check_pems(options, ca, cert, key, err);
+    }
+    if (status == BKV_OK) {
+        grpc_ssl_pem_key_cert_pair pair = {.private_key = key, .cert_chain = cert};
+        *credentials = grpc_ssl_credentials_create_ex(ca, cert != NULL ? &pair : NULL, NULL, NULL);
+    }
+    free(ca);
+    free(cert);
+    if (key != NULL) {
+        explicit_bzero(key, strlen(key));
+        free(key);
+    }
+    return status;
+}
+
+// ---- target ----
+
+static const char *choose_endpoint(const bkv_client_options_t *options) {
+    if (set(options->endpoint)) {
+        return options->endpoint;
+    }
+    const char *environment = getenv("BKV_ENDPOINT");
+    return set(environment) ? environment : BKV_DEFAULT_ENDPOINT;
+}
+
+bkv_status_t bkv_client_target_init(bkv_client_target_t *target, const bkv_client_options_t *options, bkv_error_t *err) {
+    static const bkv_client_options_t defaults;
+    if (options == NULL) {
+        options = &defaults;
+    }
+    *target = (bkv_client_target_t){0};
+    bool is_unix = false;
+    const char *endpoint = choose_endpoint(options);
+    bkv_status_t status = check_endpoint(endpoint, &is_unix, err);
+    if (status == BKV_OK) {
+        status = check_tls_options(options, is_unix, err);
+    }
+    if (status == BKV_OK && set(options->tls_ca)) {
+        status = make_credentials(options, &target->credentials, err);
+    } else if (status == BKV_OK) {
+        target->credentials = grpc_insecure_credentials_create();
+    }
+    if (status != BKV_OK) {
+        return status;
+    }
+    target->protected_link = is_unix || set(options->tls_ca);
+    target->address = strdup(endpoint);
+    target->tls_name = set(options->tls_name) ? strdup(options->tls_name) : NULL;
+    if (target->address == NULL || (set(options->tls_name) && target->tls_name == NULL)) {
+        bkv_client_target_deinit(target);
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
+    }
+    return BKV_OK;
+}
+
+void bkv_client_target_deinit(bkv_client_target_t *target) {
+    if (target->credentials != NULL) {
+        grpc_channel_credentials_release(target->credentials);
+    }
+    free(target->address);
+    free(target->tls_name);
+    *target = (bkv_client_target_t){0};
+}
+
+static grpc_arg int_arg(const char *key, int value) {
+    return (grpc_arg){.type = GRPC_ARG_INTEGER, .key = (char *)(uintptr_t)key, .value.integer = value};
+}
+
+static grpc_arg string_arg(const char *key, const char *value) {
+    return (grpc_arg){.type = GRPC_ARG_STRING, .key = (char *)(uintptr_t)key, .value.string = (char *)(uintptr_t)value};
+}
+
+grpc_channel *bkv_client_target_connect(const bkv_client_target_t *target) {
+    grpc_arg args[] = {
+        int_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0), // $http_proxy would apply to 127.0.0.1 as well
+        int_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
+        int_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1), // two clients, two connections
+        int_arg(GRPC_ARG_ENABLE_RETRIES, 0),            // call.c retries; gRPC's own would hold on to payloads
+        int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RECEIVE_MAX),
+        int_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, -1),
+        int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0), // nobody compresses here but to make us run out of memory
+        int_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, RECONNECT_FIRST_MS),
+        int_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, RECONNECT_LONGEST_MS),
+        int_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_TIMEOUT_MS), // despite its name
+        int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS),
+        int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_TIMEOUT_MS),
+        string_arg(GRPC_ARG_PRIMARY_USER_AGENT_STRING, "libbalancekv/" BKV_VERSION),
+        string_arg(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, target->tls_name),
+    };
+    size_t count = sizeof args / sizeof args[0] - (target->tls_name == NULL ? 1 : 0);
+    const grpc_channel_args channel_args = {.num_args = count, .args = args};
+    return grpc_channel_create(target->address, target->credentials, &channel_args);
+}
