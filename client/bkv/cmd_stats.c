@@ -1,0 +1,160 @@
+// cmd_stats.c - `bkv ping` and `bkv stats`: is the daemon there, and what it counts.
+#include "cli.h"
+
+#include "session.h"
+#include "table.h"
+#include "text.h"
+
+#include <inttypes.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define DEFAULT_INTERVAL_MS 1000
+
+static void pause_ms(uint32_t ms) {
+    struct timespec span = {.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000};
+    nanosleep(&span, NULL);
+}
+
+bkv_status_t bkv_cmd_ping(bkv_cli_t *cli, bkv_error_t *err) {
+    bkv_session_t session;
+    uint32_t count = bkv_cli_given(cli, BKV_OPT_count) ? cli->count : 1;
+    bkv_status_t status = bkv_session_connect(&session, cli, err);
+    for (uint32_t i = 0; i < count && status == BKV_OK; i++) {
+        uint64_t round_trip_ns = 0;
+        char text[BKV_TEXT_MAX];
+        if (i > 0) {
+            pause_ms(DEFAULT_INTERVAL_MS);
+        }
+        status = bkv_ping(session.client, 0, &round_trip_ns, err);
+        if (status == BKV_OK && cli->json) {
+            bkv_cli_print_json(json_pack("{s:b, s:I}", "serving", 1, "round_trip_ns", (json_int_t)round_trip_ns), true);
+        } else if (status == BKV_OK) {
+            printf("serving, %s\n", bkv_text_of_ns((double)round_trip_ns, text));
+            fflush(stdout);
+        }
+    }
+    bkv_session_end(&session);
+    return status;
+}
+
+static json_t *stats_json(const bkv_stats_t *stats) {
+    json_t *metrics = json_object();
+    for (size_t i = 0; i < stats->count; i++) {
+        json_object_set_new(metrics, stats->metrics[i].name, json_real(stats->metrics[i].value));
+    }
+    return json_pack("{s:s?, s:s?, s:I, s:I, s:b, s:o}", "version", stats->version, "backend", stats->backend, "boot_epoch",
+                     (json_int_t)stats->boot_epoch, "uptime_ms", (json_int_t)stats->uptime_ms, "draining", stats->draining,
+                     "metrics", metrics);
+}
+
+static bool ends_with(const char *text, const char *end) {
+    size_t length = strlen(text), tail = strlen(end);
+    return length >= tail && strcmp(text + length - tail, end) == 0;
+}
+
+// Prometheus names carry their unit at the end, counters with _total behind it.
+static const char *value_text(const char *name, double value, char *out) {
+    if (ends_with(name, "_bytes") || ends_with(name, "_bytes_total")) {
+        return bkv_text_of_bytes(value, out);
+    }
+    if (ends_with(name, "_seconds") || ends_with(name, "_seconds_total")) {
+        return bkv_text_of_ns(value * 1e9, out);
+    }
+    return bkv_text_of_count(value, out);
+}
+
+// The same metric in an earlier answer; NULL: not there.
+static const bkv_metric_t *find_metric(const bkv_stats_t *stats, const char *name) {
+    for (size_t i = 0; stats != NULL && i < stats->count; i++) {
+        if (strcmp(stats->metrics[i].name, name) == 0) {
+            return &stats->metrics[i];
+        }
+    }
+    return NULL;
+}
+
+// Prints the table and returns its lines. before: an earlier answer, for rates; NULL: none wanted.
+static uint32_t show_stats(const bkv_stats_t *stats, const bkv_stats_t *before, bool rates) {
+    char text[BKV_TEXT_MAX];
+    bool color = bkv_table_color(stdout);
+    printf("balancekvd %s, kernels %s, up %s%s\n", stats->version ? stats->version : "?", stats->backend ? stats->backend : "?",
+           bkv_text_of_ns((double)stats->uptime_ms * 1e6, text), stats->draining ? ", draining" : "");
+    bkv_table_t *table = bkv_table_create(rates ? "metric|>value|>per second" : "metric|>value|what it is");
+    double seconds = before != NULL ? (double)(stats->uptime_ms - before->uptime_ms) / 1e3 : 0;
+    for (size_t i = 0; i < stats->count; i++) {
+        const bkv_metric_t *metric = &stats->metrics[i], *old = find_metric(before, metric->name);
+        bkv_table_cell(table, "%s", metric->name);
+        bkv_table_cell(table, "%s", value_text(metric->name, metric->value, text));
+        if (!rates) {
+            bkv_table_cell(table, "%s", metric->help ? metric->help : "");
+        } else if (metric->counter && old != NULL && seconds > 0) {
+            bkv_table_cell(table, "%s", value_text(metric->name, (metric->value - old->value) / seconds, text));
+        } else {
+            bkv_table_cell(table, "%s", "");
+        }
+    }
+    uint32_t lines = 1 + bkv_table_print(table, stdout, color);
+    bkv_table_destroy(table);
+    fflush(stdout);
+    return lines;
+}
+
+// Looks again and again. On a terminal each look overwrites the one before; elsewhere they follow one another.
+static bkv_status_t watch(const bkv_cli_t *cli, const bkv_session_t *session, bkv_error_t *err) {
+    uint32_t interval_ms = bkv_cli_given(cli, BKV_OPT_interval) ? cli->interval : DEFAULT_INTERVAL_MS;
+    bool terminal = isatty(STDOUT_FILENO), endless = !bkv_cli_given(cli, BKV_OPT_count);
+    bkv_stats_t *before = NULL;
+    bkv_status_t status = BKV_OK;
+    uint32_t lines = 0;
+    for (uint32_t i = 0; (endless || i < cli->count) && status == BKV_OK; i++) {
+        bkv_stats_t *now = NULL;
+        if (i > 0) {
+            pause_ms(interval_ms);
+        }
+        status = bkv_stats_get(session->client, 0, &now, err);
+        if (status != BKV_OK) {
+            break;
+        }
+        if (cli->json) {
+            bkv_cli_print_json(stats_json(now), true);
+        } else {
+            if (i > 0) {
+                terminal ? printf("\033[%uA\033[J", lines) : printf("\n");
+            }
+            // A daemon started anew counts from 0 again: no rate across that.
+            bool same = before != NULL && before->boot_epoch == now->boot_epoch;
+            lines = show_stats(now, same ? before : NULL, true);
+        }
+        if (before != NULL) {
+            bkv_stats_free(before);
+        }
+        before = now;
+    }
+    if (before != NULL) {
+        bkv_stats_free(before);
+    }
+    return status;
+}
+
+bkv_status_t bkv_cmd_stats(bkv_cli_t *cli, bkv_error_t *err) {
+    bkv_session_t session;
+    bkv_stats_t *stats = NULL;
+    bkv_status_t status = bkv_session_connect(&session, cli, err);
+    if (status == BKV_OK && cli->watch) {
+        status = watch(cli, &session, err);
+    } else if (status == BKV_OK) {
+        status = bkv_stats_get(session.client, 0, &stats, err);
+        if (status == BKV_OK && cli->json) {
+            bkv_cli_print_json(stats_json(stats), false);
+        } else if (status == BKV_OK) {
+            show_stats(stats, NULL, false);
+        }
+        if (stats != NULL) {
+            bkv_stats_free(stats);
+        }
+    }
+    bkv_session_end(&session);
+    return status;
+}

@@ -1,0 +1,117 @@
+// cmd_summarize.c - `bkv summarize IN OUT`: compress a trace off-line; the work is in summarize.c and unpack.c.
+#include "cli.h"
+
+#include "memory.h"
+#include "summarize.h"
+#include "table.h"
+#include "text.h"
+#include "unpack.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+#define DEFAULT_WINDOW       64
+#define DEFAULT_BLOCK_TOKENS 256
+
+static bkv_status_t read_options(bkv_cli_t *cli, bkv_summarize_t *options, bkv_error_t *err) {
+    const char *name = bkv_cli_given(cli, BKV_OPT_backend) ? cli->backend : "auto";
+    *options = (bkv_summarize_t){
+        .params = bkv_cli_codec(cli),
+        .block_tokens = bkv_cli_given(cli, BKV_OPT_block_tokens) ? cli->block_tokens : DEFAULT_BLOCK_TOKENS,
+        .window = bkv_cli_given(cli, BKV_OPT_window) ? cli->window : DEFAULT_WINDOW,
+        .budget = cli->budget,
+        .threads = cli->threads,
+        .backend = bkv_backend_get(name),
+        .quiet = cli->json,
+    };
+    if (options->block_tokens == 0 || options->block_tokens > BKV_MAX_TOKENS) {
+        return bkv_cli_usage(cli, err, "--block-tokens: %u is not in 1..%u", options->block_tokens, BKV_MAX_TOKENS);
+    }
+    if (options->backend == NULL) {
+        return bkv_cli_usage(cli, err, "--backend: there is no %s here", name);
+    }
+    if (bkv_codec_check(&options->params, err) != BKV_OK) {
+        cli->usage = true;
+        return BKV_INVALID_ARGUMENT;
+    }
+    return BKV_OK;
+}
+
+static bkv_status_t write_output(const bkv_cli_t *cli, const bkv_summarize_t *options, const bkv_trace_t *trace,
+                                 const bkv_summaries_t *summaries, bkv_error_t *err) {
+    char numbers[7][BKV_TEXT_MAX];
+    const uint64_t values[7] = {summaries->stored_bytes, summaries->raw_bytes, options->params.rate, options->block_tokens,
+                                options->params.sink,    options->window,      options->params.seed};
+    for (size_t i = 0; i < 7; i++) {
+        snprintf(numbers[i], sizeof numbers[i], "%" PRIu64, values[i]);
+    }
+    const char *const metadata[][2] = {
+        {"stored_bytes", numbers[0]}, {"raw_bytes", numbers[1]},    {"codec", bkv_codec_name(options->params.codec)},
+        {"rate", numbers[2]},         {"block_tokens", numbers[3]}, {"sink", numbers[4]},
+        {"window", numbers[5]},       {"seed", numbers[6]},         {"backend", options->backend->name},
+        {"version", bkv_version()},
+    };
+    bkv_unpack_t unpack = {
+        .records = (const void *const *)summaries->records,
+        .count = summaries->count,
+        .layer_numbers = trace->layer_numbers,
+        .trace = trace,
+        .window = options->window,
+        .metadata = metadata,
+        .metadata_count = sizeof metadata / sizeof *metadata,
+    };
+    bkv_status_t status = bkv_unpack_write(&unpack, cli->args[1], err);
+    if (status == BKV_OK && unpack.saturated > 0) {
+        fprintf(stderr, "bkv: summarize: warning: %" PRIu64 " values beyond float16 were written as +-65504\n",
+                unpack.saturated);
+    }
+    if (status == BKV_OK && bkv_cli_given(cli, BKV_OPT_record)) {
+        status = bkv_unpack_write_records(unpack.records, unpack.count, cli->record, err);
+    }
+    return status;
+}
+
+static void show(const bkv_cli_t *cli, const bkv_summarize_t *options, const bkv_trace_t *trace,
+                 const bkv_summaries_t *summaries, uint64_t took_ns) {
+    const bkv_shape_t *shape = &trace->shape;
+    double rate = (double)summaries->raw_bytes / (double)summaries->stored_bytes;
+    uint32_t tokens = shape->tokens - options->window;
+    if (cli->json) {
+        bkv_cli_print_json(json_pack("{s:s, s:i, s:i, s:i, s:I, s:I, s:I, s:f, s:f}", "codec",
+                                     bkv_codec_name(options->params.codec), "layers", (int)shape->layers, "heads",
+                                     (int)shape->heads, "tokens", (int)tokens, "records", (json_int_t)summaries->count,
+                                     "raw_bytes", (json_int_t)summaries->raw_bytes, "stored_bytes",
+                                     (json_int_t)summaries->stored_bytes, "rate", rate, "seconds", (double)took_ns / 1e9),
+                           false);
+        return;
+    }
+    char raw[BKV_TEXT_MAX], stored[BKV_TEXT_MAX], took[BKV_TEXT_MAX];
+    printf("%s: %u tokens x %u layers x %u heads, %s as bf16 -> %s in %zu record%s (%.2fx, %s), newest %u tokens exact, %s\n",
+           cli->args[1], tokens, shape->layers, shape->heads, bkv_text_of_bytes((double)summaries->raw_bytes, raw),
+           bkv_text_of_bytes((double)summaries->stored_bytes, stored), summaries->count, summaries->count == 1 ? "" : "s", rate,
+           bkv_codec_name(options->params.codec), options->window, bkv_text_of_ns((double)took_ns, took));
+}
+
+bkv_status_t bkv_cmd_summarize(bkv_cli_t *cli, bkv_error_t *err) {
+    bkv_summarize_t options;
+    bkv_trace_t trace;
+    bkv_summaries_t summaries = {.records = NULL};
+    bkv_status_t status = read_options(cli, &options, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    uint64_t start_ns = bkv_now_monotonic_ns();
+    status = bkv_trace_init(&trace, cli->args[0], err);
+    if (status == BKV_OK) {
+        status = bkv_summarize_trace(&trace, &options, &summaries, err);
+    }
+    if (status == BKV_OK) {
+        status = write_output(cli, &options, &trace, &summaries, err);
+    }
+    if (status == BKV_OK) {
+        show(cli, &options, &trace, &summaries, bkv_now_monotonic_ns() - start_ns);
+    }
+    bkv_summaries_deinit(&summaries);
+    bkv_trace_deinit(&trace);
+    return status;
+}
