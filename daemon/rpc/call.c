@@ -1,0 +1,359 @@
+// call.c - the life of a call: armed, accepted, read, answered, cleaned up. What is answered is the handlers' business.
+#include "daemon/rpc/call.h"
+
+#include "daemon/observe/clock.h"
+#include "daemon/observe/log.h"
+#include "daemon/rpc/status.h"
+
+#include <assert.h>
+#include <grpc/support/alloc.h>
+#include <grpc/support/time.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define REQUEST_ID_KEY "bkv-request-id"
+
+// Health and Stats are still answered beyond max_calls, so that an overloaded daemon can be told from a dead one; but not
+// without bound either.
+#define RESERVED_CALLS 64
+
+static const struct {
+    const char *name; // as in log lines
+    void (*handler)(bkv_call_t *call);
+    bool client_stream, always;
+} methods[BKV_METHOD_COUNT] = {
+#define X(id, path, handler, client_stream, always) {path, handler, client_stream, always},
+    BKV_METHODS(X)
+#undef X
+};
+
+static const char *method_name(const bkv_call_t *call) {
+    return call->method < BKV_METHOD_COUNT ? strrchr(methods[call->method].name, '/') + 1 : "unknown method";
+}
+
+// ThreadSanitizer does not see gRPC's own synchronisation between starting a batch and its completion.
+#ifdef __SANITIZE_THREAD__
+void __tsan_release(void *address);
+#define PUBLISH(tag) __tsan_release(tag)
+#else
+#define PUBLISH(tag) ((void)(tag))
+#endif
+
+void bkv_call_batch(bkv_call_t *call, const grpc_op *ops, size_t count, bkv_tag_t *tag) {
+    PUBLISH(tag);
+    grpc_call_error error = grpc_call_start_batch(call->grpc, ops, count, tag, NULL);
+    if (error != GRPC_CALL_OK) { // only a mistake of ours can cause it, and the call could never end
+        bkv_log(BKV_LOG_ERROR, call->id, "%s: gRPC refused a batch: %s", method_name(call), grpc_call_error_to_string(error));
+        abort();
+    }
+}
+
+static void advance(bkv_call_t *call, bkv_call_state_t state) {
+    assert(state > call->state);
+    call->state = state;
+}
+
+// ---- the clean-up ----
+
+void bkv_call_drop_message(bkv_call_t *call) {
+    if (call->message != NULL) {
+        grpc_byte_buffer_destroy(call->message);
+        call->message = NULL;
+    }
+}
+
+static void call_free(bkv_call_t *call) {
+    bkv_server_t *server = call->server;
+    if (call->body_free != NULL) {
+        call->body_free(call->body);
+    }
+    bkv_call_drop_message(call);
+    if (call->reply != NULL) {
+        grpc_byte_buffer_destroy(call->reply);
+    }
+    grpc_metadata_array_destroy(&call->metadata);
+    if (call->method == BKV_METHOD_COUNT) {
+        grpc_call_details_destroy(&call->details);
+    }
+    if (call->grpc != NULL) {
+        grpc_call_unref(call->grpc);
+    }
+    gpr_free(call);
+    bkv_server_release(server);
+}
+
+static void unlink_call(bkv_call_t *call) {
+    bkv_worker_t *worker = call->worker;
+    if (call->newer != NULL) {
+        call->newer->older = call->older;
+    } else {
+        worker->calls = call->older;
+    }
+    if (call->older != NULL) {
+        call->older->newer = call->newer;
+    }
+}
+
+// What to report of a call: where its peer went away, that matters and not what it led to.
+static void conclude(bkv_call_t *call) {
+    bool own = call->error.status != BKV_OK && !call->broken;
+    if (call->cancelled && !own) {
+        if (call->expired) {
+            bkv_fail(&call->error, BKV_DEADLINE_EXCEEDED, "deadline: the call had not ended when it passed");
+        } else {
+            bkv_fail(&call->error, BKV_CANCELLED, "the client cancelled the call or its connection broke");
+        }
+    }
+}
+
+void bkv_call_end(bkv_call_t *call) {
+    bkv_server_t *server = call->server;
+    conclude(call);
+    if (call->cancelled) {
+        atomic_fetch_add(&server->calls_cancelled_total, 1);
+    }
+    if (call->error.status != BKV_OK) {
+        atomic_fetch_add(&server->calls_failed_total, 1);
+        bkv_log_failure(call->id, method_name(call), &call->error);
+    }
+    unlink_call(call);
+    atomic_fetch_sub(&server->accepted, 1);
+    if (call->counted) {
+        atomic_fetch_sub(&server->open, 1);
+    }
+    call_free(call);
+}
+
+static void on_finished(void *owner, bool ok) {
+    (void)ok; // a status that could not be sent shows in `cancelled`
+    bkv_call_end(owner);
+}
+
+// ---- answering ----
+
+static size_t add_start(bkv_call_t *call, grpc_op *ops) {
+    if (call->started) {
+        return 0;
+    }
+    call->started = true;
+    ops[0] = (grpc_op){.op = GRPC_OP_SEND_INITIAL_METADATA};
+    return 1;
+}
+
+static size_t add_message(bkv_call_t *call, grpc_byte_buffer *message, grpc_op *ops) {
+    if (call->reply != NULL) {
+        grpc_byte_buffer_destroy(call->reply);
+    }
+    call->reply = message;
+    if (message == NULL) {
+        return 0;
+    }
+    ops[0] = (grpc_op){.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = message};
+    return 1;
+}
+
+void bkv_call_send(bkv_call_t *call, grpc_byte_buffer *message, void (*then)(void *call, bool ok)) {
+    grpc_op ops[2];
+    size_t count = add_start(call, ops);
+    count += add_message(call, message, ops + count);
+    call->tag = (bkv_tag_t){then, call};
+    bkv_call_batch(call, ops, count, &call->tag);
+}
+
+void bkv_call_finish(bkv_call_t *call, grpc_byte_buffer *last) {
+    advance(call, BKV_CALL_ENDING);
+    grpc_op ops[4];
+    size_t count = add_start(call, ops);
+    count += add_message(call, last, ops + count);
+
+    bool failed = call->error.status != BKV_OK;
+    grpc_slice details = failed ? grpc_slice_from_copied_string(call->error.message) : grpc_empty_slice();
+    grpc_metadata request_id = {0};
+    if (failed) {
+        char text[24];
+        snprintf(text, sizeof(text), "%" PRIu64, call->id);
+        request_id.key = grpc_slice_from_static_string(REQUEST_ID_KEY);
+        request_id.value = grpc_slice_from_copied_string(text);
+    }
+    ops[count++] = (grpc_op){
+        .op = GRPC_OP_SEND_STATUS_FROM_SERVER,
+        .data.send_status_from_server = {.trailing_metadata_count = failed ? 1 : 0,
+                                         .trailing_metadata = &request_id,
+                                         .status = bkv_status_to_grpc(call->error.status),
+                                         .status_details = failed ? &details : NULL},
+    };
+    ops[count++] = (grpc_op){
+        .op = GRPC_OP_RECV_CLOSE_ON_SERVER,
+        .data.recv_close_on_server.cancelled = &call->cancelled,
+    };
+    call->tag = (bkv_tag_t){on_finished, call};
+    bkv_call_batch(call, ops, count, &call->tag);
+    // gRPC has taken references of its own to what it still needs; the value is short enough to lie within its slice.
+    grpc_slice_unref(details);
+}
+
+void bkv_call_fail(bkv_call_t *call, const bkv_error_t *error) {
+    assert(error->status != BKV_OK);
+    call->error = *error;
+    bkv_call_finish(call, NULL);
+}
+
+void bkv_call_reply(bkv_call_t *call, const ProtobufCMessage *reply) {
+    bkv_call_finish(call, bkv_wire_pack(reply, NULL));
+}
+
+// ---- reading ----
+
+void bkv_call_read(bkv_call_t *call, void (*then)(void *call, bool ok)) {
+    bkv_call_drop_message(call);
+    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &call->message};
+    call->tag = (bkv_tag_t){then, call};
+    bkv_call_batch(call, &op, 1, &call->tag);
+}
+
+const ProtobufCMessage *bkv_call_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type) {
+    const ProtobufCMessage *request;
+    bkv_error_t error;
+    size_t most = bkv_server_request_most(call->server);
+    if (bkv_wire_unpack(type, call->message, most, &call->worker->bump, &request, &error) != BKV_OK) {
+        bkv_call_fail(call, &error);
+        return NULL;
+    }
+    return request;
+}
+
+static void on_request(void *owner, bool ok) {
+    bkv_call_t *call = owner;
+    bkv_error_t error;
+    if (!ok) {
+        bkv_fail(&error, BKV_RESOURCE_EXHAUSTED, "request: larger than max_message %" PRIu64, call->server->config.max_message);
+        bkv_call_fail(call, &error);
+    } else if (call->message == NULL) {
+        call->broken = true;
+        bkv_fail(&error, BKV_INVALID_ARGUMENT, "request: none was sent");
+        bkv_call_fail(call, &error);
+    } else if (bkv_wire_check_encoding(call->message, &error) != BKV_OK) {
+        bkv_call_fail(call, &error);
+    } else {
+        advance(call, BKV_CALL_RUNNING);
+        methods[call->method].handler(call);
+    }
+}
+
+// ---- arriving ----
+
+static uint64_t deadline_of(const bkv_call_t *call, uint64_t now_ms) {
+    uint64_t most = atomic_load(&call->server->op_timeout_ms);
+    gpr_timespec deadline = call->client_deadline;
+    if (gpr_time_cmp(deadline, gpr_inf_future(deadline.clock_type)) != 0) {
+        gpr_timespec left = gpr_time_sub(deadline, gpr_now(deadline.clock_type));
+        int32_t left_ms = gpr_time_to_millis(left);
+        uint64_t wanted = left_ms > 0 ? (uint64_t)left_ms : 0;
+        most = wanted < most ? wanted : most;
+    }
+    return now_ms + most;
+}
+
+static void accept_call(bkv_call_t *call) {
+    bkv_server_t *server = call->server;
+    bkv_worker_t *worker = call->worker;
+    advance(call, BKV_CALL_ACCEPTED);
+    call->id = atomic_fetch_add(&server->last_id, 1) + 1;
+    call->deadline_ms = deadline_of(call, bkv_now_ms());
+    call->older = worker->calls;
+    if (worker->calls != NULL) {
+        worker->calls->newer = call;
+    }
+    worker->calls = call;
+    atomic_fetch_add(&server->calls_total, 1);
+    call->counted = true;
+    atomic_fetch_add(&server->open, 1);
+}
+
+// Whether there is room for one more call; it is the accepted'th.
+static bkv_status_t admit(const bkv_call_t *call, uint32_t accepted, bkv_error_t *err) {
+    const bkv_server_t *server = call->server;
+    bool always = methods[call->method].always;
+    uint64_t most = (uint64_t)server->config.max_calls + (always ? RESERVED_CALLS : 0);
+    if (atomic_load(&server->draining) && !always) {
+        return bkv_fail(err, BKV_BUSY, "the daemon is draining; try another or come back");
+    }
+    if (accepted > most) {
+        return bkv_fail(err, BKV_BUSY, "%u calls are in flight, limits.max_calls; retry after a pause", accepted - 1);
+    }
+    return BKV_OK;
+}
+
+static void on_call(void *owner, bool ok) {
+    bkv_call_t *call = owner;
+    bkv_server_t *server = call->server;
+    if (!ok) { // the server is shutting down; there is no call
+        call_free(call);
+        return;
+    }
+    bkv_call_arm(call->worker, call->method);
+    if (call->method == BKV_METHOD_COUNT) {
+        call->client_deadline = call->details.deadline;
+    }
+    uint32_t accepted = atomic_fetch_add(&server->accepted, 1) + 1;
+    accept_call(call);
+    bkv_error_t error;
+    if (call->method == BKV_METHOD_COUNT) {
+        char *path = grpc_slice_to_c_string(call->details.method);
+        bkv_fail(&error, BKV_UNIMPLEMENTED, "method: %.100s is not one of this daemon's", path);
+        gpr_free(path);
+        bkv_call_fail(call, &error);
+    } else if (admit(call, accepted, &error) != BKV_OK) {
+        bkv_call_fail(call, &error);
+    } else if (methods[call->method].client_stream) {
+        advance(call, BKV_CALL_RUNNING);
+        methods[call->method].handler(call);
+    } else {
+        bkv_call_read(call, on_request);
+    }
+}
+
+void bkv_call_arm(bkv_worker_t *worker, bkv_method_id_t method) {
+    bkv_server_t *server = worker->server;
+    if (atomic_load(&server->stopping)) {
+        return;
+    }
+    bkv_call_t *call = gpr_zalloc(sizeof(*call)); // as gRPC's own memory: there or the process ends
+    call->tag = (bkv_tag_t){on_call, call};
+    call->server = server;
+    call->worker = worker;
+    call->method = method;
+    grpc_metadata_array_init(&call->metadata);
+    bkv_server_hold(server);
+    PUBLISH(&call->tag);
+    grpc_call_error error;
+    if (method == BKV_METHOD_COUNT) {
+        grpc_call_details_init(&call->details);
+        error = grpc_server_request_call(server->grpc, &call->grpc, &call->details, &call->metadata, worker->queue,
+                                         worker->queue, &call->tag);
+    } else {
+        error = grpc_server_request_registered_call(server->grpc, server->methods[method], &call->grpc, &call->client_deadline,
+                                                    &call->metadata, NULL, worker->queue, worker->queue, &call->tag);
+    }
+    if (error != GRPC_CALL_OK) {
+        bkv_log(BKV_LOG_ERROR, 0, "gRPC takes no further calls: %s", grpc_call_error_to_string(error));
+        abort();
+    }
+}
+
+void bkv_worker_sweep(bkv_worker_t *worker, uint64_t now_ms) {
+    worker->swept_ms = now_ms;
+    for (bkv_call_t *call = worker->calls, *older; call != NULL; call = older) {
+        older = call->older;
+        if (now_ms >= call->deadline_ms && !call->expired) {
+            call->expired = true;
+            grpc_call_cancel_with_status(call->grpc, GRPC_STATUS_DEADLINE_EXCEEDED,
+                                         "deadline: the call had not ended when it passed", NULL);
+        }
+        if (call->refresh != NULL) {
+            call->refresh(call);
+        }
+    }
+}

@@ -1,0 +1,243 @@
+// unary.c - the calls that are answered on the spot: Open, Lookup, Pin, Unpin, Drop and Stats. One request in, one reply out,
+// no waiting in between. Attend, which waits for a compute thread, is in attend.c.
+#include "daemon/observe/clock.h"
+#include "daemon/rpc/call.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define MAX_LEASE_MS 3600000
+#define MAX_METRICS  512
+
+static void no_memory(bkv_call_t *call) {
+    bkv_error_t error;
+    bkv_fail(&error, BKV_RESOURCE_EXHAUSTED, "request: no memory for its reply");
+    bkv_call_fail(call, &error);
+}
+
+// ---- Open ----
+
+static bkv_status_t open_spec(const bkv_call_t *call, const Balancekv__V1__Spec *spec, bkv_model_t *model, bkv_error_t *err) {
+    bkv_status_t status = bkv_wire_get_spec(spec, model, err);
+    if (status == BKV_OK) {
+        status = bkv_model_complete(model, err);
+    }
+    if (status == BKV_OK) {
+        status = bkv_model_table_add(bkv_pipeline_models(call->server->config.pipeline), model, err);
+    }
+    return status;
+}
+
+void bkv_handle_open(bkv_call_t *call) {
+    const Balancekv__V1__OpenRequest *request =
+        (const Balancekv__V1__OpenRequest *)bkv_call_request(call, &balancekv__v1__open_request__descriptor);
+    if (request == NULL) {
+        return;
+    }
+    bkv_model_t model;
+    bkv_error_t error;
+    if (open_spec(call, request->spec, &model, &error) != BKV_OK) {
+        bkv_call_fail(call, &error);
+        return;
+    }
+    const bkv_server_config_t *config = &call->server->config;
+    Balancekv__V1__Spec spec;
+    bkv_wire_set_spec(&model, &spec);
+    char inline_transport[] = "inline";
+    char *transports[] = {inline_transport};
+    Balancekv__V1__OpenResponse reply = BALANCEKV__V1__OPEN_RESPONSE__INIT;
+    reply.spec_id = (ProtobufCBinaryData){BKV_SPEC_ID_BYTES, model.id.bytes};
+    reply.boot_epoch = config->boot_epoch;
+    reply.max_message_bytes = config->max_message;
+    reply.max_block_bytes = config->max_block;
+    reply.max_batch = config->max_batch;
+    reply.n_transports = 1;
+    reply.transports = transports;
+    reply.backend = (char *)config->backend;
+    reply.spec = &spec;
+    bkv_call_reply(call, &reply.base);
+}
+
+// ---- calls over keys ----
+
+// What Lookup, Pin and Drop have in common.
+typedef struct keyed {
+    bkv_spec_id_t spec_id;
+    bkv_key_t *keys; // in the bump
+    uint32_t count;
+} keyed_t;
+
+static bkv_status_t get_keyed(bkv_call_t *call, const ProtobufCBinaryData *spec_id, size_t count,
+                              const ProtobufCBinaryData *keys, keyed_t *keyed, bkv_error_t *err) {
+    const bkv_server_config_t *config = &call->server->config;
+    bkv_status_t status = bkv_wire_get_spec_id(spec_id, &keyed->spec_id, err);
+    if (status == BKV_OK) {
+        status = bkv_wire_check_keys(count, keys, config->max_batch, err);
+    }
+    if (status != BKV_OK) {
+        return status;
+    }
+    if (bkv_model_table_find(bkv_pipeline_models(config->pipeline), &keyed->spec_id) == NULL) {
+        return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
+    }
+    keyed->count = (uint32_t)count;
+    keyed->keys = bkv_bump_alloc(&call->worker->bump, count * sizeof(keyed->keys[0]));
+    if (keyed->keys == NULL) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for them");
+    }
+    bkv_wire_get_keys(count, keys, keyed->keys);
+    return BKV_OK;
+}
+
+void bkv_handle_lookup(bkv_call_t *call) {
+    const Balancekv__V1__LookupRequest *request =
+        (const Balancekv__V1__LookupRequest *)bkv_call_request(call, &balancekv__v1__lookup_request__descriptor);
+    if (request == NULL) {
+        return;
+    }
+    keyed_t keyed;
+    bkv_error_t error;
+    if (get_keyed(call, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
+        bkv_call_fail(call, &error);
+        return;
+    }
+    Balancekv__V1__KeyState *states = bkv_bump_alloc(&call->worker->bump, keyed.count * sizeof(states[0]));
+    if (states == NULL) {
+        no_memory(call);
+        return;
+    }
+    Balancekv__V1__LookupResponse reply = BALANCEKV__V1__LOOKUP_RESPONSE__INIT;
+    uint64_t now_ms = bkv_now_ms();
+    for (uint32_t i = 0; i < keyed.count; i++) {
+        bool resident = bkv_store_contains(call->server->config.store, &keyed.spec_id, &keyed.keys[i], now_ms);
+        states[i] = resident ? BALANCEKV__V1__KEY_STATE__KEY_RESIDENT : BALANCEKV__V1__KEY_STATE__KEY_ABSENT;
+        reply.prefix += resident && reply.prefix == i;
+    }
+    reply.n_states = keyed.count;
+    reply.states = states;
+    reply.boot_epoch = call->server->config.boot_epoch;
+    bkv_call_reply(call, &reply.base);
+}
+
+static bkv_status_t pin(bkv_call_t *call, const Balancekv__V1__PinRequest *request, uint64_t *lease, bkv_error_t *err) {
+    keyed_t keyed;
+    bkv_status_t status = get_keyed(call, &request->spec_id, request->n_keys, request->keys, &keyed, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    if (keyed.count == 0) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: none given");
+    }
+    if (request->ttl_ms == 0 || request->ttl_ms > MAX_LEASE_MS) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "ttl_ms: %llu is not within 1..%d", (unsigned long long)request->ttl_ms,
+                        MAX_LEASE_MS);
+    }
+    return bkv_store_lease(call->server->config.store, &keyed.spec_id, keyed.keys, keyed.count, request->ttl_ms, bkv_now_ms(),
+                           lease, err);
+}
+
+void bkv_handle_pin(bkv_call_t *call) {
+    const Balancekv__V1__PinRequest *request =
+        (const Balancekv__V1__PinRequest *)bkv_call_request(call, &balancekv__v1__pin_request__descriptor);
+    if (request == NULL) {
+        return;
+    }
+    Balancekv__V1__PinResponse reply = BALANCEKV__V1__PIN_RESPONSE__INIT;
+    bkv_error_t error;
+    if (pin(call, request, &reply.lease, &error) != BKV_OK) {
+        bkv_call_fail(call, &error);
+        return;
+    }
+    reply.boot_epoch = call->server->config.boot_epoch;
+    bkv_call_reply(call, &reply.base);
+}
+
+void bkv_handle_unpin(bkv_call_t *call) {
+    const Balancekv__V1__UnpinRequest *request =
+        (const Balancekv__V1__UnpinRequest *)bkv_call_request(call, &balancekv__v1__unpin_request__descriptor);
+    if (request == NULL) {
+        return;
+    }
+    bkv_error_t error;
+    if (bkv_store_unlease(call->server->config.store, request->lease, &error) != BKV_OK) {
+        bkv_call_fail(call, &error);
+        return;
+    }
+    Balancekv__V1__UnpinResponse reply = BALANCEKV__V1__UNPIN_RESPONSE__INIT;
+    reply.boot_epoch = call->server->config.boot_epoch;
+    bkv_call_reply(call, &reply.base);
+}
+
+void bkv_handle_drop(bkv_call_t *call) {
+    const Balancekv__V1__DropRequest *request =
+        (const Balancekv__V1__DropRequest *)bkv_call_request(call, &balancekv__v1__drop_request__descriptor);
+    if (request == NULL) {
+        return;
+    }
+    keyed_t keyed;
+    bkv_error_t error;
+    if (get_keyed(call, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
+        bkv_call_fail(call, &error);
+        return;
+    }
+    Balancekv__V1__DropResponse reply = BALANCEKV__V1__DROP_RESPONSE__INIT;
+    uint64_t now_ms = bkv_now_ms();
+    for (uint32_t i = 0; i < keyed.count; i++) {
+        reply.dropped += bkv_store_drop(call->server->config.store, &keyed.spec_id, &keyed.keys[i], now_ms);
+    }
+    reply.boot_epoch = call->server->config.boot_epoch;
+    bkv_call_reply(call, &reply.base);
+}
+
+// ---- Stats ----
+
+typedef struct gathered {
+    bkv_bump_t *bump;
+    size_t count;
+    Balancekv__V1__Metric *metrics[MAX_METRICS];
+} gathered_t;
+
+static void gather(void *sink, const char *name, const char *help, bool counter, double value) {
+    static const char prefix[] = "balancekv_";
+    gathered_t *gathered = sink;
+    size_t room = sizeof(prefix) + strlen(name);
+    char *full_name = bkv_bump_alloc(gathered->bump, room);
+    Balancekv__V1__Metric *metric = bkv_bump_alloc(gathered->bump, sizeof(*metric));
+    if (gathered->count == MAX_METRICS || full_name == NULL || metric == NULL) {
+        return; // a metric too many is left out, the others are worth more than an error
+    }
+    snprintf(full_name, room, "%s%s", prefix, name);
+    balancekv__v1__metric__init(metric);
+    metric->name = full_name;
+    metric->help = (char *)help;
+    metric->counter = counter;
+    metric->value = value;
+    gathered->metrics[gathered->count++] = metric;
+}
+
+void bkv_handle_stats(bkv_call_t *call) {
+    const bkv_server_t *server = call->server;
+    const bkv_server_config_t *config = &server->config;
+    if (bkv_call_request(call, &balancekv__v1__stats_request__descriptor) == NULL) {
+        return;
+    }
+    gathered_t *gathered = bkv_bump_alloc(&call->worker->bump, sizeof(*gathered));
+    if (gathered == NULL) {
+        no_memory(call);
+        return;
+    }
+    gathered->bump = &call->worker->bump;
+    gathered->count = 0;
+    for (size_t i = 0; i < config->source_count; i++) {
+        config->sources[i].collect(config->sources[i].owner, gather, gathered);
+    }
+    Balancekv__V1__StatsResponse reply = BALANCEKV__V1__STATS_RESPONSE__INIT;
+    reply.version = (char *)config->version;
+    reply.boot_epoch = config->boot_epoch;
+    reply.uptime_ms = bkv_now_ms() - server->started_ms;
+    reply.backend = (char *)config->backend;
+    reply.draining = atomic_load(&server->draining);
+    reply.n_metrics = gathered->count;
+    reply.metrics = gathered->metrics;
+    bkv_call_reply(call, &reply.base);
+}
