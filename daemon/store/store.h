@@ -1,7 +1,8 @@
 // store.h - records in one bounded arena: reserve, fill, publish; find, pin, unpin; evict.
 //
 // What it is: an arena (arena.h) cut into slabs of one size class each (slab.h), an index of 64-byte entries in shards
-// (index.h), eviction by SIEVE (evict.h), leases (lease.h), restart by a scan of the arena (recover.h).
+// (index.h), eviction by SIEVE (evict.h), leases (lease.h), restart by a scan of the arena (recover.h); internal.h has the
+// locks. A record is known by its key and its spec_id together: two specs never meet, whatever their keys.
 // What it is not: it knows records' headers (kernels/summary.h) but neither codecs nor the wire.
 //
 // All memory is taken at create; afterwards every failure is a status. Thread-safe. Time is an argument: now_ms is a
@@ -17,16 +18,17 @@
 typedef struct bkv_store bkv_store_t;
 
 typedef struct bkv_store_config {
-    uint64_t arena_bytes;    // all memory for records; rounded down to whole slabs
-    uint64_t slab_bytes;     // also the largest record; 0: arena_bytes / 64, at least 8 MiB, at most 1 GiB
-    uint32_t max_entries;    // 0: arena_bytes / 16 KiB, at least 1,024
-    uint32_t shards;         // power of two; 0: 64
-    uint32_t max_leases;     // 0: 4,096
-    uint32_t max_lease_keys; // keys under lease at once, all leases together; 0: 65,536
-    uint64_t tenant_quota;   // bytes of slots per tenant; 0: none (see bkv_store_set_quota)
-    bool prefault;           // touch every page at create
-    const char *arena_path;  // a file on tmpfs or hugetlbfs that outlives the process; NULL: an anonymous memfd
-    int arena_fd;            // an arena handed on by a predecessor (systemd's fd store); -1: none
+    uint64_t arena_bytes;      // all memory for records; rounded down to whole slabs
+    uint64_t slab_bytes;       // also the largest record; 0: arena_bytes / 64, at least 8 MiB, at most 1 GiB
+    uint32_t max_entries;      // 0: arena_bytes / 16 KiB, at least 1,024
+    uint32_t shards;           // power of two; 0: 64
+    uint32_t max_leases;       // 0: 4,096
+    uint32_t max_lease_keys;   // keys under lease at once, all leases together; 0: 65,536
+    uint64_t tenant_quota;     // bytes of slots per tenant; 0: none (see bkv_store_set_quota)
+    uint64_t recovered_ttl_ms; // how long records of an earlier process live on, theirs being forgotten; 0: no expiry
+    bool prefault;             // touch every page at create
+    const char *arena_path;    // a file on tmpfs or hugetlbfs that outlives the process; NULL: an anonymous memfd
+    int arena_fd;              // an arena handed on by a predecessor (systemd's fd store), used instead of arena_path; -1: none
 } bkv_store_config_t;
 
 // Counters since create (or, for gauges, now): X(name, is_counter, help)
@@ -78,7 +80,9 @@ typedef struct bkv_pin {
 
 // Creates, or takes over the arena of arena_path or arena_fd: every slot whose header is sound becomes an entry again (its
 // payload is verified when it is first got). An arena of another version or geometry is cleared, and the log says so.
-// *recovered (may be NULL): how many records were taken over. now_ms starts their default TTL.
+// *recovered (may be NULL): how many records were taken over. now_ms starts their TTL. A file is locked: two daemons never
+// share one. arena_fd is duplicated, the caller may close it. INVALID_ARGUMENT: a field of config, named; FAILED_PRECONDITION:
+// another process has the arena; RESOURCE_EXHAUSTED: no memory, or no room on the file system.
 bkv_status_t bkv_store_create(const bkv_store_config_t *config, uint64_t now_ms, bkv_store_t **store, uint64_t *recovered,
                               bkv_error_t *err);
 
@@ -91,8 +95,12 @@ int bkv_store_fd(const bkv_store_t *store);
 // Largest record that fits.
 uint64_t bkv_store_max_record(const bkv_store_t *store);
 
-// Bytes of slots that `tenant` (as in the record header) may use; 0: no limit. May be called at any time.
-void bkv_store_set_quota(bkv_store_t *store, uint64_t tenant, uint64_t bytes);
+// Bytes of slots that `tenant` (as in the record header) may use; 0: no limit; BKV_QUOTA_DEFAULT: config's tenant_quota again,
+// which set_default_quota changes. May be called at any time; what is over a smaller quota leaves at the tenant's next reserve.
+// RESOURCE_EXHAUSTED: 16,384 tenants have records or quotas already.
+#define BKV_QUOTA_DEFAULT UINT64_MAX
+bkv_status_t bkv_store_set_quota(bkv_store_t *store, uint64_t tenant, uint64_t bytes, bkv_error_t *err);
+void bkv_store_set_default_quota(bkv_store_t *store, uint64_t bytes);
 
 // A slot for a record of at most `length` bytes. Evicts as needed, the tenant's own records first where it is at its quota.
 // RESOURCE_EXHAUSTED: nothing can be evicted (all pinned or leased), the quota is smaller than the record, or it is larger
@@ -101,9 +109,10 @@ bkv_status_t bkv_store_reserve(bkv_store_t *store, uint64_t tenant, uint64_t len
                                bkv_error_t *err);
 
 // Shows the sealed record in slot->data (header.key, header.length and header.tenant are taken from it) to everybody; the
-// slot is the store's afterwards in every case. A slot much larger than the record is exchanged for a smaller one where there
-// is one free. ttl_ms 0: no expiry. raw_bytes: size before compression, for the counters. ALREADY_EXISTS: the key was there,
-// this record is gone, the older one stays. RESOURCE_EXHAUSTED: no entry to be had.
+// slot is the store's afterwards in every case. A record much smaller than its slot moves to one of its own size, for which a
+// record of that size may be evicted. ttl_ms 0: no expiry. raw_bytes: size before compression, for the counters.
+// ALREADY_EXISTS: the key was there, this record is gone, the older one stays. RESOURCE_EXHAUSTED: no entry to be had.
+// INVALID_ARGUMENT: the header is no record's, or its length or tenant are not the slot's.
 bkv_status_t bkv_store_publish(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes, uint64_t now_ms,
                                bkv_error_t *err);
 
