@@ -25,7 +25,7 @@ static bkv_store_config_t store_config(const bkv_config_t *config, int arena_fd)
         .slab_bytes = config->memory_slab,
         .max_entries = config->memory_max_entries,
         .tenant_quota = config->memory_tenant_quota,
-        .recovered_ttl = config->memory_ttl,
+        .recovered_ttl_ms = config->memory_ttl,
         .prefault = config->memory_prefault,
         .arena_path = config->memory_arena_path[0] != '\0' ? config->memory_arena_path : NULL,
         .arena_fd = arena_fd,
