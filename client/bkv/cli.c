@@ -35,6 +35,20 @@ static const struct {
 #undef X
 };
 
+// What a value should have been, by kind.
+static const char *const expectations[] = {
+    [KIND_FLAG] = "a flag",
+    [KIND_STRING] = "a text",
+    [KIND_U32] = "a whole number below 2^32",
+    [KIND_U64] = "a whole number below 2^64",
+    [KIND_REAL] = "a number",
+    [KIND_SIZE] = "a size (4096, 64K, 2M, 1G)",
+    [KIND_MS] = "a time (500ms, 10s, 2m, 1h)",
+    [KIND_CODEC] = "raw, dense8, dense4 or balance",
+    [KIND_DTYPE] = "bf16, fp16 or fp32",
+    [KIND_RANGE] = "a range (3, 2:5 or 2:)",
+};
+
 bool bkv_cli_given(const bkv_cli_t *cli, bkv_cli_option_t option) {
     return (cli->given >> option & 1) != 0;
 }
@@ -122,7 +136,8 @@ bkv_status_t bkv_cli_parse(bkv_cli_t *cli, uint32_t groups, int argc, char **arg
         }
         size_t option = seen == 'h' ? (size_t)BKV_OPT_help : (size_t)seen - 256;
         if (!parse_value(cli, option, optarg)) {
-            return bkv_cli_usage(cli, err, "--%s: \"%s\" is no %s", options[option].flag, optarg, options[option].argument);
+            return bkv_cli_usage(cli, err, "--%s: \"%.64s\" is not %s", options[option].flag, optarg,
+                                 expectations[options[option].kind]);
         }
         cli->given |= (uint64_t)1 << option;
     }
