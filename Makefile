@@ -13,8 +13,12 @@ WARN = -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Wmissing-prototy
 OPT ?= -O2 -g
 SAN ?=
 CPPFLAGS = -I. -Ikernels -I$(BUILD)/proto -DBKV_VERSION='"$(VERSION)"'
-CFLAGS = $(CSTD) $(WARN) $(OPT) $(SAN) -fPIC -fno-omit-frame-pointer -fvisibility=hidden -pthread
-LDFLAGS = $(SAN) -pthread
+CFLAGS = $(CSTD) $(WARN) $(OPT) $(SAN) -fPIC -fno-omit-frame-pointer -fvisibility=hidden -fstack-protector-strong -pthread
+LDFLAGS = $(SAN) -pthread -pie -Wl,--as-needed -Wl,-z,relro -Wl,-z,now
+
+# `make V=1` shows whole command lines.
+Q = $(if $(V),,@)
+say = $(if $(V),,@echo "  $(1)  $(2)")
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
@@ -32,7 +36,8 @@ clean:
 
 # One rule for every C file of ours; generated protobuf code has its own, laxer one in proto/module.mk.
 $(BUILD)/obj/%.o: %.c
+	$(call say,CC ,$<)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(DEPS_CFLAGS) $(CFLAGS) $(FILE_CFLAGS) -MMD -MP -c $< -o $@
+	$(Q)$(CC) $(CPPFLAGS) $(DEPS_CFLAGS) $(CFLAGS) $(FILE_CFLAGS) -MMD -MP -c $< -o $@
 
 -include $(shell find $(BUILD)/obj -name '*.d' 2>/dev/null)

@@ -13,20 +13,22 @@ $(BUILD)/obj/client/%.o: DEPS_CFLAGS = $(shell pkg-config --cflags $(CLIENT_PC) 
 $(CLIENT_OBJ): | $(PROTO_HDR)
 $(CLIENT_SO): $(CLIENT_OBJ) $(PROTO_OBJ) $(KERNELS_OBJ) client/libbalancekv.map
 	@mkdir -p $(@D)
-	$(CC) $(LDFLAGS) -shared -Wl,-soname,libbalancekv.so.$(SOVERSION) -Wl,--version-script=client/libbalancekv.map -Wl,-z,nodelete \
+	$(call say,LD ,$@)
+	$(Q)$(CC) $(filter-out -pie,$(LDFLAGS)) -shared -Wl,-soname,libbalancekv.so.$(SOVERSION) -Wl,--version-script=client/libbalancekv.map -Wl,-z,nodelete \
 	  -o $@ $(filter %.o,$^) $(shell pkg-config --libs $(CLIENT_PC)) -lm
 $(BUILD)/lib/libbalancekv.so: $(CLIENT_SO)
-	ln -sf libbalancekv.so.$(VERSION) $(BUILD)/lib/libbalancekv.so.$(SOVERSION)
-	ln -sf libbalancekv.so.$(SOVERSION) $@
+	@ln -sf libbalancekv.so.$(VERSION) $(BUILD)/lib/libbalancekv.so.$(SOVERSION)
+	@ln -sf libbalancekv.so.$(SOVERSION) $@
 
 # bkv finds the library beside itself in the build tree and by the usual path once installed.
 $(BUILD)/bin/bkv: $(BKV_OBJ) $(BUILD)/lib/libbalancekv.so
 	@mkdir -p $(@D)
-	$(CC) $(LDFLAGS) -o $@ $(BKV_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' $(shell pkg-config --libs $(BKV_PC)) -lm
+	$(call say,LD ,$@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $(BKV_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' $(shell pkg-config --libs $(BKV_PC)) -lm
 
 $(BUILD)/lib/pkgconfig/balancekv.pc: client/balancekv.pc.in
 	@mkdir -p $(@D)
-	sed -e 's|@PREFIX@|$(PREFIX)|g' -e 's|@VERSION@|$(VERSION)|g' $< >$@
+	@sed -e 's|@PREFIX@|$(PREFIX)|g' -e 's|@VERSION@|$(VERSION)|g' $< >$@
 
 .PHONY: client
 ## client: build/bin/bkv and build/lib/libbalancekv.so

@@ -10,11 +10,13 @@ $(DAEMON_OBJ) $(BUILD)/obj/daemon/main.o: | $(PROTO_HDR)
 $(DAEMON_LIB): $(DAEMON_OBJ) $(PROTO_OBJ)
 	@mkdir -p $(@D)
 	@rm -f $@
-	$(AR) rcs $@ $^
+	$(call say,AR ,$@)
+	$(Q)$(AR) rcs $@ $^
 
 .PHONY: daemon
 ## daemon: build/bin/balancekvd
 daemon: $(BUILD)/bin/balancekvd
 $(BUILD)/bin/balancekvd: $(BUILD)/obj/daemon/main.o $(DAEMON_LIB) $(KERNELS_LIB)
 	@mkdir -p $(@D)
-	$(CC) $(LDFLAGS) -o $@ $^ $(DAEMON_LIBS)
+	$(call say,LD ,$@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(DAEMON_LIBS)

@@ -14,7 +14,8 @@ kernels: $(KERNELS_LIB) cuda-note
 $(KERNELS_LIB): $(KERNELS_OBJ)
 	@mkdir -p $(@D)
 	@rm -f $@
-	$(AR) rcs $@ $^
+	$(call say,AR ,$@)
+	$(Q)$(AR) rcs $@ $^
 
 .PHONY: cuda-note
 cuda-note:

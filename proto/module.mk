@@ -6,6 +6,8 @@ PROTO_HDR := $(PROTO_GEN:.c=.h)
 
 $(BUILD)/proto/%.pb-c.c $(BUILD)/proto/%.pb-c.h &: proto/%.proto
 	@mkdir -p $(@D)
-	protoc -Iproto --c_out=$(BUILD)/proto $<
+	$(call say,PB ,$<)
+	$(Q)protoc -Iproto --c_out=$(BUILD)/proto $<
 $(BUILD)/proto/%.pb-c.o: $(BUILD)/proto/%.pb-c.c
-	$(CC) $(CSTD) $(OPT) $(SAN) -fPIC -fvisibility=hidden -c $< -o $@
+	$(call say,CC ,$<)
+	$(Q)$(CC) $(CSTD) $(OPT) $(SAN) -fPIC -fvisibility=hidden -c $< -o $@

@@ -11,7 +11,8 @@ $(UNIT_OBJ): | $(PROTO_HDR)
 # One binary over every room's objects, so that a unit test can reach what is not exported.
 $(BUILD)/tests/unit: $(UNIT_OBJ) $(CLIENT_OBJ) $(filter-out %/main.o,$(BKV_OBJ)) $(DAEMON_LIB) $(KERNELS_LIB)
 	@mkdir -p $(@D)
-	$(CC) $(LDFLAGS) -o $@ $(filter-out %.a,$^) $(DAEMON_LIB) $(KERNELS_LIB) $(TEST_LIBS)
+	$(call say,LD ,$@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $(filter-out %.a,$^) $(DAEMON_LIB) $(KERNELS_LIB) $(TEST_LIBS)
 
 .PHONY: test test-run unit integration e2e demo demo-run bench bench-run soak
 ## test: set up, build, then run every test
@@ -40,7 +41,8 @@ BENCH_OBJ := $(BENCH_SRC:%.c=$(BUILD)/obj/%.o)
 $(BENCH_OBJ): | $(PROTO_HDR)
 $(BUILD)/tests/bench_rpc: $(BENCH_OBJ) $(BUILD)/lib/libbalancekv.so $(PROTO_OBJ)
 	@mkdir -p $(@D)
-	$(CC) $(LDFLAGS) -o $@ $(BENCH_OBJ) $(PROTO_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' \
+	$(call say,LD ,$@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $(BENCH_OBJ) $(PROTO_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' \
 	  $(shell pkg-config --libs $(CLIENT_PC) $(BKV_PC)) -lm
 ## bench: put, get and lookup against a bare gRPC C core in one run; writes build/bench/bench.json
 bench: setup
@@ -73,9 +75,11 @@ FUZZ_ROOM_SRC = $(KERNELS_SRC) $(filter-out client/bkv/main.c,$(BKV_SRC)) $(CLIE
 FUZZ_OBJ = $(FUZZ_ROOM_SRC:%.c=build-fuzz/obj/%.o)
 build-fuzz/obj/%.o: %.c | $(PROTO_HDR)
 	@mkdir -p $(@D)
-	clang $(CPPFLAGS) $(shell pkg-config --cflags $(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -w -fsanitize=fuzzer-no-link,address,undefined -pthread -c $< -o $@
+	$(call say,FUZ,$<)
+	$(Q)clang $(CPPFLAGS) $(shell pkg-config --cflags $(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -w -fsanitize=fuzzer-no-link,address,undefined -pthread -c $< -o $@
 build-fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(FUZZ_OBJ)
-	clang $(CPPFLAGS) $(shell pkg-config --cflags $(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -pthread -o $@ $^ \
+	$(call say,FUZ,$<)
+	$(Q)clang $(CPPFLAGS) $(shell pkg-config --cflags $(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -pthread -o $@ $^ \
 	  $(shell pkg-config --libs $(DAEMON_PC) $(BKV_PC)) -lm
 .PHONY: fuzz fuzz-run
 ## fuzz: every parser of outside bytes, FUZZ_SECONDS each (default 20)
