@@ -36,7 +36,7 @@ static bkv_status_t create_store(bkv_app_t *app, int arena_fd, bkv_error_t *err)
     bkv_store_config_t config = store_config(app->config, arena_fd);
     uint64_t recovered = 0;
     bkv_status_t status = bkv_store_create(&config, bkv_now_ms(), &app->store, &recovered, err);
-    if (status == BKV_OK && (arena_fd >= 0 || config.arena_path != NULL)) {
+    if (status == BKV_OK && recovered > 0) {
         bkv_log(BKV_LOG_INFO, 0, "arena: took over %" PRIu64 " records from the process before", recovered);
     }
     return status;
