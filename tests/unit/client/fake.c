@@ -164,6 +164,11 @@ static void *server_run(void *argument) {
 
 fake_server_t *fake_server_start(const char *address, fake_handler_t handler, void *user) {
     grpc_init();
+    return fake_server_start_with(address, grpc_insecure_server_credentials_create(), handler, user);
+}
+
+fake_server_t *fake_server_start_with(const char *address, grpc_server_credentials *credentials, fake_handler_t handler,
+                                      void *user) {
     fake_server_t *server = calloc(1, sizeof *server);
     server->handler = handler;
     server->user = user;
@@ -174,7 +179,6 @@ fake_server_t *fake_server_start(const char *address, fake_handler_t handler, vo
     server->server = grpc_server_create(&(grpc_channel_args){.num_args = 1, .args = &limit}, NULL);
     server->notifications = grpc_completion_queue_create_for_next(NULL);
     grpc_server_register_completion_queue(server->server, server->notifications, NULL);
-    grpc_server_credentials *credentials = grpc_insecure_server_credentials_create();
     cr_assert(grpc_server_add_http2_port(server->server, address, credentials) != 0);
     grpc_server_credentials_release(credentials);
     grpc_server_start(server->server);

@@ -19,6 +19,8 @@ typedef void (*fake_handler_t)(fake_call_t *call, void *user);
 
 // Listens on a gRPC address ("unix:/path"). Aborts when it cannot.
 fake_server_t *fake_server_start(const char *address, fake_handler_t handler, void *user);
+fake_server_t *fake_server_start_with(const char *address, grpc_server_credentials *credentials, fake_handler_t handler,
+                                      void *user);
 void fake_server_stop(fake_server_t *server); // cancels what hangs
 
 bool fake_is(const fake_call_t *call, const char *method); // "Lookup"
