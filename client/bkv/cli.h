@@ -87,7 +87,7 @@ typedef struct bkv_cli_range {
     X(watch, "watch", FLAG, NULL, WATCH, "keep showing them, with rates")                                                      \
     X(interval, "interval", MS, "TIME", WATCH, "between two looks (default 1s)")                                               \
     X(count, "count", U32, "N", COUNT, "how often (ping: default 1; stats --watch: default until interrupted)")                \
-    X(blocks, "blocks", U32, "N", BENCH, "different blocks to put and get (default 64)")                                       \
+    X(blocks, "blocks", U32, "N", BENCH, "different blocks to put and get (default 32)")                                       \
     X(ops, "ops", STRING, "LIST", BENCH, "any of put,lookup,get, run in that order (default all)")                             \
     X(keep, "keep", FLAG, NULL, BENCH, "do not drop the blocks at the end")
 

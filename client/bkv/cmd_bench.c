@@ -16,7 +16,7 @@
 
 #define DEFAULT_PARALLEL 4
 #define MAX_PARALLEL     1024
-#define DEFAULT_BLOCKS   64
+#define DEFAULT_BLOCKS   32
 #define MAX_BLOCKS       (1u << 20)
 #define PAYLOADS         4 // different payloads, taken in turn: more would measure this program's memory
 
@@ -169,6 +169,14 @@ static void summarize_latency(bench_t *bench, outcome_t *outcome) {
     outcome->p99_ns = bench->latency_ns[(size_t)((double)(count - 1) * 0.99)];
 }
 
+static void note_failure(bkv_error_t *first, op_t op, const bkv_error_t *error) {
+    if (error->status != BKV_OK && first->status == BKV_OK) {
+        // What was put a moment ago and is gone was evicted.
+        const char *hint = op == OP_GET && error->status == BKV_NOT_FOUND ? " (evicted? fewer --blocks fit the arena)" : "";
+        bkv_fail(first, error->status, "%s: %s%s", op_names[op], error->message, hint);
+    }
+}
+
 // One phase: every block once, `parallel` calls in flight. The first failure ends it once the calls in flight are back.
 static bkv_status_t run_phase(bench_t *bench, bkv_queue_t *queue, op_t op, outcome_t *outcome, bkv_error_t *err) {
     bkv_error_t failure = {.status = BKV_OK};
@@ -201,9 +209,7 @@ static bkv_status_t run_phase(bench_t *bench, bkv_queue_t *queue, op_t op, outco
             in_flight--;
             outcome->bytes += bytes;
             bench->latency_ns[outcome->calls++] = now_ns - bench->started_ns[slot];
-            if (done[c].error.status != BKV_OK && failure.status == BKV_OK) {
-                bkv_fail(&failure, done[c].error.status, "%s: %s", op_names[op], done[c].error.message);
-            }
+            note_failure(&failure, op, &done[c].error);
             bkv_progress_step(&progress, 1, bytes);
         }
     }
@@ -306,7 +312,7 @@ static bkv_status_t read_ops(bkv_cli_t *cli, bool *wanted, bkv_error_t *err) {
 static void fill_defaults(bkv_cli_t *cli) {
     cli->model = cli->model != NULL ? cli->model : "bkv-bench";
     cli->layers = cli->layers > 0 ? cli->layers : 8;
-    cli->kv_heads = cli->kv_heads > 0 ? cli->kv_heads : 8;
+    cli->kv_heads = cli->kv_heads > 0 ? cli->kv_heads : 4;
     cli->key_dim = cli->key_dim > 0 ? cli->key_dim : 128;
     if (!bkv_cli_given(cli, BKV_OPT_codec)) {
         cli->codec = BKV_CODEC_RAW;

@@ -136,6 +136,11 @@ static json_t *describe(const job_t *job, const bkv_spec_t *spec) {
     return json;
 }
 
+// Bytes of a block had it come as bf16: what rates are measured against.
+static double as_bf16(const job_t *job, size_t i) {
+    return (double)job->puts[i].payload_bytes * 2 / (double)bkv_dtype_bytes(job->trace->shape.dtype);
+}
+
 static void show_table(const job_t *job, uint64_t took_ns) {
     bkv_table_t *table = bkv_table_create(">#|>position|>tokens|>stored|>rate|note|key");
     uint64_t payload = 0, stored = 0;
@@ -149,9 +154,7 @@ static void show_table(const job_t *job, uint64_t took_ns) {
         bkv_table_cell(table, "%" PRIu64, job->spans[i].position);
         bkv_table_cell(table, "%u", job->spans[i].tokens);
         bkv_table_cell(table, "%s", bkv_text_of_bytes((double)job->results[i].stored_bytes, text));
-        bkv_table_cell(table, "%.2fx",
-                       (double)job->puts[i].payload_bytes /
-                           (double)(job->results[i].stored_bytes > 0 ? job->results[i].stored_bytes : 1));
+        bkv_table_cell(table, "%.2fx", as_bf16(job, i) / (double)job->results[i].stored_bytes);
         bkv_table_cell(table, "%s", job->results[i].duplicate ? "duplicate" : "");
         bkv_table_cell(table, "%s", key);
     }

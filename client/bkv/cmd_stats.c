@@ -54,10 +54,13 @@ static bool ends_with(const char *text, const char *end) {
     return length >= tail && strcmp(text + length - tail, end) == 0;
 }
 
-// Prometheus names carry their unit at the end, counters with _total behind it.
+// Prometheus names carry their unit.
 static const char *value_text(const char *name, double value, char *out) {
-    if (ends_with(name, "_bytes") || ends_with(name, "_bytes_total")) {
+    if (strstr(name, "_bytes") != NULL) {
         return bkv_text_of_bytes(value, out);
+    }
+    if (ends_with(name, "_us_total")) {
+        return bkv_text_of_ns(value * 1e3, out);
     }
     if (ends_with(name, "_seconds") || ends_with(name, "_seconds_total")) {
         return bkv_text_of_ns(value * 1e9, out);

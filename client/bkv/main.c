@@ -32,7 +32,7 @@ static const bkv_command_t commands[] = {
      "[heads, m] and index.N I32 [heads, m]; heads with fewer tokens are padded at the end with logw -inf.\n"},
     {"bench", "[FILE]", "load a daemon and measure it",
      BKV_CLI_CONNECT | BKV_CLI_NAME | BKV_CLI_CODEC | BKV_CLI_SHAPE | BKV_CLI_PARALLEL | BKV_CLI_BENCH, 0, 1, bkv_cmd_bench,
-     "Blocks come from FILE, or are made up: 8 layers, 8 KV heads, dim 128 unless the options say otherwise.\n"},
+     "Blocks come from FILE, or are made up: 8 layers, 4 KV heads, dim 128 (4 MiB each) unless the options say otherwise.\n"},
 };
 
 #define COMMAND_COUNT (sizeof commands / sizeof *commands)
