@@ -82,23 +82,35 @@ Test(args, exit_codes_and_help_of_every_option) {
     }
 }
 
-// The man page and the shell completion are written by hand; none of them may lag behind.
-Test(args, man_page_and_completion_know_every_option) {
-    const char *files[] = {"deploy/balancekvd.8", "deploy/balancekvd.bash-completion"};
-    for (size_t i = 0; i < 2; i++) {
-        static char text[65536];
-        FILE *file = fopen(files[i], "r");
-        cr_assert_not_null(file, "run from the repository's root");
-        size_t length = fread(text, 1, sizeof(text) - 1, file);
-        text[length] = '\0';
-        fclose(file);
-        for (size_t id = 0; id < BKV_OPTION_COUNT; id++) {
-            char name[64];
-            snprintf(name, sizeof(name), "%s", bkv_options[id].name);
-            for (char *at = name; i == 1 && *at != '\0'; at++) {
-                *at = *at == '_' ? '-' : *at;
-            }
-            cr_assert_not_null(strstr(text, name), "%s lacks %s", files[i], name);
+static const char *read_file(const char *path) {
+    static char text[65536];
+    FILE *file = fopen(path, "r");
+    cr_assert_not_null(file, "run from the repository's root");
+    size_t length = fread(text, 1, sizeof(text) - 1, file);
+    text[length] = '\0';
+    fclose(file);
+    return text;
+}
+
+// The man page and the shell completion are written by hand; neither may lag behind.
+Test(args, man_page_knows_every_option_and_default) {
+    const char *text = read_file("deploy/balancekvd.8");
+    for (size_t id = 0; id < BKV_OPTION_COUNT; id++) {
+        const char *fallback = bkv_options[id].fallback;
+        char line[128];
+        snprintf(line, sizeof(line), "\n.B %s =%s%s\n", bkv_options[id].name, fallback[0] != '\0' ? " " : "", fallback);
+        cr_assert_not_null(strstr(text, line), "no line \"%s\"", line + 1);
+    }
+}
+
+Test(args, completion_knows_every_flag) {
+    const char *text = read_file("deploy/completion/balancekvd");
+    for (size_t id = 0; id < BKV_OPTION_COUNT; id++) {
+        char flag[64];
+        snprintf(flag, sizeof(flag), "--%s", bkv_options[id].name);
+        for (char *at = flag; *at != '\0'; at++) {
+            *at = *at == '_' ? '-' : *at;
         }
+        cr_assert_not_null(strstr(text, flag), "no %s", flag);
     }
 }
