@@ -1,0 +1,88 @@
+// report.c - see report.h.
+#include "tests/bench/report.h"
+
+#include <assert.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+void bkv_report_add(bkv_report_t *report, const char *name, double value, const char *unit, const char *against_name,
+                    double against, bkv_bar_t kind, double bar) {
+    assert(report->count < BKV_REPORT_ROWS);
+    bkv_report_row_t *row = &report->rows[report->count++];
+    *row = (bkv_report_row_t){.value = value, .against = against, .kind = kind, .bar = bar};
+    snprintf(row->name, sizeof(row->name), "%s", name);
+    snprintf(row->unit, sizeof(row->unit), "%s", unit);
+    snprintf(row->against_name, sizeof(row->against_name), "%s", against_name != NULL ? against_name : "");
+}
+
+static double ratio_of(const bkv_report_row_t *row) {
+    return row->against > 0 ? row->value / row->against : row->value;
+}
+
+static bool met(const bkv_report_row_t *row) {
+    switch (row->kind) {
+    case BKV_BAR_AT_LEAST:
+        return ratio_of(row) >= row->bar;
+    case BKV_BAR_AT_MOST:
+        return ratio_of(row) <= row->bar;
+    case BKV_BAR_NONE:
+        break;
+    }
+    return true;
+}
+
+bool bkv_report_met(const bkv_report_t *report) {
+    bool all = true;
+    for (size_t i = 0; i < report->count; i++) {
+        all = all && met(&report->rows[i]);
+    }
+    return all;
+}
+
+void bkv_report_print(const bkv_report_t *report) {
+    printf("%-26s %9s %-6s %-30s %9s %7s %8s %s\n", "name", "value", "unit", "against", "", "ratio", "bar", "met");
+    for (size_t i = 0; i < report->count; i++) {
+        const bkv_report_row_t *row = &report->rows[i];
+        printf("%-26s %9.3g %-6s", row->name, row->value, row->unit);
+        if (row->against > 0) {
+            printf(" %-30s %9.3g %7.2f", row->against_name, row->against, ratio_of(row));
+        }
+        if (row->kind != BKV_BAR_NONE) {
+            printf(" %s %5.2f %s", row->kind == BKV_BAR_AT_LEAST ? ">=" : "<=", row->bar, met(row) ? "yes" : "NO");
+        }
+        printf("\n");
+    }
+}
+
+static json_t *row_json(const bkv_report_row_t *row) {
+    bool compared = row->against > 0, judged = row->kind != BKV_BAR_NONE;
+    return json_pack("{s:s, s:f, s:s, s:o, s:o, s:o, s:o}", "name", row->name, "value", row->value, "unit", row->unit,
+                     "against", compared ? json_real(row->against) : json_null(), "ratio",
+                     compared ? json_real(ratio_of(row)) : json_null(), "bar", judged ? json_real(row->bar) : json_null(),
+                     "met", judged ? json_boolean(met(row)) : json_null());
+}
+
+bool bkv_report_write(const bkv_report_t *report, const char *path) {
+    json_t *rows = json_array();
+    for (size_t i = 0; i < report->count; i++) {
+        json_array_append_new(rows, row_json(&report->rows[i]));
+    }
+    bool written = json_dump_file(rows, path, JSON_INDENT(1) | JSON_REAL_PRECISION(6)) == 0;
+    json_decref(rows);
+    if (!written) {
+        fprintf(stderr, "cannot write %s\n", path);
+    }
+    return written;
+}
+
+static int compare(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+double bkv_quantile(double *samples, size_t count, double p) {
+    assert(count >= 1);
+    qsort(samples, count, sizeof(*samples), compare);
+    return samples[(size_t)(p * (double)(count - 1) + 0.5)];
+}
