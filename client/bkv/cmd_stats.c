@@ -6,7 +6,9 @@
 #include "text.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -42,11 +44,14 @@ bkv_status_t bkv_cmd_ping(bkv_cli_t *cli, bkv_error_t *err) {
 static json_t *stats_json(const bkv_stats_t *stats) {
     json_t *metrics = json_object();
     for (size_t i = 0; i < stats->count; i++) {
-        json_object_set_new(metrics, stats->metrics[i].name, json_real(stats->metrics[i].value));
+        double value = stats->metrics[i].value;
+        bool whole = fabs(value) < 9007199254740992.0 && value == floor(value); // 2^53
+        json_object_set_new(metrics, stats->metrics[i].name, whole ? json_integer((json_int_t)value) : json_real(value));
     }
-    return json_pack("{s:s?, s:s?, s:I, s:I, s:b, s:o}", "version", stats->version, "backend", stats->backend, "boot_epoch",
-                     (json_int_t)stats->boot_epoch, "uptime_ms", (json_int_t)stats->uptime_ms, "draining", stats->draining,
-                     "metrics", metrics);
+    char epoch[BKV_TEXT_MAX];
+    snprintf(epoch, sizeof epoch, "%" PRIu64, stats->boot_epoch);
+    return json_pack("{s:s?, s:s?, s:s, s:I, s:b, s:o}", "version", stats->version, "backend", stats->backend, "boot_epoch",
+                     epoch, "uptime_ms", (json_int_t)stats->uptime_ms, "draining", stats->draining, "metrics", metrics);
 }
 
 static bool ends_with(const char *text, const char *end) {
@@ -78,36 +83,60 @@ static const bkv_metric_t *find_metric(const bkv_stats_t *stats, const char *nam
     return NULL;
 }
 
-// Prints the table and returns its lines. before: an earlier answer, for rates; NULL: none wanted.
-static uint32_t show_stats(const bkv_stats_t *stats, const bkv_stats_t *before, bool rates) {
+// How a table of metrics is to look.
+typedef struct view {
+    bool rates;     // a column of rates instead of explanations
+    uint32_t lines; // most lines; 0: no limit. With a limit, metrics that are 0 are left out
+} view_t;
+
+static void add_metric(bkv_table_t *table, const bkv_metric_t *metric, const bkv_metric_t *old, double seconds, bool rates) {
     char text[BKV_TEXT_MAX];
-    bool color = bkv_table_color(stdout);
+    bkv_table_cell(table, "%s", metric->name);
+    bkv_table_cell(table, "%s", value_text(metric->name, metric->value, text));
+    if (!rates) {
+        bkv_table_cell(table, "%s", metric->help ? metric->help : "");
+    } else if (metric->counter && old != NULL && seconds > 0) {
+        bkv_table_cell(table, "%s", value_text(metric->name, (metric->value - old->value) / seconds, text));
+    } else {
+        bkv_table_cell(table, "%s", "");
+    }
+}
+
+// Prints the table and returns its lines. before: an earlier answer, for rates; may be NULL.
+static uint32_t show_stats(const bkv_stats_t *stats, const bkv_stats_t *before, view_t view) {
+    char text[BKV_TEXT_MAX];
     printf("balancekvd %s, kernels %s, up %s%s\n", stats->version ? stats->version : "?", stats->backend ? stats->backend : "?",
            bkv_text_of_ns((double)stats->uptime_ms * 1e6, text), stats->draining ? ", draining" : "");
-    bkv_table_t *table = bkv_table_create(rates ? "metric|>value|>per second" : "metric|>value|what it is");
+    bkv_table_t *table = bkv_table_create(view.rates ? "metric|>value|>per second" : "metric|>value|what it is");
     double seconds = before != NULL ? (double)(stats->uptime_ms - before->uptime_ms) / 1e3 : 0;
-    for (size_t i = 0; i < stats->count; i++) {
-        const bkv_metric_t *metric = &stats->metrics[i], *old = find_metric(before, metric->name);
-        bkv_table_cell(table, "%s", metric->name);
-        bkv_table_cell(table, "%s", value_text(metric->name, metric->value, text));
-        if (!rates) {
-            bkv_table_cell(table, "%s", metric->help ? metric->help : "");
-        } else if (metric->counter && old != NULL && seconds > 0) {
-            bkv_table_cell(table, "%s", value_text(metric->name, (metric->value - old->value) / seconds, text));
-        } else {
-            bkv_table_cell(table, "%s", "");
+    uint32_t lines = 2;
+    for (size_t i = 0; i < stats->count && (view.lines == 0 || lines < view.lines); i++) {
+        const bkv_metric_t *metric = &stats->metrics[i];
+        if (view.lines == 0 || metric->value != 0) {
+            add_metric(table, metric, find_metric(before, metric->name), seconds, view.rates);
+            lines++;
         }
     }
-    uint32_t lines = 1 + bkv_table_print(table, stdout, color);
+    lines = 1 + bkv_table_print(table, stdout, bkv_table_color(stdout));
     bkv_table_destroy(table);
     fflush(stdout);
     return lines;
 }
 
-// Looks again and again. On a terminal each look overwrites the one before; elsewhere they follow one another.
+// Lines that fit on the terminal, one kept free for the cursor; 0: stdout is none.
+static uint32_t terminal_lines(void) {
+    struct winsize size = {.ws_row = 0};
+    if (!isatty(STDOUT_FILENO)) {
+        return 0;
+    }
+    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_row > 4 ? size.ws_row - 1u : 23;
+}
+
+// Looks again and again. On a terminal each look overwrites the one before (and fits, or that would not work); elsewhere
+// they follow one another.
 static bkv_status_t watch(const bkv_cli_t *cli, const bkv_session_t *session, bkv_error_t *err) {
     uint32_t interval_ms = bkv_cli_given(cli, BKV_OPT_interval) ? cli->interval : DEFAULT_INTERVAL_MS;
-    bool terminal = isatty(STDOUT_FILENO), endless = !bkv_cli_given(cli, BKV_OPT_count);
+    bool endless = !bkv_cli_given(cli, BKV_OPT_count);
     bkv_stats_t *before = NULL;
     bkv_status_t status = BKV_OK;
     uint32_t lines = 0;
@@ -123,12 +152,13 @@ static bkv_status_t watch(const bkv_cli_t *cli, const bkv_session_t *session, bk
         if (cli->json) {
             bkv_cli_print_json(stats_json(now), true);
         } else {
+            view_t view = {.rates = true, .lines = terminal_lines()};
             if (i > 0) {
-                terminal ? printf("\033[%uA\033[J", lines) : printf("\n");
+                view.lines > 0 ? printf("\033[%uA\033[J", lines) : printf("\n");
             }
             // A daemon started anew counts from 0 again: no rate across that.
             bool same = before != NULL && before->boot_epoch == now->boot_epoch;
-            lines = show_stats(now, same ? before : NULL, true);
+            lines = show_stats(now, same ? before : NULL, view);
         }
         if (before != NULL) {
             bkv_stats_free(before);
@@ -152,7 +182,7 @@ bkv_status_t bkv_cmd_stats(bkv_cli_t *cli, bkv_error_t *err) {
         if (status == BKV_OK && cli->json) {
             bkv_cli_print_json(stats_json(stats), false);
         } else if (status == BKV_OK) {
-            show_stats(stats, NULL, false);
+            show_stats(stats, NULL, (view_t){.rates = false});
         }
         if (stats != NULL) {
             bkv_stats_free(stats);
