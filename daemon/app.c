@@ -7,7 +7,6 @@
 #include "daemon/value.h"
 
 #include <errno.h>
-#include <inttypes.h>
 #include <string.h>
 #include <sys/random.h>
 #include <unistd.h>
@@ -34,12 +33,7 @@ static bkv_store_config_t store_config(const bkv_config_t *config, int arena_fd)
 
 static bkv_status_t create_store(bkv_app_t *app, int arena_fd, bkv_error_t *err) {
     bkv_store_config_t config = store_config(app->config, arena_fd);
-    uint64_t recovered = 0;
-    bkv_status_t status = bkv_store_create(&config, bkv_now_ms(), &app->store, &recovered, err);
-    if (status == BKV_OK && recovered > 0) {
-        bkv_log(BKV_LOG_INFO, 0, "arena: took over %" PRIu64 " records from the process before", recovered);
-    }
-    return status;
+    return bkv_store_create(&config, bkv_now_ms(), &app->store, NULL, err);
 }
 
 // An arena with a path is kept by its file system; a memfd by systemd, so that a restart finds its records again.
