@@ -106,9 +106,27 @@ static bkv_status_t size_fd(int fd, const char *name, uint64_t bytes, bool clear
     return BKV_OK;
 }
 
-static bool head_matches(int fd, const bkv_arena_head_t *ours) {
+typedef enum bkv_found_file { FILE_OURS, FILE_OLD, FILE_ALIEN } bkv_found_file_t;
+
+// FILE_OLD: an arena of another geometry or version, or one whose making was cut short. A file that is something else may be
+// somebody's data behind a mistyped path.
+static bkv_found_file_t look_at(int fd, uint64_t size, uint64_t wanted, const bkv_arena_head_t *ours) {
     bkv_arena_head_t found;
-    return pread(fd, &found, sizeof(found), 0) == (ssize_t)sizeof(found) && memcmp(&found, ours, sizeof(found)) == 0;
+    if (size == 0) {
+        return FILE_OLD;
+    }
+    if (pread(fd, &found, sizeof(found), 0) != (ssize_t)sizeof(found) || (found.magic != ARENA_MAGIC && found.magic != 0)) {
+        return FILE_ALIEN;
+    }
+    return size == wanted && memcmp(&found, ours, sizeof(found)) == 0 ? FILE_OURS : FILE_OLD;
+}
+
+// Whoever can write to the file can write into records while they are read.
+static bkv_status_t check_owner(const struct stat *st, const char *path, bkv_error_t *err) {
+    if (st->st_uid != geteuid() || (st->st_mode & (S_IWGRP | S_IWOTH)) != 0) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "arena_path: %s belongs to another user, or others may write to it", path);
+    }
+    return BKV_OK;
 }
 
 // The magic comes last: an arena whose making was cut short is nobody's.
@@ -140,20 +158,27 @@ static bkv_status_t open_locked(bkv_arena_t *arena, const char *path, int fd, bo
     if (fstat(arena->fd, &st) != 0 || !S_ISREG(st.st_mode)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "arena: %s is not a regular file", name);
     }
-    bkv_status_t status = lock_fd(arena->fd, name, err);
+    bool is_path = path && fd < 0;
+    bkv_status_t status = is_path ? check_owner(&st, path, err) : BKV_OK;
+    if (status == BKV_OK) {
+        status = lock_fd(arena->fd, name, err);
+    }
     if (status != BKV_OK) {
         return status;
     }
     // On hugetlbfs the block size is the huge page's, and files are whole huge pages.
     uint64_t block = st.st_blksize > 0 ? (uint64_t)st.st_blksize : 1;
     arena->map_bytes = round_up(head.head_bytes + arena->slab_bytes * arena->slab_count, block);
-    *intact = (uint64_t)st.st_size == arena->map_bytes && head_matches(arena->fd, &head);
+    bkv_found_file_t found = look_at(arena->fd, (uint64_t)st.st_size, arena->map_bytes, &head);
+    if (found == FILE_ALIEN) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "arena: %s holds something else than an arena; remove it first", name);
+    }
+    *intact = found == FILE_OURS;
     if (!*intact && st.st_size > 0) {
-        bkv_log(BKV_LOG_WARN, 0, "arena: %s holds an arena of another version or geometry (or none); cleared", name);
+        bkv_log(BKV_LOG_WARN, 0, "arena: %s is of another version or geometry; cleared", name);
     }
     // An inherited memfd was not reserved when it was made; a file always is.
-    bool reserve = prefault || (path && fd < 0);
-    status = size_fd(arena->fd, name, arena->map_bytes, !*intact, reserve, err);
+    status = size_fd(arena->fd, name, arena->map_bytes, !*intact, prefault || is_path, err);
     if (status == BKV_OK) {
         status = map_fd(arena, prefault, err);
     }

@@ -36,7 +36,8 @@ typedef struct bkv_arena {
 // Maps slab_count slabs of slab_bytes (a multiple of BKV_PAGE_BYTES; all pages together fewer than 2^32): of fd where that is
 // >= 0 (duplicated; the caller's stays his), else of the file `path`, else of a new memfd. *intact: it holds what a
 // predecessor left; otherwise it is empty, cleared if need be. FAILED_PRECONDITION: another process has it.
-// RESOURCE_EXHAUSTED: no room for it. INVALID_ARGUMENT: not a file that can be mapped. Nothing is held after a failure.
+// RESOURCE_EXHAUSTED: no room for it. INVALID_ARGUMENT: not a file that can be mapped, not this user's alone, or one that holds
+// something else (it is left as it is). Nothing is held after a failure.
 bkv_status_t bkv_arena_open(bkv_arena_t *arena, const char *path, int fd, uint64_t slab_bytes, uint32_t slab_count,
                             bool prefault, bool *intact, bkv_error_t *err);
 void bkv_arena_close(bkv_arena_t *arena);

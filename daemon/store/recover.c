@@ -72,7 +72,9 @@ uint64_t bkv_store_recover(bkv_store_t *store, uint64_t now_ms, uint64_t ttl_ms)
     }
     store->counts.recovered_total = taken;
     pthread_mutex_unlock(&store->space);
-    bkv_log(refused > 0 ? BKV_LOG_WARN : BKV_LOG_INFO, 0, "arena: took over %llu records, refused %llu",
-            (unsigned long long)taken, (unsigned long long)refused);
+    if (refused > 0) {
+        bkv_log(BKV_LOG_WARN, 0, "arena: took over %llu records, refused %llu that are damaged or too many",
+                (unsigned long long)taken, (unsigned long long)refused);
+    }
     return taken;
 }

@@ -79,7 +79,8 @@ typedef struct bkv_pin {
 } bkv_pin_t;
 
 // Creates, or takes over the arena of arena_path or arena_fd: every slot whose header is sound becomes an entry again (its
-// payload is verified when it is first got). An arena of another version or geometry is cleared, and the log says so.
+// payload is verified when it is got). An arena of another version or geometry is cleared, and the log says so; a file that
+// is no arena is left alone and refused.
 // *recovered (may be NULL): how many records were taken over. now_ms starts their TTL. A file is locked: two daemons never
 // share one. arena_fd is duplicated, the caller may close it. INVALID_ARGUMENT: a field of config, named; FAILED_PRECONDITION:
 // another process has the arena; RESOURCE_EXHAUSTED: no memory, or no room on the file system.

@@ -56,7 +56,7 @@ Test(store_arena, another_geometry_is_cleared) {
     unlink(path);
 }
 
-// Any single wrong byte in what the head says is another arena.
+// Any single wrong byte in what the head says is another arena; in the magic, something that is none of ours to clear.
 Test(store_arena, damaged_head_is_cleared) {
     char path[64];
     fixture_path(path, sizeof(path));
@@ -70,6 +70,12 @@ Test(store_arena, damaged_head_is_cleared) {
         cr_assert(intact);
         arena.map[at] ^= 1;
         bkv_arena_close(&arena);
+        if (at < 8) {
+            bkv_error_t err;
+            cr_assert_eq(open_at(&arena, path, -1, &intact, &err), BKV_INVALID_ARGUMENT);
+            cr_assert(strstr(err.message, "something else than an arena"), "%s", err.message);
+            cr_assert_eq(unlink(path), 0);
+        }
     }
     unlink(path);
 }
@@ -127,6 +133,34 @@ Test(store_arena, what_is_no_arena) {
     cr_assert_eq(symlink(path, link_path), 0);
     cr_assert_eq(open_at(&arena, link_path, -1, &intact, &err), BKV_INVALID_ARGUMENT); // somebody else may have made it
     unlink(link_path);
+    int fd = open(path, O_RDWR);
+    cr_assert_eq(write(fd, "precious", 8), 8);
+    cr_assert_eq(open_at(&arena, path, -1, &intact, &err), BKV_INVALID_ARGUMENT);
+    cr_assert_eq(open_at(&arena, NULL, fd, &intact, &err), BKV_INVALID_ARGUMENT);
+    char text[8];
+    cr_assert_eq(pread(fd, text, 8, 0), 8);
+    cr_assert_eq(memcmp(text, "precious", 8), 0);
+    close(fd); // and with it the lock
+    cr_assert_eq(truncate(path, 0), 0);
+    cr_assert_eq(chmod(path, 0666), 0);
+    cr_assert_eq(open_at(&arena, path, -1, &intact, &err), BKV_INVALID_ARGUMENT);
+    cr_assert(strstr(err.message, "others may write"), "%s", err.message);
+    cr_assert_eq(chmod(path, 0600), 0);
+    cr_assert_eq(open_at(&arena, path, -1, &intact, &err), BKV_OK);
+    bkv_arena_close(&arena);
+    unlink(path);
+}
+
+// A crash before the head was written leaves zeros: cleared without ado.
+Test(store_arena, making_was_cut_short) {
+    char path[64];
+    fixture_path(path, sizeof(path));
+    cr_assert_eq(truncate(path, 10 * MIB), 0);
+    bkv_arena_t arena;
+    bool intact;
+    cr_assert_eq(open_at(&arena, path, -1, &intact, NULL), BKV_OK);
+    cr_assert(!intact);
+    bkv_arena_close(&arena);
     unlink(path);
 }
 
