@@ -10,9 +10,11 @@ extern const bkv_backend_t bkv_backend_ref;
 // The bytes that a balance record of this shape may have: bf16 bytes / rate, rounded down to whole 16 bytes.
 uint64_t bkv_balance_budget(const bkv_shape_t *shape, uint32_t rate);
 
-// What each section of a balance record keeps: bits of both planes and the most tokens that `budget` bytes in all hold.
-// False when not even one token of each section fits.
-bool bkv_balance_plan(const bkv_shape_t *shape, uint64_t budget, bkv_section_t *section, bool *weights);
+// What each section of a balance record keeps: bits of both planes, and the most of `available` tokens that `budget` bytes
+// in all hold, shared equally by the sections. shape->tokens are the source tokens that the record stands for; weighted
+// says that the available ones carry weights already. False when not even one token of each section fits.
+bool bkv_balance_plan(const bkv_shape_t *shape, uint32_t available, bool weighted, uint64_t budget, bkv_section_t *section,
+                      bool *weights);
 
 // dense8 and dense4, every token of every section. scratch: bkv_dense_scratch bytes.
 void bkv_dense_compress(const bkv_block_t *block, const bkv_codec_params_t *params, const bkv_record_id_t *id, void *record,

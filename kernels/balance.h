@@ -42,25 +42,31 @@ void bkv_walk_reduce(const bkv_source_t *source, uint32_t *tokens, uint32_t n, u
 
 // Scratch of a selection, and its result.
 typedef struct bkv_selection {
-    float *weight;  // [tokens]: in: of every token; out: of those kept
-    uint8_t *fate;  // [tokens]: bkv_fate_t
-    float *score;   // [tokens]
-    uint32_t *list; // [tokens]
-    float *k, *v;   // [BKV_KEY_GROUP_MAX][dim]
-    float *mean;    // [key_dim]
-    float *ranges;  // [4][key_dim]
+    float *source_weight; // [tokens]: how many source tokens each stands for before the selection
+    float *weight;        // [tokens]: after it, of those kept; the sums are the same
+    uint8_t *fate;        // [tokens]: bkv_fate_t
+    float *score;         // [tokens]
+    uint32_t *list;       // [tokens]
+    float *mean;          // [key_dim]
     bkv_walk_t walk;
+    // One key group of kept tokens on its way into the record:
+    float *k, *v;             // [BKV_KEY_GROUP_MAX][dim]
+    uint32_t *token, *walked; // [BKV_KEY_GROUP_MAX]: which token a row is; which rows are walked ones
+    float *half_square;       // [BKV_KEY_GROUP_MAX]: |k|^2 / 2 of a walked row
+    float *share, *mass;      // [BKV_KEY_GROUP_MAX]: of one token, of all tokens, per walked row
+    float *fit;               // [BKV_KEY_GROUP_MAX][value_dim]: new values of walked rows
+    float *ranges;            // [4][key_dim]
 } bkv_selection_t;
 
 void bkv_selection_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_dim, uint32_t value_dim,
                          bkv_selection_t *selection);
 
-// Chooses exactly m of the source's tokens: protects the first `sink` and the outliers, walks the rest. selection->weight
-// must hold the tokens' weights. All n tokens are kept as they are when m == n.
+// Chooses exactly m of the source's tokens: protects the first `sink` and the outliers, walks the rest.
+// selection->source_weight must be filled. All tokens are kept as they are when m is all of them.
 void bkv_select(const bkv_source_t *source, uint32_t sink, uint32_t m, bkv_random_t *random, bkv_selection_t *selection);
 
-// Writes the planes of one section of `record` whose directory entry is placed: index, weights, keys and values of the
-// selection's kept tokens. position[t], or t itself where NULL, is token t's place among the record's source tokens.
-void bkv_selection_write(const bkv_source_t *source, const bkv_selection_t *selection, void *record, const uint32_t *position);
+// Writes the planes of one section of `record`, whose directory is placed: index, weights, keys and values of the kept
+// tokens. position[t], or t itself where position is NULL, is token t's place among the record's source tokens.
+void bkv_selection_write(const bkv_source_t *source, const uint32_t *position, const bkv_selection_t *selection, void *record);
 
 #endif

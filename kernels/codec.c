@@ -42,7 +42,7 @@ uint64_t bkv_codec_bound(const bkv_shape_t *shape, const bkv_codec_params_t *par
         break;
     case BKV_CODEC_BALANCE: {
         uint64_t budget = bkv_balance_budget(shape, params->rate);
-        if (bkv_balance_plan(shape, budget, &section, &weights)) {
+        if (bkv_balance_plan(shape, shape->tokens, false, budget, &section, &weights)) {
             return budget;
         }
         // Nothing fits the rate: what the smallest record would take.
@@ -175,7 +175,8 @@ static bkv_status_t check_compress(const bkv_block_t *block, const bkv_codec_par
     bkv_section_t section;
     bool weights;
     uint64_t budget = params->codec == BKV_CODEC_BALANCE ? bkv_balance_budget(&block->shape, params->rate) : 0;
-    if (params->codec == BKV_CODEC_BALANCE && !bkv_balance_plan(&block->shape, budget, &section, &weights)) {
+    if (params->codec == BKV_CODEC_BALANCE &&
+        !bkv_balance_plan(&block->shape, block->shape.tokens, false, budget, &section, &weights)) {
         return FAIL("tokens: %u are too few for rate %u, whose %llu bytes hold no record", block->shape.tokens, params->rate,
                     (unsigned long long)budget);
     }
@@ -232,7 +233,7 @@ static bkv_status_t check_family(const void *const *records, uint32_t count, bkv
     return BKV_OK;
 }
 
-static bkv_status_t check_fold(const void *const *records, uint32_t count, uint64_t budget, bkv_error_t *err) {
+static bkv_status_t check_fold(const void *const *records, uint32_t count, bkv_error_t *err) {
     bkv_status_t status = check_family(records, count, err);
     if (status != BKV_OK) {
         return status;
@@ -253,22 +254,13 @@ static bkv_status_t check_fold(const void *const *records, uint32_t count, uint6
             return FAIL("records: more than %u tokens in one fold", BKV_MAX_TOKENS);
         }
     }
-    bkv_shape_t shape;
-    bkv_record_shape(first, &shape);
-    shape.tokens = (uint32_t)tokens;
-    bkv_section_t section;
-    bool weights;
-    if (!bkv_balance_plan(&shape, budget, &section, &weights)) {
-        return FAIL("budget: %llu bytes hold no record of %u layers and %u heads", (unsigned long long)budget, shape.layers,
-                    shape.heads);
-    }
     return BKV_OK;
 }
 
 bkv_status_t bkv_fold(const bkv_backend_t *backend, const void *const *records, uint32_t count, const bkv_record_id_t *id,
                       uint64_t budget, uint64_t seed, void *record, void *workspace, size_t *length, bkv_error_t *err) {
     assert((uintptr_t)record % BKV_RECORD_ALIGN == 0);
-    bkv_status_t status = check_fold(records, count, budget, err);
+    bkv_status_t status = check_fold(records, count, err);
     return status != BKV_OK ? status : backend->fold(records, count, id, budget, seed, record, workspace, length, err);
 }
 

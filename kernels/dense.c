@@ -46,7 +46,7 @@ static void compress_section(const bkv_block_t *block, uint32_t layer, uint32_t 
     uint32_t step = layout->key_group_tokens;
     assert(step <= BKV_KEY_GROUP_MAX);
     for (uint32_t group = 0; group < layout->key_groups; group++) {
-        uint32_t first = group * step, count = view->tokens - first < step ? view->tokens - first : step;
+        uint32_t first = group * step, count = bkv_key_group_count(layout, view->tokens, group);
         bkv_block_read(block, false, layer, head, first, count, dense->rows);
         bkv_quant_key_group(dense->rows, count, view->key_dim, view->key_bits,
                             key_plane + layout->key_params + 4ull * group * view->key_dim,

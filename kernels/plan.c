@@ -15,19 +15,19 @@ uint64_t bkv_balance_budget(const bkv_shape_t *shape, uint32_t rate) {
     return bf16_bytes(shape) / rate / BKV_RECORD_ALIGN * BKV_RECORD_ALIGN;
 }
 
-static uint64_t section_bytes(const bkv_shape_t *shape, uint32_t m, uint8_t key_bits, uint8_t value_bits) {
+static uint64_t section_bytes(const bkv_shape_t *shape, uint32_t m, uint8_t key_bits, uint8_t value_bits, bool weights) {
     bkv_plane_layout_t layout;
     bkv_plane_layout(shape->tokens, m, shape->key_dim, shape->value_dim, key_bits, value_bits,
-                     bkv_index_choose(shape->tokens, m), m < shape->tokens, shape->dtype, &layout);
+                     bkv_index_choose(shape->tokens, m), weights, shape->dtype, &layout);
     return layout.key_bytes + layout.value_bytes;
 }
 
-// The most tokens that fit; 0 where not even one does.
-static uint32_t tokens_fit(const bkv_shape_t *shape, uint64_t bytes, uint8_t bits) {
-    uint32_t fit = 0, beyond = shape->tokens;
+// The most of `available` tokens that fit, all but one of them at most; 0 where not even one does.
+static uint32_t tokens_fit(const bkv_shape_t *shape, uint32_t available, uint64_t bytes, uint8_t bits) {
+    uint32_t fit = 0, beyond = available;
     while (beyond - fit > 1) {
         uint32_t middle = fit + (beyond - fit) / 2;
-        if (section_bytes(shape, middle, bits, bits) <= bytes) {
+        if (section_bytes(shape, middle, bits, bits, true) <= bytes) {
             fit = middle;
         } else {
             beyond = middle;
@@ -36,27 +36,28 @@ static uint32_t tokens_fit(const bkv_shape_t *shape, uint64_t bytes, uint8_t bit
     return fit;
 }
 
-bool bkv_balance_plan(const bkv_shape_t *shape, uint64_t budget, bkv_section_t *section, bool *weights) {
+bool bkv_balance_plan(const bkv_shape_t *shape, uint32_t available, bool weighted, uint64_t budget, bkv_section_t *section,
+                      bool *weights) {
     static const uint8_t whole[][2] = {{8, 8}, {8, 4}, {4, 4}};
-    uint32_t sections = shape->layers * shape->heads;
     uint64_t preamble = bkv_record_preamble(shape->layers, shape->heads);
     if (budget < preamble) {
         return false;
     }
-    uint64_t bytes = (budget - preamble) / sections / BKV_RECORD_ALIGN * BKV_RECORD_ALIGN;
-    *section = (bkv_section_t){.tokens = shape->tokens, .index_kind = BKV_INDEX_ALL};
-    *weights = false;
+    budget = budget < BKV_RECORD_MAX ? budget : BKV_RECORD_MAX;
+    uint64_t bytes = (budget - preamble) / (shape->layers * shape->heads) / BKV_RECORD_ALIGN * BKV_RECORD_ALIGN;
+    *section = (bkv_section_t){.tokens = available, .index_kind = (uint8_t)bkv_index_choose(shape->tokens, available)};
+    *weights = weighted;
     for (size_t i = 0; i < sizeof(whole) / sizeof(whole[0]); i++) {
         section->key_bits = whole[i][0];
         section->value_bits = whole[i][1];
-        if (section_bytes(shape, shape->tokens, whole[i][0], whole[i][1]) <= bytes) {
+        if (section_bytes(shape, available, whole[i][0], whole[i][1], weighted) <= bytes) {
             return true;
         }
     }
     *weights = true;
     for (uint8_t bits = bf16_bytes(shape) / budget < THREE_BITS_FROM_RATE ? 4 : 3; bits >= 2; bits--) {
         section->key_bits = section->value_bits = bits;
-        section->tokens = tokens_fit(shape, bytes, bits);
+        section->tokens = tokens_fit(shape, available, bytes, bits);
         if (section->tokens > 0) {
             section->index_kind = (uint8_t)bkv_index_choose(shape->tokens, section->tokens);
             return true;

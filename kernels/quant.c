@@ -93,6 +93,10 @@ static uint8_t code_of(float value, float inverse, float zero, float top) {
 void bkv_quant_key_group(const float *rows, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes,
                          float *scratch) {
     float *low = scratch, *high = scratch + dim, *inverse = scratch + 2 * (size_t)dim, *zero = scratch + 3 * (size_t)dim;
+    if (count == 0) {
+        memset(params, 0, 4 * (size_t)dim);
+        return;
+    }
     memcpy(low, rows, dim * sizeof(float));
     memcpy(high, rows, dim * sizeof(float));
     for (uint32_t t = 1; t < count; t++) {
@@ -132,22 +136,4 @@ void bkv_quant_value_row(const float *row, uint32_t dim, uint32_t bits, uint8_t 
         }
     }
     bkv_codes_pack(row_codes, dim, bits, codes);
-}
-
-void bkv_quant_keys(const float *rows, uint32_t m, uint32_t dim, uint32_t bits, const bkv_plane_layout_t *layout,
-                    uint8_t *key_plane, float *scratch) {
-    for (uint32_t group = 0; group < layout->key_groups; group++) {
-        uint32_t first = group * layout->key_group_tokens;
-        uint32_t count = m - first < layout->key_group_tokens ? m - first : layout->key_group_tokens;
-        bkv_quant_key_group(rows + (size_t)first * dim, count, dim, bits, key_plane + layout->key_params + 4ull * group * dim,
-                            key_plane + layout->key_codes + (size_t)first * layout->key_row, scratch);
-    }
-}
-
-void bkv_quant_values(const float *rows, uint32_t m, uint32_t dim, uint32_t bits, const bkv_plane_layout_t *layout,
-                      uint8_t *value_plane) {
-    for (uint32_t t = 0; t < m; t++) {
-        bkv_quant_value_row(rows + (size_t)t * dim, dim, bits, value_plane + 4ull * t * layout->value_groups,
-                            value_plane + layout->value_codes + (size_t)t * layout->value_row);
-    }
 }

@@ -10,18 +10,13 @@ void bkv_codes_unpack(const uint8_t *packed, uint32_t n, uint32_t bits, uint8_t 
 
 // One key group: `count` rows of `dim` floats, quantised per channel.
 //   params [dim] {float16 scale, zero}; codes [count] packed rows
-// Values beyond the float16 range are stored as the nearest that fits. scratch: 4 * dim floats.
+// A group of no rows has params 0. Values beyond the float16 range are stored as the nearest that fits. scratch: 4 * dim
+// floats.
 void bkv_quant_key_group(const float *rows, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes,
                          float *scratch);
 
 // One value row of `dim` floats, quantised over groups of BKV_VALUE_GROUP_DIMS channels.
 //   params [ceil(dim / 64)] {float16 scale, zero}; codes one packed row
 void bkv_quant_value_row(const float *row, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes);
-
-// The whole planes' params and codes of m rows.
-void bkv_quant_keys(const float *rows, uint32_t m, uint32_t dim, uint32_t bits, const bkv_plane_layout_t *layout,
-                    uint8_t *key_plane, float *scratch);
-void bkv_quant_values(const float *rows, uint32_t m, uint32_t dim, uint32_t bits, const bkv_plane_layout_t *layout,
-                      uint8_t *value_plane);
 
 #endif

@@ -35,6 +35,12 @@ void bkv_record_layout(const bkv_record_header_t *header, const bkv_section_t *s
 // payload lies. Sets the header's length and returns it. The caller makes sure that it is at most BKV_RECORD_MAX.
 uint64_t bkv_record_place(void *record);
 
+// Tokens of key group `group`, 0 for the empty ones at the end of a large section.
+static inline uint32_t bkv_key_group_count(const bkv_plane_layout_t *layout, uint32_t m, uint32_t group) {
+    uint64_t first = (uint64_t)group * layout->key_group_tokens;
+    return first >= m ? 0 : m - first < layout->key_group_tokens ? (uint32_t)(m - first) : layout->key_group_tokens;
+}
+
 // A plane that is about to be written. Its last 16 bytes become 0, so that padding never carries old memory.
 static inline uint8_t *bkv_record_plane(void *record, uint32_t offset, uint64_t bytes) {
     uint8_t *plane = (uint8_t *)record + (size_t)offset * BKV_RECORD_ALIGN;

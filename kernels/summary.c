@@ -118,9 +118,8 @@ static void key_layout(uint64_t params_at, uint32_t m, uint32_t dim, uint8_t bit
     } else {
         uint32_t groups = (m + BKV_KEY_GROUP_TOKENS / 2) / BKV_KEY_GROUP_TOKENS;
         groups = groups == 0 ? 1 : groups;
+        layout->key_groups = groups;
         layout->key_group_tokens = (m + groups - 1) / groups;
-        // Rounding the size up may leave the last groups without a token: those are not stored.
-        layout->key_groups = (m + layout->key_group_tokens - 1) / layout->key_group_tokens;
         layout->key_row = dim * bits / 8;
     }
     layout->key_codes = params_at + 4ull * layout->key_groups * dim;

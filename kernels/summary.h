@@ -21,8 +21,9 @@
 //       params     [m][ceil(value_dim / 64)] {float16 scale, float16 zero}    value bits are 2, 3, 4 or 8
 //       codes      [m][value_dim], each row packed
 //
-// Keys are quantised per channel over groups of consecutive kept tokens: ceil(m / max(1, (m + 32) / 64)) tokens each (the
-// last may be shorter), as many groups as that needs, because key channels differ far more than tokens do. Values
+// Keys are quantised per channel over groups of consecutive kept tokens: groups = max(1, (m + 32) / 64) groups of
+// ceil(m / groups) tokens each, because key channels differ far more than tokens do. The last groups may be shorter, and in
+// a section of thousands of tokens empty (params 0). Values
 // are quantised per token over groups of 64 channels. value = zero + scale * code. A row of codes is a little-endian bit
 // string: code i occupies bits [i * bits, (i + 1) * bits); dims are multiples of 8, so a row is whole bytes.
 // Bits = BKV_BITS_NATIVE means that the plane holds the source dtype verbatim.

@@ -8,15 +8,30 @@
 
 void bkv_selection_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_dim, uint32_t value_dim,
                          bkv_selection_t *selection) {
+    selection->source_weight = bkv_scratch_take(scratch, (uint64_t)tokens * sizeof(float));
     selection->weight = bkv_scratch_take(scratch, (uint64_t)tokens * sizeof(float));
     selection->fate = bkv_scratch_take(scratch, tokens);
     selection->score = bkv_scratch_take(scratch, (uint64_t)tokens * sizeof(float));
     selection->list = bkv_scratch_take(scratch, (uint64_t)tokens * sizeof(uint32_t));
+    selection->mean = bkv_scratch_take(scratch, key_dim * sizeof(float));
+    bkv_walk_carve(scratch, tokens, key_dim, value_dim, &selection->walk);
     selection->k = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * key_dim * sizeof(float));
     selection->v = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * value_dim * sizeof(float));
-    selection->mean = bkv_scratch_take(scratch, key_dim * sizeof(float));
+    selection->token = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(uint32_t));
+    selection->walked = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(uint32_t));
+    selection->half_square = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(float));
+    selection->share = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(float));
+    selection->mass = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(float));
+    selection->fit = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * value_dim * sizeof(float));
     selection->ranges = bkv_scratch_take(scratch, 4ull * key_dim * sizeof(float));
-    bkv_walk_carve(scratch, tokens, key_dim, value_dim, &selection->walk);
+}
+
+// How many of the m tokens kept are kept for being outliers.
+static uint32_t protect_count(uint32_t n, uint32_t m) {
+#ifdef PROTECT_OF
+    return PROTECT_OF(m);
+#endif
+    return m >= n / 5 ? m * 5 / 8 : m * 3 / 4;
 }
 
 // 1 / |row|, or 0 for a row of zeros, which has no direction.
@@ -38,7 +53,7 @@ static void score_keys(const bkv_source_t *source, bkv_selection_t *selection) {
                 const float *row = selection->k + (size_t)t * dim;
                 float inverse = inverse_norm(row, dim);
                 if (pass == 0) {
-                    bkv_axpy(selection->weight[first + t] * inverse, row, dim, selection->mean);
+                    bkv_axpy(selection->source_weight[first + t] * inverse, row, dim, selection->mean);
                 } else {
                     selection->score[first + t] = bkv_dot(row, selection->mean, dim) * inverse;
                 }
@@ -120,12 +135,13 @@ static void reduce(const bkv_source_t *source, uint32_t n, uint32_t target, bkv_
 void bkv_select(const bkv_source_t *source, uint32_t sink, uint32_t m, bkv_random_t *random, bkv_selection_t *selection) {
     uint32_t n = source->tokens;
     assert(m >= 1 && m <= n);
+    memcpy(selection->weight, selection->source_weight, n * sizeof(float));
     if (m == n) {
         memset(selection->fate, BKV_PROTECTED, n);
         return;
     }
     memset(selection->fate, BKV_DROPPED, n);
-    uint32_t protect = m / 2, first = sink < protect ? sink : protect;
+    uint32_t protect = protect_count(n, m), first = sink < m / 2 ? sink : m / 2;
     memset(selection->fate, BKV_PROTECTED, first);
     score_keys(source, selection);
     protect_outliers(first, n, protect - first, selection);
