@@ -7,6 +7,9 @@
 // makes nothing older. A live class's slab is on average half as old as its victim, so that two busy classes do not swap
 // slabs back and forth.
 //
+// Taking a slab evicts all that is in it under one hold of the space lock: about a microsecond per record, during which puts wait
+// and gets do not. It happens as often as classes shift, not as often as records are put.
+//
 // All functions want the space lock and take shards' locks.
 #ifndef BKV_EVICT_H
 #define BKV_EVICT_H
