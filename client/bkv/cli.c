@@ -22,15 +22,13 @@ typedef enum kind {
 } kind_t;
 
 static const struct {
-    const char *flag;
+    const char *flag, *argument, *help;
+    size_t offset; // of the field
     kind_t kind;
-    const char *argument;
     uint32_t group;
-    size_t offset;
-    const char *help;
 } options[BKV_OPT_COUNT] = {
 #define X(field, flag, kind, argument, group, help)                                                                            \
-    [BKV_OPT_##field] = {flag, KIND_##kind, argument, BKV_CLI_##group, offsetof(bkv_cli_t, field), help},
+    [BKV_OPT_##field] = {flag, argument, help, offsetof(bkv_cli_t, field), KIND_##kind, BKV_CLI_##group},
     BKV_CLI_OPTIONS(X)
 #undef X
 };

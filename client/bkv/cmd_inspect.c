@@ -13,6 +13,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #define PARTS 7
 
@@ -193,30 +194,25 @@ static void show_record(const void *record) {
     show_parts(header, &parts);
 }
 
-// Everything of a file, aligned as records must be. The caller frees *bytes.
-static bkv_status_t read_file(const char *path, uint8_t **bytes, size_t *length, bkv_error_t *err) {
+// Everything of a regular file, aligned as records must be. The caller frees it. NULL: it could not be read.
+static uint8_t *read_file(const char *path, size_t *length, bkv_error_t *err) {
+    struct stat info;
+    uint8_t *bytes = NULL;
     FILE *in = fopen(path, "rbe");
-    off_t size = -1;
-    if (in != NULL && fseeko(in, 0, SEEK_END) == 0) {
-        size = ftello(in);
-        rewind(in);
+    errno = in == NULL ? errno : EINVAL; // what a file that is not a regular one is called
+    if (in != NULL && fstat(fileno(in), &info) == 0 && S_ISREG(info.st_mode)) {
+        bytes = bkv_xaligned((size_t)info.st_size);
+        *length = fread(bytes, 1, (size_t)info.st_size, in);
     }
-    if (size < 0) {
-        int why = errno;
-        if (in != NULL) {
-            fclose(in);
-        }
-        return bkv_fail(err, BKV_FAILED_PRECONDITION, "%s: %s", path, strerror(why));
+    if (bytes == NULL || *length != (size_t)info.st_size) {
+        bkv_fail(err, BKV_FAILED_PRECONDITION, "%s: %s", path, strerror(errno));
+        free(bytes);
+        bytes = NULL;
     }
-    *length = (size_t)size;
-    *bytes = bkv_xaligned(*length);
-    size_t got = fread(*bytes, 1, *length, in);
-    fclose(in);
-    if (got != *length) {
-        free(*bytes);
-        return bkv_fail(err, BKV_FAILED_PRECONDITION, "%s: could not be read whole", path);
+    if (in != NULL) {
+        fclose(in);
     }
-    return BKV_OK;
+    return bytes;
 }
 
 // The record at the start of `left` bytes: its length once it proves sound. Checksum first: for damage, DATA_LOSS is the
@@ -237,13 +233,12 @@ static bkv_status_t check_record(const uint8_t *at, size_t left, size_t *length,
 }
 
 static bkv_status_t inspect_file(const bkv_cli_t *cli, const char *path, json_t *list, bkv_error_t *err) {
-    uint8_t *bytes = NULL;
-    size_t length = 0;
-    bkv_status_t status = read_file(path, &bytes, &length, err);
-    if (status != BKV_OK) {
-        return status;
+    size_t length, at = 0;
+    bkv_status_t status;
+    uint8_t *bytes = read_file(path, &length, err);
+    if (bytes == NULL) {
+        return BKV_FAILED_PRECONDITION;
     }
-    size_t at = 0;
     do {
         size_t step = 0;
         bkv_error_t why = {.status = BKV_OK};

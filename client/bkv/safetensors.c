@@ -94,13 +94,13 @@ static bkv_status_t parse_offsets(const json_t *entry, const uint8_t *data, uint
     return BKV_OK;
 }
 
-static bkv_status_t check_metadata(const json_t *metadata, bkv_error_t *err) {
+static bkv_status_t check_metadata(json_t *metadata, bkv_error_t *err) {
     const char *key;
     json_t *value;
     if (metadata != NULL && !json_is_object(metadata)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "__metadata__: not an object");
     }
-    json_object_foreach((json_t *)(uintptr_t)metadata, key, value) {
+    json_object_foreach(metadata, key, value) {
         if (!json_is_string(value)) {
             return bkv_fail(err, BKV_INVALID_ARGUMENT, "__metadata__." NAME_SHOWN ": not a string", key);
         }

@@ -51,11 +51,19 @@ static void buffers_deinit(buffers_t *buffers) {
     free(buffers->workspace);
 }
 
-static void *copy_record(const void *record, size_t length) {
+// Seals a copy that is no larger than it must be. A record that no reader would take is a fault of the kernels, and better
+// found here than in front of a model.
+static bkv_status_t keep_record(const void *record, size_t length, void **kept, bkv_error_t *err) {
+    bkv_error_t why = {.status = BKV_OK};
     void *copy = bkv_xaligned(length);
     memcpy(copy, record, length);
+    if (bkv_record_check(copy, length, &why) != BKV_OK) {
+        free(copy);
+        return bkv_fail(err, BKV_INTERNAL, "record: %s", why.message);
+    }
     bkv_record_seal(copy);
-    return copy;
+    *kept = copy;
+    return BKV_OK;
 }
 
 static bkv_status_t compress_block(pool_t *pool, size_t i, buffers_t *buffers, bkv_error_t *err) {
@@ -69,11 +77,13 @@ static bkv_status_t compress_block(pool_t *pool, size_t i, buffers_t *buffers, b
     bkv_block_from_payload(&shape, buffers->payload, &block);
     bkv_status_t status = bkv_compress(pool->options->backend, &block, &pool->options->params, &id, buffers->record,
                                        buffers->capacity, buffers->workspace, &length, &why);
+    if (status == BKV_OK) {
+        status = keep_record(buffers->record, length, &pool->records[i], &why);
+    }
     if (status != BKV_OK) {
         return bkv_fail(err, status, "tokens %llu..%llu: %s", (unsigned long long)span->position,
                         (unsigned long long)(span->position + span->tokens - 1), why.message);
     }
-    pool->records[i] = copy_record(buffers->record, length);
     return BKV_OK;
 }
 
@@ -139,11 +149,15 @@ static bkv_status_t fold_all(const bkv_summarize_t *options, bkv_summaries_t *su
     size_t length = 0;
     bkv_status_t status =
         bkv_fold(options->backend, records, count, &id, room, options->params.seed, record, workspace, &length, err);
+    void *kept = NULL;
+    if (status == BKV_OK) {
+        status = keep_record(record, length, &kept, err);
+    }
     if (status == BKV_OK) {
         for (size_t i = 0; i < summaries->count; i++) {
             free(summaries->records[i]);
         }
-        summaries->records[0] = copy_record(record, length);
+        summaries->records[0] = kept;
         summaries->count = 1;
     }
     free(record);

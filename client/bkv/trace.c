@@ -100,8 +100,8 @@ static bkv_status_t check_tensor(bkv_trace_t *trace, const bkv_tensor_t *tensor,
 }
 
 static bkv_status_t bind_layers(bkv_trace_t *trace, bkv_error_t *err) {
-    trace->keys = bkv_xcalloc(trace->shape.layers, sizeof *trace->keys);
-    trace->values = bkv_xcalloc(trace->shape.layers, sizeof *trace->values);
+    trace->keys = bkv_xcalloc(trace->shape.layers, sizeof(const bkv_tensor_t *));
+    trace->values = bkv_xcalloc(trace->shape.layers, sizeof(const bkv_tensor_t *));
     for (uint32_t i = 0; i < trace->shape.layers; i++) {
         char name[16];
         bkv_status_t status;
