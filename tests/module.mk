@@ -1,27 +1,33 @@
 # tests/: unit (criterion, mirrors the sources), integration (real daemon, real sockets), e2e (the real model), bench, fuzz.
 PYTHON ?= /usr/bin/python3
 UNIT_PC := criterion
-UNIT_SRC := $(wildcard tests/unit/*.c tests/unit/*/*.c)
-UNIT_OBJ := $(UNIT_SRC:%.c=$(BUILD)/obj/%.o)
+UNIT_ROOMS := $(sort $(patsubst tests/unit/%/,%,$(dir $(wildcard tests/unit/*/test_*.c))))
+UNIT_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/unit/*.c tests/unit/*/*.c))
+UNIT_BIN := $(UNIT_ROOMS:%=$(BUILD)/tests/unit-%) $(BUILD)/tests/unit-daemon
 TEST_PC = $(UNIT_PC) $(DAEMON_PC) $(CLIENT_PC) $(BKV_PC)
 TEST_LIBS = $(shell pkg-config --libs $(TEST_PC)) -lm
 $(BUILD)/obj/tests/%.o: DEPS_CFLAGS = $(shell pkg-config --cflags $(TEST_PC))
 $(UNIT_OBJ): | $(PROTO_HDR)
 
-# One binary over every room's objects, so that a unit test can reach what is not exported.
-$(BUILD)/tests/unit: $(UNIT_OBJ) $(CLIENT_OBJ) $(filter-out %/main.o,$(BKV_OBJ)) $(DAEMON_LIB) $(KERNELS_LIB)
-	@mkdir -p $(@D)
-	$(call say,LD ,$@)
-	$(Q)$(CC) $(LDFLAGS) -o $@ $(filter-out %.a,$^) $(DAEMON_LIB) $(KERNELS_LIB) $(TEST_LIBS)
+# One binary a room, over every room's objects, so that a unit test can reach what is not exported.
+UNIT_UNDER = $(CLIENT_OBJ) $(filter-out %/main.o,$(BKV_OBJ)) $(DAEMON_LIB) $(KERNELS_LIB)
+define UNIT_RULE
+$(BUILD)/tests/unit-$(1): $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard $(2)/*.c)) $$(UNIT_UNDER)
+	$$(call say,LD ,$$@)
+	@mkdir -p $$(@D)
+	$$(Q)$$(CC) $$(LDFLAGS) -o $$@ $$(filter-out %.a,$$^) $$(DAEMON_LIB) $$(KERNELS_LIB) $$(TEST_LIBS)
+endef
+$(foreach room,$(UNIT_ROOMS),$(eval $(call UNIT_RULE,$(room),tests/unit/$(room))))
+$(eval $(call UNIT_RULE,daemon,tests/unit))
 
 .PHONY: test test-run unit integration e2e demo demo-run bench bench-run soak
 ## test: set up, build, then run every test
 test: setup
 	@$(MAKE) --no-print-directory test-run
-test-run: all $(BUILD)/tests/unit
+test-run: all $(UNIT_BIN)
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/run.sh unit integration e2e
 ## unit: unit tests alone
-unit: $(BUILD)/tests/unit
+unit: all $(UNIT_BIN)
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/run.sh unit
 ## integration: tests against a real daemon over real sockets
 integration: all
@@ -59,12 +65,12 @@ soak: all
 ## asan: unit and integration tests under AddressSanitizer and UBSan
 asan: setup
 	@$(MAKE) --no-print-directory BUILD=build-asan SAN='-fsanitize=address,undefined -fno-sanitize-recover=undefined' OPT='-O1 -g' asan-run
-asan-run: all $(BUILD)/tests/unit
+asan-run: all $(UNIT_BIN)
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) SANITIZER=asan tests/run.sh unit integration
 ## tsan: unit and integration tests under ThreadSanitizer
 tsan: setup
 	@$(MAKE) --no-print-directory BUILD=build-tsan SAN='-fsanitize=thread' OPT='-O1 -g' tsan-run
-tsan-run: all $(BUILD)/tests/unit
+tsan-run: all $(UNIT_BIN)
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) SANITIZER=tsan tests/run.sh unit integration
 
 # Fuzzers: one libFuzzer driver per parser of outside bytes, with a corpus in tests/fuzz/corpus/<name>.

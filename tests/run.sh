@@ -1,7 +1,7 @@
 #!/bin/bash
 # Runs the named suites one after the other and closes with one line, "N passed, N failed[, N skipped]".
 #
-#   unit          $BUILD/tests/unit (criterion)
+#   unit          $BUILD/tests/unit-* (criterion), one a room
 #   integration   tests/integration/test_*.py against the real daemon
 #   e2e           tests/e2e/test_*.py with the real model
 #
@@ -35,13 +35,16 @@ for suite in "$@"; do
     echo "== $suite"
     case $suite in
     unit)
-        "$BUILD/tests/unit" --jobs 2 --timeout 300 2>&1 | tee "$log"
-        status=$?
-        # criterion closes with "[====] Synthesis: Tested: 12 | Passing: 12 | Failing: 0 | Crashing: 0"
-        line=$(sed -e 's/\x1b\[[0-9;]*m//g' "$log" | grep 'Synthesis' | tail -n 1 |
-            sed -E 's/.*Passing: *([0-9]+).*Failing: *([0-9]+).*Crashing: *([0-9]+).*/\1 \2 \3/')
-        read -r p f c <<<"${line:-0 0 1}"
-        tally "$status" "$p passed, $((f + c)) failed"
+        for binary in "$BUILD"/tests/unit-*; do
+            echo "-- $binary"
+            "$binary" --jobs 2 --timeout 300 2>&1 | tee "$log"
+            status=$?
+            # criterion closes with "[====] Synthesis: Tested: 12 | Passing: 12 | Failing: 0 | Crashing: 0"
+            line=$(sed -e 's/\x1b\[[0-9;]*m//g' "$log" | grep 'Synthesis' | tail -n 1 |
+                sed -E 's/.*Passing: *([0-9]+).*Failing: *([0-9]+).*Crashing: *([0-9]+).*/\1 \2 \3/')
+            read -r p f c <<<"${line:-0 0 1}"
+            tally "$status" "$p passed, $((f + c)) failed"
+        done
         ;;
     integration | e2e)
         for test in tests/"$suite"/test_*.py; do
