@@ -16,7 +16,7 @@ def row(name, value, unit, against=None, bar=None, at_least=True):
     judged = value if against is None else ratio
     met = None
     if bar is not None:
-        met = judged is not None and (judged >= bar if at_least else judged <= bar)
+        met = judged is not None and bool(judged >= bar if at_least else judged <= bar)
     return {"name": name, "value": value, "unit": unit, "against": against, "ratio": ratio, "bar": bar, "met": met}
 
 
