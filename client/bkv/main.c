@@ -101,9 +101,15 @@ int main(int argc, char **argv) {
     // Options before the command are the common ones.
     bkv_status_t status = bkv_cli_parse(&cli, BKV_CLI_ALL | BKV_CLI_CONNECT, argc, argv, true, &err);
     const char *name = NULL;
-    if (status == BKV_OK && (cli.help || (cli.arg_count > 0 && strcmp(cli.args[0], "help") == 0 && cli.arg_count == 1))) {
+    bool help = status == BKV_OK && cli.arg_count > 0 && strcmp(cli.args[0], "help") == 0;
+    if (status == BKV_OK && (cli.help || (help && cli.arg_count == 1))) {
         show_help();
         return 0;
+    }
+    if (help) { // `bkv help put` is `bkv put --help`
+        cli.help = true;
+        cli.args++;
+        cli.arg_count = 1;
     }
     if (status == BKV_OK && cli.arg_count == 0) {
         status = bkv_cli_usage(&cli, &err, "no command");
