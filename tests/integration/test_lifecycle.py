@@ -212,25 +212,50 @@ class Killed(Alone):
         for _, found, _ in self.rounds(daemon, 2, 4, 5):
             self.assertGreater(len(found), 3)
 
-    def test_an_arena_of_other_geometry_or_of_noise_is_cleared(self):
+    def test_an_arena_of_other_geometry_serves_nothing_wrong(self):
         daemon = self.kept(arena="32M", slab="8M")
         client = self.client(daemon)
-        spec_id = client.open(**WIDE).spec_id
-        client.put(spec_id, key(1), content(1), TOKENS)
+        client.put(client.open(**WIDE).spec_id, key(1), content(1), TOKENS)
+        for changes in (dict(arena="64M"), dict(arena="64M", slab="16M"), dict(arena="32M")):
+            daemon.stop()
+            daemon.start(**changes)
+            client = self.client(daemon)
+            spec_id = client.open(**WIDE).spec_id
+            check(client, spec_id, [1])
+            client.put(spec_id, key(1), content(1), TOKENS)
+            self.assertEqual(check(client, spec_id, [1]), {1})
+
+    def noise(self, path, first):
+        """Overwrites a file from byte `first` on."""
+        noise = np.random.default_rng(3).integers(0, 256, 1 << 20, np.uint8).tobytes()
+        with open(path, "r+b") as file:
+            file.seek(first)
+            for at in range(first, os.path.getsize(path), 1 << 20):
+                file.write(noise[:os.path.getsize(path) - at])
+
+    def test_an_arena_full_of_noise_serves_nothing_wrong(self):
+        daemon = self.kept(arena="32M", slab="8M")
+        client = self.client(daemon)
+        client.put(client.open(**WIDE).spec_id, key(1), content(1), TOKENS)
         daemon.stop()
-        daemon.start(arena="64M")
-        self.assertLessEqual(check(self.client(daemon), self.client(daemon).open(**WIDE).spec_id, [1]), {1})
-        daemon.stop()
-        with open(daemon.options["arena_path"], "r+b") as file:
-            noise = np.random.default_rng(3).integers(0, 256, 1 << 20, np.uint8).tobytes()
-            for _ in range(os.path.getsize(file.name) >> 20):
-                file.write(noise)
+        self.noise(daemon.options["arena_path"], 4096)
         daemon.start()
         client = self.client(daemon)
         spec_id = client.open(**WIDE).spec_id
         self.assertEqual(check(client, spec_id, [1]), set())
         client.put(spec_id, key(2), content(2), TOKENS)
         self.assertEqual(check(client, spec_id, [2]), {2})
+
+    def test_a_file_that_is_no_arena_is_left_alone(self):
+        daemon = self.daemon(start=False, arena="32M")
+        path = daemon.options["arena_path"] = os.path.join(daemon.folder, "somebody's")
+        with open(path, "wb") as file:
+            file.write(b"precious" * 1000)
+        daemon.spawn()
+        self.assertEqual(daemon.wait(10), 2)
+        self.assertIn(path, daemon.log_text())
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), b"precious" * 1000)
 
     def test_boot_epoch_changes_and_specs_must_be_opened_again(self):
         daemon = self.daemon()
