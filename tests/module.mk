@@ -1,18 +1,19 @@
 # tests/: unit (criterion, mirrors the sources), integration (real daemon, real sockets), e2e (the real model), bench, fuzz.
 PYTHON ?= /usr/bin/python3
 UNIT_PC := criterion
+UNIT_RUNNER := # an object that brings main() where criterion does not
 UNIT_ROOMS := $(sort $(patsubst tests/unit/%/,%,$(dir $(wildcard tests/unit/*/test_*.c))))
 UNIT_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/unit/*.c tests/unit/*/*.c))
 UNIT_BIN := $(UNIT_ROOMS:%=$(BUILD)/tests/unit-%) $(BUILD)/tests/unit-daemon
 TEST_PC = $(UNIT_PC) $(DAEMON_PC) $(CLIENT_PC) $(BKV_PC)
 TEST_LIBS = $(shell pkg-config --libs $(TEST_PC)) -lm
-$(BUILD)/obj/tests/%.o: DEPS_CFLAGS = $(shell pkg-config --cflags $(TEST_PC))
+$(BUILD)/obj/tests/%.o: DEPS_CFLAGS = $(UNIT_CPPFLAGS) $(shell pkg-config --cflags $(TEST_PC))
 $(UNIT_OBJ): | $(PROTO_HDR)
 
 # One binary a room, over every room's objects, so that a unit test can reach what is not exported.
 UNIT_UNDER = $(CLIENT_OBJ) $(filter-out %/main.o,$(BKV_OBJ)) $(DAEMON_LIB) $(KERNELS_LIB)
 define UNIT_RULE
-$(BUILD)/tests/unit-$(1): $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard $(2)/*.c)) $$(UNIT_UNDER)
+$(BUILD)/tests/unit-$(1): $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard $(2)/*.c)) $$(UNIT_RUNNER) $$(UNIT_UNDER)
 	$$(call say,LD ,$$@)
 	@mkdir -p $$(@D)
 	$$(Q)$$(CC) $$(LDFLAGS) -o $$@ $$(filter-out %.a,$$^) $$(DAEMON_LIB) $$(KERNELS_LIB) $$(TEST_LIBS)
@@ -69,7 +70,8 @@ asan-run: all $(UNIT_BIN)
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) SANITIZER=asan tests/run.sh unit integration
 ## tsan: unit and integration tests under ThreadSanitizer
 tsan: setup
-	@$(MAKE) --no-print-directory BUILD=build-tsan SAN='-fsanitize=thread' OPT='-O1 -g' tsan-run
+	@$(MAKE) --no-print-directory BUILD=build-tsan SAN='-fsanitize=thread' OPT='-O1 -g' UNIT_PC= \
+	  UNIT_RUNNER=build-tsan/obj/tests/support/tsan/runner.o UNIT_CPPFLAGS=-Itests/support/tsan tsan-run
 tsan-run: all $(UNIT_BIN)
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) SANITIZER=tsan tests/run.sh unit integration
 

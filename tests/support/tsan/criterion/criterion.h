@@ -1,0 +1,71 @@
+// criterion.h - the part of criterion's interface that the unit tests use, for `make tsan` alone.
+//
+// criterion runs each test in a process of its own making (boxfort), which ThreadSanitizer cannot start. Under TSan the same
+// tests compile against this header instead and runner.c forks for each.
+#ifndef BKV_TSAN_CRITERION_H
+#define BKV_TSAN_CRITERION_H
+
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct tsan_test {
+    const char *suite, *name;
+    void (*run)(void);
+    void (*init)(void), (*fini)(void);
+    double timeout;
+    int signal, exit_code; // what the test is expected to end with
+    bool disabled;
+    const char *description;
+    struct tsan_test *next;
+} tsan_test_t;
+
+void tsan_register(tsan_test_t *test);
+void tsan_fail(const char *file, int line, const char *what, bool fatal);
+
+#define Test(suite_, name_, ...)                                                                                               \
+    static void suite_##_##name_##_run(void);                                                                                  \
+    __attribute__((constructor)) static void suite_##_##name_##_register(void) {                                               \
+        static tsan_test_t test = {.suite = #suite_, .name = #name_, .run = suite_##_##name_##_run, ##__VA_ARGS__};            \
+        tsan_register(&test);                                                                                                  \
+    }                                                                                                                          \
+    static void suite_##_##name_##_run(void)
+
+#define TSAN_CHECK(condition, what, fatal)                                                                                     \
+    do {                                                                                                                       \
+        if (!(condition)) {                                                                                                    \
+            tsan_fail(__FILE__, __LINE__, what, fatal);                                                                        \
+        }                                                                                                                      \
+    } while (0)
+
+#define cr_assert(c, ...)                TSAN_CHECK(c, #c, true)
+#define cr_assert_not(c, ...)            TSAN_CHECK(!(c), "!(" #c ")", true)
+#define cr_assert_eq(a, b, ...)          TSAN_CHECK((a) == (b), #a " == " #b, true)
+#define cr_assert_neq(a, b, ...)         TSAN_CHECK((a) != (b), #a " != " #b, true)
+#define cr_assert_lt(a, b, ...)          TSAN_CHECK((a) < (b), #a " < " #b, true)
+#define cr_assert_gt(a, b, ...)          TSAN_CHECK((a) > (b), #a " > " #b, true)
+#define cr_assert_leq(a, b, ...)         TSAN_CHECK((a) <= (b), #a " <= " #b, true)
+#define cr_assert_geq(a, b, ...)         TSAN_CHECK((a) >= (b), #a " >= " #b, true)
+#define cr_assert_null(a, ...)           TSAN_CHECK((a) == NULL, #a " == NULL", true)
+#define cr_assert_not_null(a, ...)       TSAN_CHECK((a) != NULL, #a " != NULL", true)
+#define cr_assert_str_eq(a, b, ...)      TSAN_CHECK(strcmp(a, b) == 0, #a " is " #b, true)
+#define cr_assert_str_neq(a, b, ...)     TSAN_CHECK(strcmp(a, b) != 0, #a " is not " #b, true)
+#define cr_assert_arr_eq(a, b, n, ...)   TSAN_CHECK(memcmp(a, b, n) == 0, #a " equals " #b, true)
+#define cr_assert_float_eq(a, b, e, ...) TSAN_CHECK(fabs((double)(a) - (double)(b)) <= (double)(e), #a " near " #b, true)
+#define cr_expect(c, ...)                TSAN_CHECK(c, #c, false)
+#define cr_expect_not(c, ...)            TSAN_CHECK(!(c), "!(" #c ")", false)
+#define cr_expect_eq(a, b, ...)          TSAN_CHECK((a) == (b), #a " == " #b, false)
+#define cr_expect_neq(a, b, ...)         TSAN_CHECK((a) != (b), #a " != " #b, false)
+#define cr_expect_lt(a, b, ...)          TSAN_CHECK((a) < (b), #a " < " #b, false)
+#define cr_expect_gt(a, b, ...)          TSAN_CHECK((a) > (b), #a " > " #b, false)
+#define cr_expect_leq(a, b, ...)         TSAN_CHECK((a) <= (b), #a " <= " #b, false)
+#define cr_expect_geq(a, b, ...)         TSAN_CHECK((a) >= (b), #a " >= " #b, false)
+#define cr_expect_null(a, ...)           TSAN_CHECK((a) == NULL, #a " == NULL", false)
+#define cr_expect_not_null(a, ...)       TSAN_CHECK((a) != NULL, #a " != NULL", false)
+#define cr_expect_str_eq(a, b, ...)      TSAN_CHECK(strcmp(a, b) == 0, #a " is " #b, false)
+#define cr_log_info(...)                 fprintf(stderr, __VA_ARGS__)
+
+#endif
