@@ -153,7 +153,8 @@ static void send_missing(bkv_call_t *call, bkv_error_t *error) {
     chunk.message = error->message;
     grpc_byte_buffer *message = bkv_wire_pack(&chunk.base, NULL);
     if (get->first_error.status == BKV_OK) {
-        bkv_fail(&get->first_error, error->status, "keys[%" PRIu32 "]: %.200s", get->index, error->message);
+        const char *cause = strncmp(error->message, "key: ", 5) == 0 ? error->message + 5 : error->message;
+        bkv_fail(&get->first_error, error->status, "keys[%" PRIu32 "]: %.200s", get->index, cause);
     }
     get->index++;
     put_out(call, message);
