@@ -15,7 +15,7 @@
     X(listen, tls_key, STRING, "", false, "PEM private key")                                                                   \
     X(listen, tls_client_ca, STRING, "", false, "PEM CAs: clients must present a certificate of theirs (mTLS)")                \
     X(memory, arena, SIZE, "1G", false, "memory for summaries")                                                                \
-    X(memory, slab, SIZE, "0", false, "slab size, also the largest record; 0: arena / 64, between 8M and 1G")                  \
+    X(memory, slab, SIZE, "0", false, "slab size, also the largest record; 0: arena / 32, between 8M and 1G")                  \
     X(memory, arena_path, STRING, "", false,                                                                                   \
       "file on tmpfs or hugetlbfs that keeps the summaries across restarts; empty: memfd, handed to systemd")                  \
     X(memory, prefault, BOOL, "no", false, "touch all of the arena at start")                                                  \

@@ -29,7 +29,7 @@ static uint64_t clamp(uint64_t n, uint64_t low, uint64_t high) {
 static uint64_t slab_bytes_of(const bkv_store_config_t *config) {
     uint64_t bytes = config->slab_bytes;
     if (bytes == 0) {
-        bytes = clamp(config->arena_bytes / 64, 8 * MIB, 1024 * MIB);
+        bytes = clamp(config->arena_bytes / 32, 8 * MIB, 1024 * MIB);
     }
     // Whole huge pages where it is large enough.
     return bytes - bytes % (bytes >= 8 * MIB ? 2 * MIB : BKV_PAGE_BYTES);

@@ -19,7 +19,7 @@ typedef struct bkv_store bkv_store_t;
 
 typedef struct bkv_store_config {
     uint64_t arena_bytes;      // all memory for records; rounded down to whole slabs
-    uint64_t slab_bytes;       // also the largest record; 0: arena_bytes / 64, at least 8 MiB, at most 1 GiB
+    uint64_t slab_bytes;       // also the largest record; 0: arena_bytes / 32, at least 8 MiB, at most 1 GiB
     uint32_t max_entries;      // 0: arena_bytes / 16 KiB, at least 1,024
     uint32_t shards;           // power of two; 0: 64
     uint32_t max_leases;       // 0: 4,096
