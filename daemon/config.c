@@ -34,8 +34,8 @@ const bkv_option_t bkv_options[BKV_OPTION_COUNT] = {
 
 // ---- values ----
 
-static void *value_of(const bkv_config_t *config, size_t id) {
-    return (char *)(uintptr_t)config + bkv_options[id].offset;
+static void *value_of(bkv_config_t *config, size_t id) {
+    return (char *)config + bkv_options[id].offset;
 }
 
 // Returns NULL or what was expected instead.
@@ -65,7 +65,7 @@ static const char *set_value(bkv_config_t *config, size_t id, const char *text) 
 
 // The value as it would stand in a file; points into `number` or into the configuration.
 static const char *value_text(const bkv_config_t *config, size_t id, char number[BKV_VALUE_TEXT]) {
-    const void *value = value_of(config, id);
+    const void *value = (const char *)config + bkv_options[id].offset;
     switch (bkv_options[id].type) {
     case BKV_BOOL:
         return *(const bool *)value ? "yes" : "no";

@@ -167,12 +167,9 @@ static void fold_cancel(bkv_job_t *job) {
     fold_finish(fold, &error, &result);
 }
 
-bkv_status_t bkv_fold_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
-                            uint64_t budget, uint64_t ttl_ms, uint64_t now_ms, bkv_fold_done_t done, void *user,
-                            bkv_error_t *err) {
-    (void)now_ms; // its work is done on a compute thread, later
-    const bkv_model_t *model;
-    bkv_status_t status = bkv_pipeline_admit(pipeline, spec_id, &model, err);
+static bkv_status_t check_request(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, uint32_t count, uint64_t budget,
+                                  const bkv_model_t **model, bkv_error_t *err) {
+    bkv_status_t status = bkv_pipeline_admit(pipeline, spec_id, model, err);
     if (status == BKV_OK) {
         status = bkv_pipeline_check_batch(pipeline, count, err);
     }
@@ -180,12 +177,21 @@ bkv_status_t bkv_fold_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_
         status =
             bkv_fail(err, BKV_INVALID_ARGUMENT, "budget_bytes: %llu is less than any record has", (unsigned long long)budget);
     }
-    fold_t *fold = status == BKV_OK ? calloc(1, sizeof(*fold) + count * sizeof(keys[0])) : NULL;
-    if (status == BKV_OK && fold == NULL) {
-        status = bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a Fold");
-    }
+    return status;
+}
+
+bkv_status_t bkv_fold_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
+                            uint64_t budget, uint64_t ttl_ms, uint64_t now_ms, bkv_fold_done_t done, void *user,
+                            bkv_error_t *err) {
+    (void)now_ms; // its work is done on a compute thread, later
+    const bkv_model_t *model;
+    bkv_status_t status = check_request(pipeline, spec_id, count, budget, &model, err);
     if (status != BKV_OK) {
         return status;
+    }
+    fold_t *fold = calloc(1, sizeof(*fold) + count * sizeof(keys[0]));
+    if (fold == NULL) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a Fold");
     }
     fold->job = (bkv_job_t){.run = fold_run, .cancel = fold_cancel};
     fold->pipeline = pipeline;

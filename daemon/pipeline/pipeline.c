@@ -141,10 +141,11 @@ bkv_status_t bkv_gather_pin(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_
     uint64_t now_ms = pipeline->config.now_ms();
     *gather =
         (bkv_gather_t){.pins = malloc(count * sizeof(gather->pins[0])), .records = malloc(count * sizeof(gather->records[0]))};
-    bkv_status_t status = BKV_OK;
     if (gather->pins == NULL || gather->records == NULL) {
-        status = bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for %u", count);
+        bkv_gather_unpin(pipeline, gather);
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for %u", count);
     }
+    bkv_status_t status = BKV_OK;
     for (uint32_t i = 0; i < count && status == BKV_OK; i++) {
         bkv_error_t cause;
         status = bkv_pin_checked(pipeline, spec_id, &keys[i], now_ms, &gather->pins[i], &cause);
