@@ -37,7 +37,7 @@ static const struct {
     bool zero;
     uint64_t lowest, highest;
 } ranges[] = {
-    {BKV_OPT_memory_arena, false, UINT64_C(1) << 20, UINT64_C(1) << 46},
+    {BKV_OPT_memory_arena, false, UINT64_C(1) << 20, UINT64_C(1) << 44},
     {BKV_OPT_memory_slab, true, UINT64_C(64) << 10, UINT64_C(1) << 40},
     {BKV_OPT_memory_max_entries, true, 1, UINT32_C(1) << 30},
     {BKV_OPT_memory_staging, false, UINT64_C(64) << 10, UINT64_C(1) << 40},
