@@ -1,28 +1,19 @@
-// attend.c - Attend: queries go out from the caller's memory, partial attention comes back into it.
+// attend.c - Attend: queries go out, partial attention comes back into the caller's memory.
 #include "client.h"
 
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define QUERY_FIELD 15
 #define REQUEST_MAX (1ull << 31) // gRPC counts a message's bytes in 32 bits
 #define HEADS_MAX   (64u * BKV_MAX_HEADS)
 #define QUERIES_MAX (1u << 20)
 
 typedef struct attend_call {
     bkv_call_t call; // first
-    grpc_slice head; // the request but for the queries
-    const float *q;
     float *out, *lse;
-    uint64_t q_bytes, out_bytes, lse_bytes;
+    uint64_t out_bytes, lse_bytes;
 } attend_call_t;
-
-static grpc_byte_buffer *attend_next(bkv_call_t *call, bool *last) {
-    attend_call_t *attend = (attend_call_t *)call;
-    *last = true;
-    return bkv_call_message(call, grpc_slice_ref(attend->head), attend->q, (size_t)attend->q_bytes);
-}
 
 static bkv_status_t attend_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
     attend_call_t *attend = (attend_call_t *)call;
@@ -44,18 +35,12 @@ static bkv_status_t attend_take(bkv_call_t *call, grpc_byte_buffer *message, bkv
     return status;
 }
 
-static void attend_clean(bkv_call_t *call) {
-    grpc_slice_unref(((attend_call_t *)call)->head);
-}
-
 static const bkv_call_kind_t attend_kind = {
     .method = BKV_CLIENT_SERVICE "Attend",
     .shape = BKV_CALL_UNARY,
     .names_spec = true,
     .may_miss = true,
-    .next = attend_next,
     .take = attend_take,
-    .clean = attend_clean,
 };
 
 // Sizes first: with these bounds no product below overflows.
@@ -96,10 +81,8 @@ bkv_status_t bkv_attend_remote(bkv_client_t *client, const bkv_spec_id_t *id, co
         status = bkv_call_run(NULL, err);
     } else {
         uint64_t rows = (uint64_t)args->layers * args->query_heads * args->queries;
-        attend->q = args->q;
         attend->out = args->out;
         attend->lse = args->lse;
-        attend->q_bytes = rows * key_dim * sizeof(float);
         attend->out_bytes = rows * value_dim * sizeof(float);
         attend->lse_bytes = rows * sizeof(float);
         Balancekv__V1__AttendRequest request = BALANCEKV__V1__ATTEND_REQUEST__INIT;
@@ -111,7 +94,9 @@ bkv_status_t bkv_attend_remote(bkv_client_t *client, const bkv_spec_id_t *id, co
         request.query_heads = args->query_heads;
         request.queries = args->queries;
         request.scale = args->scale;
-        attend->head = bkv_client_pack_before(&request.base, QUERY_FIELD, attend->q_bytes);
+        request.q.len = rows * key_dim * sizeof(float);
+        request.q.data = (uint8_t *)(uintptr_t)args->q;
+        attend->call.request = bkv_client_pack(&request.base);
         status = bkv_call_run(&attend->call, err);
     }
     free(list);

@@ -4,8 +4,6 @@
 
 #include <assert.h>
 #include <grpc/byte_buffer.h>
-#include <grpc/support/alloc.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,18 +13,9 @@
 #define PAUSE_FIRST_MS   10
 #define PAUSE_LONGEST_MS 500
 
-// How long after its end a call waits for a socket to take what is under way before it gives the connection up.
-#define HELD_MS 50
-
 static const bkv_call_kind_t open_kind = {.method = BKV_CLIENT_SERVICE "Open", .shape = BKV_CALL_UNARY};
 
-static const bkv_call_kind_t *attempt_kind(const bkv_call_t *call) {
-    return call->reopening ? &open_kind : call->kind;
-}
-
-// ---- references to the caller's memory ----
-
-static void call_complete(bkv_call_t *call) {
+void bkv_call_conclude(bkv_call_t *call) {
     bkv_client_t *client = call->client;
     bkv_client_remove(client, call);
     if (call->queue != NULL) {
@@ -40,158 +29,153 @@ static void call_complete(bkv_call_t *call) {
     bkv_client_leave(client);
 }
 
-static void call_release(void *user) {
-    bkv_call_t *call = user;
-    if (atomic_fetch_sub(&call->holds, 1) == 1) {
-        call_complete(call);
-    }
-}
-
-grpc_byte_buffer *bkv_call_message(bkv_call_t *call, grpc_slice head, const void *bytes, size_t length) {
-    atomic_fetch_add(&call->holds, 1);
-    grpc_slice slices[2] = {
-        head,
-        grpc_slice_new_with_user_data((void *)(uintptr_t)bytes, length, call_release, call),
-    };
-    grpc_byte_buffer *message = grpc_raw_byte_buffer_create(slices, 2);
-    grpc_slice_unref(slices[0]);
-    grpc_slice_unref(slices[1]);
-    return message;
-}
-
-void bkv_call_conclude(bkv_call_t *call) {
-    if (atomic_load(&call->holds) > 1) {
-        bkv_client_wait(call->client, call, BKV_CALL_HELD, bkv_client_now_ns() + HELD_MS * NS_PER_MS);
-    }
-    call_release(call);
-}
-
 // ---- one attempt ----
 
-static void attempt_end(bkv_call_t *call);
+static void attempt_end(bkv_attempt_t *attempt);
 
-static void batch_start(bkv_call_t *call, const grpc_op *ops, size_t count, bkv_call_tag_t *tag) {
+static void attempt_free(bkv_attempt_t *attempt) {
+    grpc_call_unref(attempt->grpc);
+    grpc_byte_buffer_destroy(attempt->message);
+    grpc_byte_buffer_destroy(attempt->received);
+    grpc_metadata_array_destroy(&attempt->initial);
+    grpc_metadata_array_destroy(&attempt->trailing);
+    grpc_slice_unref(attempt->details);
+    free(attempt);
+}
+
+static void batch_start(bkv_attempt_t *attempt, const grpc_op *ops, size_t count, bkv_call_tag_t *tag) {
     BKV_CALL_RELEASE(tag);
-    grpc_call_error error = grpc_call_start_batch(call->grpc, ops, count, tag, NULL);
+    grpc_call_error error = grpc_call_start_batch(attempt->grpc, ops, count, tag, NULL);
     assert(error == GRPC_CALL_OK); // anything else is a batch that is wrong in itself
     (void)error;
 }
 
-static void batch_done(bkv_call_t *call) {
-    if (--call->batches == 0) {
-        attempt_end(call);
+// One of the batches that make the result is back. The sending one does not count: a socket that blocks may keep it.
+static void batch_received(bkv_attempt_t *attempt) {
+    if (--attempt->waiting > 0) {
+        return;
+    }
+    if (attempt->sending) {
+        grpc_call_cancel(attempt->grpc, NULL); // answered early, or late: nobody wants the rest
+    }
+    attempt_end(attempt);
+    if (!attempt->sending) {
+        attempt_free(attempt);
     }
 }
 
-static void take(bkv_call_t *call) {
-    call->answered = true;
-    if (!call->reopening && call->fault.status == BKV_OK && call->kind->take(call, call->received, &call->fault) != BKV_OK) {
-        grpc_call_cancel(call->grpc, NULL);
+static void take(bkv_attempt_t *attempt) {
+    bkv_call_t *call = attempt->call;
+    attempt->answered = true;
+    if (attempt->kind->take != NULL && attempt->kind->take(call, attempt->received, &attempt->fault) != BKV_OK) {
+        grpc_call_cancel(attempt->grpc, NULL);
     }
 }
 
-// The reopening's answer stays in call->received for attempt_end.
-static void on_status(bkv_call_t *call, bool ok) {
+static void on_status(bkv_attempt_t *attempt, bool ok) {
     (void)ok; // the status says it
-    call->ended = true;
-    if (call->received != NULL && attempt_kind(call)->shape != BKV_CALL_DOWNLOAD) {
-        take(call);
+    if (attempt->received != NULL && attempt->kind->shape != BKV_CALL_DOWNLOAD) {
+        take(attempt);
     }
-    if (call->batches > 1 && call->kind->shape == BKV_CALL_UPLOAD) {
-        grpc_call_cancel(call->grpc, NULL); // the daemon has answered early; nobody wants the rest
-    }
-    batch_done(call);
+    batch_received(attempt);
 }
 
-static void send_next(bkv_call_t *call) {
-    call->sending = call->kind->next(call, &call->sent_last);
-    grpc_op ops[2] = {{.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = call->sending},
-                      {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT}};
-    batch_start(call, ops, call->sent_last ? 2 : 1, &call->send_tag);
+static void receive_next(bkv_attempt_t *attempt) {
+    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &attempt->received};
+    batch_start(attempt, &op, 1, &attempt->receive_tag);
 }
 
-static void on_send(bkv_call_t *call, bool ok) {
-    grpc_byte_buffer_destroy(call->sending);
-    call->sending = NULL;
-    if (ok && !call->sent_last && !call->ended) {
-        send_next(call);
-    } else {
-        batch_done(call);
-    }
-}
-
-static void receive_next(bkv_call_t *call) {
-    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &call->received};
-    batch_start(call, &op, 1, &call->receive_tag);
-}
-
-static void on_receive(bkv_call_t *call, bool ok) {
-    bool more = ok && call->received != NULL;
+static void on_receive(bkv_attempt_t *attempt, bool ok) {
+    bool more = ok && attempt->received != NULL;
     if (more) {
-        take(call);
-        grpc_byte_buffer_destroy(call->received);
-        call->received = NULL;
+        take(attempt);
+        grpc_byte_buffer_destroy(attempt->received);
+        attempt->received = NULL;
     }
-    if (more && call->fault.status == BKV_OK) {
-        receive_next(call);
+    if (more && attempt->fault.status == BKV_OK) {
+        receive_next(attempt);
     } else {
-        batch_done(call);
+        batch_received(attempt);
     }
 }
 
-static grpc_byte_buffer *first_message(bkv_call_t *call, grpc_slice request) {
-    if (!call->reopening && call->kind->next != NULL) {
-        return call->kind->next(call, &call->sent_last);
+// The next message, or the only one; with the first go the metadata that open the call.
+static void send_next(bkv_attempt_t *attempt, bool first) {
+    if (attempt->kind->next != NULL) {
+        attempt->message = attempt->kind->next(attempt->call, &attempt->sent_last);
+    } else {
+        attempt->sent_last = true;
     }
-    return grpc_raw_byte_buffer_create(&request, 1);
-}
-
-// One batch for all of a unary call; for a stream, one that lasts as long as the call and one for its messages.
-static void attempt_send(bkv_call_t *call, grpc_slice request) {
-    bkv_call_shape_t shape = attempt_kind(call)->shape;
-    grpc_op ops[6];
+    grpc_op ops[3];
     memset(ops, 0, sizeof ops);
     size_t n = 0;
-    ops[n++].op = GRPC_OP_SEND_INITIAL_METADATA;
-    ops[n].op = GRPC_OP_RECV_INITIAL_METADATA;
-    ops[n++].data.recv_initial_metadata.recv_initial_metadata = &call->initial;
-    ops[n].op = GRPC_OP_RECV_STATUS_ON_CLIENT;
-    ops[n].data.recv_status_on_client.trailing_metadata = &call->trailing;
-    ops[n].data.recv_status_on_client.status = &call->code;
-    ops[n++].data.recv_status_on_client.status_details = &call->details;
-    if (shape != BKV_CALL_UPLOAD) {
-        call->sending = first_message(call, request);
-        ops[n].op = GRPC_OP_SEND_MESSAGE;
-        ops[n++].data.send_message.send_message = call->sending;
+    if (first) {
+        ops[n++].op = GRPC_OP_SEND_INITIAL_METADATA;
+    }
+    ops[n].op = GRPC_OP_SEND_MESSAGE;
+    ops[n++].data.send_message.send_message = attempt->message;
+    if (attempt->sent_last) {
         ops[n++].op = GRPC_OP_SEND_CLOSE_FROM_CLIENT;
     }
-    if (shape != BKV_CALL_DOWNLOAD) {
-        ops[n].op = GRPC_OP_RECV_MESSAGE;
-        ops[n++].data.recv_message.recv_message = &call->received;
-    }
-    call->batches = shape == BKV_CALL_UNARY ? 1 : 2; // before the first: its completion may be handled before the second
-    batch_start(call, ops, n, &call->status_tag);
-    if (shape == BKV_CALL_UPLOAD) {
-        send_next(call);
-    } else if (shape == BKV_CALL_DOWNLOAD) {
-        receive_next(call);
+    attempt->sending = true;
+    batch_start(attempt, ops, n, &attempt->send_tag);
+}
+
+static void on_send(bkv_attempt_t *attempt, bool ok) {
+    grpc_byte_buffer_destroy(attempt->message);
+    attempt->message = NULL;
+    attempt->sending = false;
+    if (attempt->call == NULL) {
+        attempt_free(attempt); // it was kept for this
+    } else if (ok && !attempt->sent_last) {
+        send_next(attempt, false);
     }
 }
 
-static void attempt_reset(bkv_call_t *call) {
-    call->attempts++;
-    call->code = GRPC_STATUS_UNKNOWN;
-    call->sent_last = call->ended = call->answered = false;
-    call->fault = (bkv_error_t){0};
-    grpc_metadata_array_init(&call->initial);
-    grpc_metadata_array_init(&call->trailing);
-    call->details = grpc_empty_slice();
-    if (!call->reopening && call->kind->reset != NULL) {
-        call->kind->reset(call);
+// A batch for the result, which is there when the call has ended; and for a download one for its messages.
+static void receive_all(bkv_attempt_t *attempt) {
+    bool download = attempt->kind->shape == BKV_CALL_DOWNLOAD;
+    grpc_op ops[3];
+    memset(ops, 0, sizeof ops);
+    ops[0].op = GRPC_OP_RECV_INITIAL_METADATA;
+    ops[0].data.recv_initial_metadata.recv_initial_metadata = &attempt->initial;
+    ops[1].op = GRPC_OP_RECV_STATUS_ON_CLIENT;
+    ops[1].data.recv_status_on_client.trailing_metadata = &attempt->trailing;
+    ops[1].data.recv_status_on_client.status = &attempt->code;
+    ops[1].data.recv_status_on_client.status_details = &attempt->details;
+    ops[2].op = GRPC_OP_RECV_MESSAGE;
+    ops[2].data.recv_message.recv_message = &attempt->received;
+    batch_start(attempt, ops, download ? 2 : 3, &attempt->status_tag);
+    // The client's thread may end and free the attempt as soon as all of `waiting` have been started, so not before this:
+    if (download) {
+        receive_next(attempt);
     }
 }
 
-// Is this attempt to be the call itself, or an Open before it? Returns the request, referenced.
+static bkv_attempt_t *attempt_create(bkv_call_t *call, grpc_slice request) {
+    bkv_attempt_t *attempt = calloc(1, sizeof *attempt);
+    if (attempt == NULL) {
+        return NULL;
+    }
+    const bkv_call_kind_t *kind = call->reopening ? &open_kind : call->kind;
+    attempt->call = call;
+    attempt->kind = kind;
+    attempt->send_tag = (bkv_call_tag_t){.run = on_send, .attempt = attempt};
+    attempt->status_tag = (bkv_call_tag_t){.run = on_status, .attempt = attempt};
+    attempt->receive_tag = (bkv_call_tag_t){.run = on_receive, .attempt = attempt};
+    attempt->code = GRPC_STATUS_UNKNOWN;
+    attempt->details = grpc_empty_slice();
+    attempt->waiting = kind->shape == BKV_CALL_DOWNLOAD ? 2 : 1;
+    grpc_metadata_array_init(&attempt->initial);
+    grpc_metadata_array_init(&attempt->trailing);
+    attempt->message = kind->next == NULL ? grpc_raw_byte_buffer_create(&request, 1) : NULL;
+    attempt->grpc = grpc_channel_create_call(call->client->channel, NULL, GRPC_PROPAGATE_DEFAULTS, call->client->completions,
+                                             grpc_slice_from_static_string(kind->method), NULL,
+                                             bkv_client_timespec(call->deadline_ns), NULL);
+    return attempt;
+}
+
+// Is the next attempt to be the call itself, or an Open before it? Returns the request, referenced.
 static grpc_slice choose_request(bkv_call_t *call) {
     bkv_client_t *client = call->client;
     pthread_mutex_lock(&client->lock);
@@ -206,69 +190,60 @@ static grpc_slice choose_request(bkv_call_t *call) {
 }
 
 // Shows the attempt to those who may want to cancel it. False: somebody wanted to already.
-static bool attempt_publish(bkv_call_t *call, grpc_call *grpc, uint64_t connection) {
-    bkv_client_t *client = call->client;
-    pthread_mutex_lock(&client->lock);
-    call->grpc = grpc;
-    call->connection = connection;
-    call->interrupted = client->connection == NULL || client->connection->number != connection;
-    bool go = !call->interrupted && !call->cancelled;
-    pthread_mutex_unlock(&client->lock);
+static bool attempt_publish(bkv_attempt_t *attempt) {
+    bkv_call_t *call = attempt->call;
+    pthread_mutex_lock(&call->client->lock);
+    bool go = !call->cancelled && !call->client->closing;
+    call->cancelled = !go;
+    call->attempt = attempt;
+    pthread_mutex_unlock(&call->client->lock);
     return go;
 }
 
 void bkv_call_start(bkv_call_t *call) {
-    bkv_client_connection_t *connection = bkv_client_connection_get(call->client);
-    if (connection == NULL) {
-        bkv_fail(&call->error, BKV_CANCELLED, "cancelled: the client is being destroyed");
+    call->attempts++;
+    grpc_slice request = choose_request(call);
+    bkv_attempt_t *attempt = attempt_create(call, request);
+    grpc_slice_unref(request);
+    if (attempt == NULL) {
+        bkv_fail(&call->error, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
         bkv_call_conclude(call);
         return;
     }
-    grpc_slice request = choose_request(call);
-    attempt_reset(call);
-    grpc_call *grpc = grpc_channel_create_call(connection->channel, NULL, GRPC_PROPAGATE_DEFAULTS, call->client->completions,
-                                               grpc_slice_from_static_string(attempt_kind(call)->method), NULL,
-                                               bkv_client_timespec(call->deadline_ns), NULL);
-    if (!attempt_publish(call, grpc, connection->number)) {
-        grpc_call_cancel_with_status(grpc, GRPC_STATUS_UNAVAILABLE, "the connection was given up", NULL);
+    if (attempt->kind->reset != NULL) {
+        attempt->kind->reset(call);
     }
-    bkv_client_connection_put(call->client, connection);
-    attempt_send(call, request);
-    grpc_slice_unref(request);
+    if (!attempt_publish(attempt)) {
+        grpc_call_cancel(attempt->grpc, NULL); // before its first batch: they all end at once
+    }
+    send_next(attempt, true);
+    receive_all(attempt);
 }
 
 // ---- after an attempt ----
 
 // What the attempt came to, in our words.
-static bkv_error_t attempt_result(const bkv_call_t *call, bool cancelled) {
+static bkv_error_t attempt_result(const bkv_attempt_t *attempt, bool cancelled) {
+    const bkv_call_t *call = attempt->call;
+    bool late = bkv_client_now_ns() >= call->deadline_ns;
     bkv_error_t error = {.status = BKV_OK};
     if (cancelled) {
         bkv_fail(&error, BKV_CANCELLED, "cancelled by its caller");
-    } else if (call->fault.status != BKV_OK) {
-        error = call->fault;
-    } else if (call->code == GRPC_STATUS_OK && !call->answered && attempt_kind(call)->shape != BKV_CALL_DOWNLOAD) {
+    } else if (attempt->fault.status != BKV_OK) {
+        error = attempt->fault;
+    } else if (attempt->code == GRPC_STATUS_OK && !attempt->answered && attempt->kind->shape != BKV_CALL_DOWNLOAD) {
         // gRPC may drop a response that comes just as the deadline passes, but not its status.
-        bool late = bkv_client_now_ns() >= call->deadline_ns;
         bkv_fail(&error, late ? BKV_DEADLINE_EXCEEDED : BKV_INTERNAL, "%s: answered OK without a response",
-                 attempt_kind(call)->method);
-    } else if (call->code == GRPC_STATUS_DEADLINE_EXCEEDED && bkv_client_now_ns() >= call->deadline_ns) {
+                 attempt->kind->method);
+    } else if (attempt->code == GRPC_STATUS_DEADLINE_EXCEEDED && late) {
         bkv_fail(&error, BKV_DEADLINE_EXCEEDED, "not done within %u ms%s%.180s", call->timeout_ms,
                  call->error.status != BKV_OK ? "; before: " : "", call->error.message);
-    } else if (call->code != GRPC_STATUS_OK) {
-        error.status = bkv_client_status((uint32_t)call->code);
-        bkv_client_text(GRPC_SLICE_START_PTR(call->details), GRPC_SLICE_LENGTH(call->details), error.message,
+    } else if (attempt->code != GRPC_STATUS_OK) {
+        error.status = bkv_client_status((uint32_t)attempt->code);
+        bkv_client_text(GRPC_SLICE_START_PTR(attempt->details), GRPC_SLICE_LENGTH(attempt->details), error.message,
                         sizeof error.message);
     }
     return error;
-}
-
-static void attempt_clean(bkv_call_t *call) {
-    grpc_byte_buffer_destroy(call->sending);
-    grpc_byte_buffer_destroy(call->received);
-    call->sending = call->received = NULL;
-    grpc_metadata_array_destroy(&call->initial);
-    grpc_metadata_array_destroy(&call->trailing);
-    grpc_slice_unref(call->details);
 }
 
 static uint64_t pause_ns(bkv_call_t *call) {
@@ -289,15 +264,15 @@ static void pause_or_conclude(bkv_call_t *call) {
         bkv_error_t last = call->error;
         bkv_fail(&call->error, BKV_BUSY, "tried %u times within %u ms: %.200s", call->attempts, call->timeout_ms, last.message);
         bkv_call_conclude(call);
-    } else if (!bkv_client_wait(call->client, call, BKV_CALL_PAUSED, due_ns)) {
+    } else if (!bkv_client_pause(call->client, call, due_ns)) {
         bkv_fail(&call->error, BKV_CANCELLED, "cancelled by its caller");
         bkv_call_conclude(call);
     }
 }
 
 // NOT_FOUND, perhaps for the spec, because the daemon was restarted. True: the call goes on.
-static bool reopen(bkv_call_t *call) {
-    if (!call->kind->names_spec || call->answered || call->reopened) {
+static bool reopen(bkv_call_t *call, bool answered) {
+    if (!call->kind->names_spec || answered || call->reopened) {
         return false;
     }
     pthread_mutex_lock(&call->client->lock);
@@ -328,26 +303,22 @@ static void reopen_end(bkv_call_t *call, grpc_byte_buffer *answer) {
     }
 }
 
-// All batches are back. Decides what comes next; the call may be gone afterwards.
-static void attempt_end(bkv_call_t *call) {
+// The result of an attempt is there: decides what comes next. The call goes on, or is gone, without the attempt.
+static void attempt_end(bkv_attempt_t *attempt) {
+    bkv_call_t *call = attempt->call;
     pthread_mutex_lock(&call->client->lock);
-    grpc_call *grpc = call->grpc;
-    call->grpc = NULL;
+    call->attempt = NULL;
     bool cancelled = call->cancelled;
     pthread_mutex_unlock(&call->client->lock);
-    grpc_call_unref(grpc);
-    call->error = attempt_result(call, cancelled);
-    grpc_byte_buffer *answer = call->received;
-    call->received = NULL;
-    attempt_clean(call);
+    call->error = attempt_result(attempt, cancelled);
+    attempt->call = NULL;
     if (call->error.status == BKV_BUSY && !call->kind->fail_fast) {
         pause_or_conclude(call);
     } else if (call->error.status == BKV_OK && call->reopening) {
-        reopen_end(call, answer);
-    } else if (call->error.status != BKV_NOT_FOUND || !reopen(call)) {
+        reopen_end(call, attempt->received);
+    } else if (call->error.status != BKV_NOT_FOUND || !reopen(call, attempt->answered)) {
         bkv_call_conclude(call);
     }
-    grpc_byte_buffer_destroy(answer);
 }
 
 // ---- the whole call ----
@@ -365,11 +336,7 @@ void *bkv_call_new(size_t size, const bkv_call_kind_t *kind, bkv_client_t *clien
     if (id != NULL) {
         call->spec_id = *id;
     }
-    call->status_tag = (bkv_call_tag_t){.run = on_status, .call = call};
-    call->send_tag = (bkv_call_tag_t){.run = on_send, .call = call};
-    call->receive_tag = (bkv_call_tag_t){.run = on_receive, .call = call};
     call->request = grpc_empty_slice();
-    atomic_init(&call->holds, 1);
     pthread_mutex_init(&call->mutex, NULL);
     pthread_cond_init(&call->cond, NULL);
     return call;

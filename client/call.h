@@ -4,11 +4,10 @@
 // common: it makes an attempt (one gRPC call), feeds it messages, takes in responses, and decides when the attempt has ended
 // whether that is the result, or to try again after a pause, or to open the spec again first.
 //
-// Life of a call: new -> RUNNING <-> PAUSED -> HELD -> DONE. HELD: the result is known, but gRPC still refers to the caller's
-// memory (a payload that a blocked socket has not taken). A call is reported only when that has ended.
+// An attempt may outlive its call: where nobody reads at the other end, gRPC keeps a message that is half-way into the socket
+// for as long as the socket blocks, deadline or not. Nothing that gRPC is given is therefore the caller's memory.
 //
-// Threads: a call is started by its caller's thread and then driven by the client's thread alone. The last reference to a
-// payload may go on any thread, so what that does (bkv_call_release) takes only leaf locks and never calls gRPC.
+// Threads: a call is started by its caller's thread and then driven by the client's thread alone.
 #ifndef BKV_CLIENT_CALL_H
 #define BKV_CLIENT_CALL_H
 
@@ -17,7 +16,6 @@
 
 #include <grpc/grpc.h>
 #include <pthread.h>
-#include <stdatomic.h>
 
 typedef struct bkv_call bkv_call_t;
 
@@ -36,8 +34,8 @@ typedef struct bkv_call_kind {
 
     // Forgets what an earlier attempt has left. Optional.
     void (*reset)(bkv_call_t *call);
-    // The next message to send, the callee's to destroy; *last when none follows it. Optional but for UPLOAD: without it
-    // call->request is the one message.
+    // The next message to send, the caller's to destroy; *last when none follows it. For UPLOAD; the others send
+    // call->request.
     grpc_byte_buffer *(*next)(bkv_call_t *call, bool *last);
     // Takes in one response, which stays the caller's. Anything but BKV_OK ends the call with that status.
     bkv_status_t (*take)(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err);
@@ -48,13 +46,29 @@ typedef struct bkv_call_kind {
     void (*clean)(bkv_call_t *call);
 } bkv_call_kind_t;
 
-typedef enum bkv_call_stage { BKV_CALL_RUNNING, BKV_CALL_PAUSED, BKV_CALL_HELD, BKV_CALL_DONE } bkv_call_stage_t;
-
 // A batch of gRPC operations under way: what the completion queue hands back.
+typedef struct bkv_attempt bkv_attempt_t;
 typedef struct bkv_call_tag {
-    void (*run)(bkv_call_t *call, bool ok);
-    bkv_call_t *call;
+    void (*run)(bkv_attempt_t *attempt, bool ok);
+    bkv_attempt_t *attempt;
 } bkv_call_tag_t;
+
+// One gRPC call. Set up by whoever starts it, then the client thread's.
+struct bkv_attempt {
+    bkv_call_t *call; // NULL: it has gone on without this attempt
+    const bkv_call_kind_t *kind;
+    grpc_call *grpc;
+    bkv_call_tag_t send_tag, status_tag, receive_tag;
+    bool sending;     // a batch that sends is not back
+    uint32_t waiting; // batches that receive and are not back
+    grpc_byte_buffer *message, *received;
+    bool sent_last;
+    grpc_metadata_array initial, trailing;
+    grpc_status_code code;
+    grpc_slice details;
+    bool answered;     // a response has come
+    bkv_error_t fault; // what was wrong with it
+};
 
 struct bkv_call {
     const bkv_call_kind_t *kind;
@@ -65,37 +79,21 @@ struct bkv_call {
     uint32_t timeout_ms;
     uint64_t started_ns, deadline_ns;
     grpc_slice request; // empty where kind->next makes the messages
-    bkv_error_t error;  // the result
+    bkv_error_t error;  // of the latest attempt; in the end the result
 
-    // One attempt. Set up by whoever starts it, then the client thread's.
-    bkv_call_tag_t status_tag, send_tag, receive_tag;
-    uint32_t batches; // not yet reported
-    grpc_metadata_array initial, trailing;
-    grpc_status_code code;
-    grpc_slice details;
-    grpc_byte_buffer *sending, *received;
-    bool sent_last;
-    bool ended;          // its status has come
-    bool answered;       // a response has come
-    bkv_error_t fault;   // what was wrong with a response
+    uint32_t attempts;
     uint64_t spec_epoch; // boot epoch at which the spec was open when the attempt started
-    bool reopening;      // this attempt is an Open
+    bool reopening;      // the attempt is an Open
     bool reopened;       // there has been one
     bkv_error_t missed;  // the NOT_FOUND that led to it
-    uint32_t attempts;
 
     // Under the client's lock.
-    bkv_call_stage_t stage;
-    grpc_call *grpc;     // NULL between attempts
-    uint64_t connection; // the number of the connection that the attempt uses
-    bool cancelled;      // by its caller, for good
-    bool interrupted;    // the attempt's connection was given up
-    uint64_t due_ns;     // PAUSED: when to try again; HELD: when to give the connection up
+    bkv_attempt_t *attempt; // NULL between two
+    bool cancelled;         // by the caller
+    bool paused;            // on the client's list of timers until due_ns
+    uint64_t due_ns;
     bkv_call_t *live_next, *live_previous;
     bkv_call_t *timer_next;
-
-    // 1 until the result is known, plus one for each slice of the caller's memory that gRPC refers to.
-    atomic_uint holds;
 
     // Completion: of a waiting caller, or a link of the queue's list (under the queue's lock).
     pthread_mutex_t mutex;
@@ -116,15 +114,11 @@ bkv_status_t bkv_call_run(bkv_call_t *call, bkv_error_t *err);
 // Asynchronous: the call is the queue's from here on, also on failure. NULL (out of memory) is allowed.
 bkv_status_t bkv_call_submit(bkv_call_t *call, bkv_queue_t *queue, uint64_t tag);
 
-// Starts an attempt: for client.c's loop, of a PAUSED call that is due and off the timers.
+// Starts an attempt: for client.c's loop, of a call whose pause is over and which is off the timers.
 void bkv_call_start(bkv_call_t *call);
 
-// Reports a call with what is in call->error. The call may be gone afterwards. Any thread.
+// Reports a call with what is in call->error. The call may be gone afterwards.
 void bkv_call_conclude(bkv_call_t *call);
-
-// A message that ends with `length` bytes of the caller's memory, not copied. `head` is taken over. The call is not reported
-// before gRPC has let go of the bytes.
-grpc_byte_buffer *bkv_call_message(bkv_call_t *call, grpc_slice head, const void *bytes, size_t length);
 
 // gRPC's queues are opaque to ThreadSanitizer: what is written before a batch is seen by who gets its tag.
 #if defined(__SANITIZE_THREAD__)

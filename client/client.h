@@ -1,4 +1,4 @@
-// client.h - the client's own state: one connection, one completion queue with one thread, the calls in flight, the specs
+// client.h - the client's own state: one channel, one completion queue with one thread, the calls in flight, the specs
 // that were opened.
 //
 // One lock protects all of it. It is a leaf: gRPC is never called, and no other lock taken, while it is held.
@@ -6,14 +6,8 @@
 #define BKV_CLIENT_CLIENT_H
 
 #include "call.h"
+#include "pool.h"
 #include "target.h"
-
-// A channel and everything to replace it by another: the number tells which one an attempt used.
-typedef struct bkv_client_connection {
-    grpc_channel *channel;
-    uint64_t number;
-    uint32_t users; // the client itself, and who is just creating a call
-} bkv_client_connection_t;
 
 // A spec that was opened, to be opened again after a restart of the daemon.
 typedef struct bkv_client_spec {
@@ -27,29 +21,28 @@ struct bkv_client {
     // Fixed.
     bkv_client_target_t target;
     uint32_t timeout_ms;
+    grpc_channel *channel; // reconnects by itself
     grpc_completion_queue *completions;
+    bkv_client_pool_t *pool;
     pthread_t thread;
     uint64_t jitter; // state of the random pauses; the client thread's
 
     pthread_mutex_t lock;
-    pthread_cond_t idle; // live_count has become 0
-    bkv_client_connection_t *connection;
-    uint64_t connections; // made so far
-    bkv_call_t *live;     // all that are not DONE
+    pthread_cond_t changed; // live_count is 0, or thread_ended
+    bkv_call_t *live;       // all that have not been reported
     size_t live_count;
-    bkv_call_t *timers; // PAUSED and HELD, in no order
+    bkv_call_t *timers; // those on a pause, in no order
     bkv_client_spec_t *specs;
     uint64_t boot_epoch;                         // of the latest response; 0: none yet
     uint64_t max_message_bytes, max_block_bytes; // of the latest Open; 0: none yet
+    bool closing;                                // no new attempts
+    bool thread_ended;
+    bool abandoned; // the thread frees the client
 };
 
 // CLOCK_MONOTONIC, which is also what GPR_CLOCK_MONOTONIC reads.
 uint64_t bkv_client_now_ns(void);
 gpr_timespec bkv_client_timespec(uint64_t ns);
-
-// The connection for a new attempt, to be given back.
-bkv_client_connection_t *bkv_client_connection_get(bkv_client_t *client);
-void bkv_client_connection_put(bkv_client_t *client, bkv_client_connection_t *connection);
 
 // Enters a call among the live, and takes it out again in two steps: after the first nobody can cancel it, after the second
 // the client may be gone.
@@ -57,9 +50,8 @@ void bkv_client_enter(bkv_client_t *client, bkv_call_t *call);
 void bkv_client_remove(bkv_client_t *client, bkv_call_t *call);
 void bkv_client_leave(bkv_client_t *client);
 
-// Puts a call on the timers. False: it has been cancelled and is not to be PAUSED. Only on the client's thread, which
-// otherwise might sleep past it.
-bool bkv_client_wait(bkv_client_t *client, bkv_call_t *call, bkv_call_stage_t stage, uint64_t due_ns);
+// Puts a call on the timers. False: it has been cancelled. Only on the client's thread, which otherwise might sleep past it.
+bool bkv_client_pause(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns);
 
 // Cancels the calls of a queue (NULL: all calls). Those on a pause are concluded here, the others by the client's thread.
 void bkv_client_cancel(bkv_client_t *client, const bkv_queue_t *queue);

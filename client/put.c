@@ -1,4 +1,4 @@
-// put.c - Put: blocks go out as a stream of messages of at most 1 MiB that refer to the caller's memory, never a copy of it.
+// put.c - Put: blocks go out as a stream of messages of at most 1 MiB of payload, copied when their turn comes (see call.h why).
 #include "client.h"
 
 #include <assert.h>
@@ -7,7 +7,7 @@
 #include <xxhash.h>
 
 #define DATA_FIELD   15
-#define MESSAGE_DATA (1 << 20)
+#define MESSAGE_DATA BKV_CLIENT_BUFFER
 #define MESSAGE_HEAD 1024 // more than a PutBlock takes
 
 typedef struct put_call {
@@ -59,7 +59,10 @@ static grpc_byte_buffer *put_next(bkv_call_t *call, bool *last) {
     size_t left = block->payload_bytes - put->offset;
     size_t length = left < put->message_data ? left : put->message_data;
     grpc_slice head = bkv_client_pack_before(&request.base, DATA_FIELD, length);
-    grpc_byte_buffer *message = bkv_call_message(call, head, (const uint8_t *)block->payload + put->offset, length);
+    grpc_slice data = bkv_client_pool_copy(call->client->pool, (const uint8_t *)block->payload + put->offset, length);
+    grpc_byte_buffer *message = grpc_raw_byte_buffer_create((grpc_slice[]){head, data}, 2);
+    grpc_slice_unref(head);
+    grpc_slice_unref(data);
     put->offset += length;
     if (put->offset == block->payload_bytes) {
         put->block++;
