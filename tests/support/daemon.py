@@ -96,7 +96,7 @@ class Daemon:
             words += ["--config", self.config]
         for name, value in merged.items():
             if value is not None:
-                words += ["--" + names.get(name, name).replace("_", "-"), str(value)]
+                words.append("--" + names.get(name, name).replace("_", "-") + "=" + str(value))
         return words
 
     def spawn(self, **extra):
