@@ -1,6 +1,7 @@
 // call.c - drives a call: attempts, retries, the result, and who is told. What is sent and received is up to the operations
 // (unary.c, put.c, get.c, attend.c), when to sleep and what to cancel to client.c.
 #include "client.h"
+#include "tsan.h"
 
 #include <assert.h>
 #include <grpc/byte_buffer.h>
@@ -12,6 +13,9 @@
 // Pauses between attempts double from the first to the longest; half of each is random.
 #define PAUSE_FIRST_MS   10
 #define PAUSE_LONGEST_MS 500
+
+// gRPC counts in milliseconds: a deadline may pass a little early.
+#define ROUNDING_MS 5
 
 static const bkv_call_kind_t open_kind = {.method = BKV_CLIENT_SERVICE "Open", .shape = BKV_CALL_UNARY};
 
@@ -44,7 +48,7 @@ static void attempt_free(bkv_attempt_t *attempt) {
 }
 
 static void batch_start(bkv_attempt_t *attempt, const grpc_op *ops, size_t count, bkv_call_tag_t *tag) {
-    BKV_CALL_RELEASE(tag);
+    BKV_TSAN_GIVE(tag);
     grpc_call_error error = grpc_call_start_batch(attempt->grpc, ops, count, tag, NULL);
     assert(error == GRPC_CALL_OK); // anything else is a batch that is wrong in itself
     (void)error;
@@ -225,7 +229,7 @@ void bkv_call_start(bkv_call_t *call) {
 // What the attempt came to, in our words.
 static bkv_error_t attempt_result(const bkv_attempt_t *attempt, bool cancelled) {
     const bkv_call_t *call = attempt->call;
-    bool late = bkv_client_now_ns() >= call->deadline_ns;
+    bool late = bkv_client_now_ns() + ROUNDING_MS * NS_PER_MS >= call->deadline_ns;
     bkv_error_t error = {.status = BKV_OK};
     if (cancelled) {
         bkv_fail(&error, BKV_CANCELLED, "cancelled by its caller");

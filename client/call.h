@@ -120,15 +120,4 @@ void bkv_call_start(bkv_call_t *call);
 // Reports a call with what is in call->error. The call may be gone afterwards.
 void bkv_call_conclude(bkv_call_t *call);
 
-// gRPC's queues are opaque to ThreadSanitizer: what is written before a batch is seen by who gets its tag.
-#if defined(__SANITIZE_THREAD__)
-void __tsan_acquire(void *address);
-void __tsan_release(void *address);
-#define BKV_CALL_ACQUIRE(tag) __tsan_acquire(tag)
-#define BKV_CALL_RELEASE(tag) __tsan_release(tag)
-#else
-#define BKV_CALL_ACQUIRE(tag) (void)(tag)
-#define BKV_CALL_RELEASE(tag) (void)(tag)
-#endif
-
 #endif

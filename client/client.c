@@ -1,6 +1,7 @@
 // client.c - creates and destroys clients, and runs the one thread that drives their calls: gRPC's completions and the pauses
 // between attempts. What a call does is call.c's.
 #include "client.h"
+#include "tsan.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -186,7 +187,7 @@ static void *client_run(void *argument) {
         event = grpc_completion_queue_next(client->completions, until, NULL);
         if (event.type == GRPC_OP_COMPLETE) {
             bkv_call_tag_t *tag = event.tag;
-            BKV_CALL_ACQUIRE(tag);
+            BKV_TSAN_TAKE(tag);
             tag->run(tag->attempt, event.success != 0);
         }
     } while (event.type != GRPC_QUEUE_SHUTDOWN);

@@ -11,7 +11,7 @@
 typedef struct script {
     atomic_uint lookups;
     unsigned busy_first; // so many are answered UNAVAILABLE
-    grpc_status_code code;
+    atomic_int code;     // grpc_status_code
     const char *message;
     bool hang;
 } script_t;
@@ -24,8 +24,8 @@ static void play(fake_call_t *call, void *user) {
     }
     if (number < script->busy_first) {
         fake_finish(call, GRPC_STATUS_UNAVAILABLE, "jobs: 1024 are waiting");
-    } else if (script->code != GRPC_STATUS_OK) {
-        fake_finish(call, script->code, script->message);
+    } else if (script->code != (int)GRPC_STATUS_OK) {
+        fake_finish(call, (grpc_status_code)script->code, script->message);
     } else {
         fake_lookup(call, 1);
     }
@@ -182,7 +182,7 @@ Test(call, statuses_come_back) {
     bkv_client_t *client = fake_client(&place, 0);
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         bkv_error_t err = {0};
-        script.code = cases[i].code;
+        script.code = (int)cases[i].code;
         cr_assert(lookup_one(client, 0, NULL, &err) == cases[i].status, "code %d", cases[i].code);
         cr_assert(err.status == cases[i].status);
         cr_assert(strcmp(err.message, "tokens: 7  [31mred  is wrong") == 0, "%s", err.message);

@@ -236,7 +236,7 @@ static void tell(fake_call_t *call, lie_t lie, const bkv_key_t *key, uint8_t *re
 }
 
 static void serve_dishonestly(fake_call_t *call, void *user) {
-    lie_t lie = *(const lie_t *)user;
+    lie_t lie = (lie_t)atomic_load((atomic_int *)user);
     Balancekv__V1__GetRequest *request = fake_read(call, &balancekv__v1__get_request__descriptor);
     bkv_key_t keys[2];
     for (size_t i = 0; i < 2; i++) {
@@ -258,13 +258,14 @@ static void serve_dishonestly(fake_call_t *call, void *user) {
 
 Test(get, liars) {
     fake_place_t place;
-    lie_t lie = TOO_SHORT;
+    atomic_int told = 0;
     fake_place_make(&place);
-    fake_server_t *server = fake_server_start(place.endpoint, serve_dishonestly, &lie);
+    fake_server_t *server = fake_server_start(place.endpoint, serve_dishonestly, &told);
     bkv_client_t *client = fake_client(&place, 0);
     bkv_spec_id_t id = fake_spec_id();
     bkv_key_t keys[2] = {fake_key(1, 3), fake_key(1, 4)};
-    for (; lie < LIES; lie++) {
+    for (lie_t lie = TOO_SHORT; lie < LIES; lie++) {
+        told = (int)lie;
         bkv_record_t records[2];
         bkv_error_t err = {0};
         cr_assert(bkv_get(client, &id, keys, 2, NULL, 0, records, &err) == expected[lie].status, "lie %d: %s", lie,

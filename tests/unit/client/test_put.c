@@ -10,8 +10,10 @@
 typedef struct script {
     atomic_uint puts;
     unsigned break_first; // so many are answered UNAVAILABLE in the middle of the stream
-    enum { GOOD, REFUSE, FEWER, OTHER_KEY, NEVER_READ } mode;
+    atomic_int mode;      // one of these:
 } script_t;
+
+enum { GOOD, REFUSE, FEWER, OTHER_KEY, NEVER_READ };
 
 static void answer_with(fake_call_t *call, size_t count, const bkv_key_t *key) {
     Balancekv__V1__PutResult result = BALANCEKV__V1__PUT_RESULT__INIT, *list[1] = {&result};
