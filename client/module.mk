@@ -26,10 +26,15 @@ $(BUILD)/bin/bkv: $(BKV_OBJ) $(BUILD)/lib/libbalancekv.so
 	$(call say,LD ,$@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $(BKV_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' $(shell pkg-config --libs $(BKV_PC)) -lm
 
+# Examples see only what an application does: the public headers and the library.
+$(BUILD)/examples/%: client/examples/%.c $(BUILD)/lib/libbalancekv.so
+	@mkdir -p $(@D)
+	$(CC) -std=c11 $(WARN) $(OPT) $(SAN) -Iclient -Ikernels -o $@ $< -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' -lm
+
 $(BUILD)/lib/pkgconfig/balancekv.pc: client/balancekv.pc.in
 	@mkdir -p $(@D)
 	@sed -e 's|@PREFIX@|$(PREFIX)|g' -e 's|@VERSION@|$(VERSION)|g' $< >$@
 
 .PHONY: client
 ## client: build/bin/bkv and build/lib/libbalancekv.so
-client: $(BUILD)/bin/bkv $(BUILD)/lib/libbalancekv.so $(BUILD)/lib/pkgconfig/balancekv.pc
+client: $(BUILD)/bin/bkv $(BUILD)/lib/libbalancekv.so $(BUILD)/lib/pkgconfig/balancekv.pc $(BUILD)/examples/put_get
