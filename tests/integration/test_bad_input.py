@@ -19,7 +19,8 @@ from harness import (Case, Client, Code, Daemon, HEADS, KEY_DIM, LAYERS, SPEC, T
 MESSAGE, BLOCK, BATCH, SPECS = 4 << 20, 12 << 20, 64, 400
 SIZE = len(payload(0))
 UNKNOWN = b"\xee" * 16
-QUIET = ("entries", "resident_bytes", "slot_bytes", "leases", "staging_bytes", "jobs_queued", "jobs_running")
+BUSY = ("staging_bytes", "jobs_queued", "jobs_running")
+QUIET = ("entries", "resident_bytes", "slot_bytes", "leases", *BUSY)
 
 
 class Neighbour:
@@ -67,7 +68,7 @@ class Bad(Case):
 
     def quiet(self):
         """Remembers what must be unchanged after the failure."""
-        eventually(lambda: self.client.stats()["staging_bytes"] == 0, "staging memory is free")
+        eventually(lambda: not any(self.gauges(*BUSY).values()), "nothing is under way")
         self.before = self.gauges(*QUIET)
         self.lines = len(self.failures())
 
@@ -470,6 +471,7 @@ class Full(Case):
                 leases.append(self.client.pin(spec_id, [key(number)], 60000).lease)
         self.assert_status(caught.exception, Code.RESOURCE_EXHAUSTED, "arena")
         self.assertGreater(len(leases), 8)
+        eventually(lambda: len(self.failures()) > lines, "a log line")
         self.assertEqual([line.get("status") for line in self.failures()[lines:]], ["RESOURCE_EXHAUSTED"])
         eventually(lambda: self.client.stats()["staging_bytes"] == 0, "nothing is half-stored")
         self.assertEqual(self.client.stats()["entries"], len(leases))
