@@ -1,6 +1,7 @@
 // app.c - turns a configuration into a running store, pipeline and server, and back. The event loop is loop.c.
 #include "daemon/app.h"
 
+#include "daemon/config_check.h"
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"
 #include "daemon/systemd.h"
@@ -170,6 +171,7 @@ bkv_status_t bkv_app_start(bkv_app_t *app, const bkv_args_t *args, bkv_config_t 
         status = start_server(app, err);
     }
     if (status != BKV_OK) {
+        bkv_config_locate(config, err);
         bkv_app_stop(app);
         return status;
     }

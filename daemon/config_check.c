@@ -31,6 +31,18 @@ bkv_status_t bkv_config_refuse(const bkv_config_t *config, size_t id, bkv_error_
     return bkv_fail(err, BKV_INVALID_ARGUMENT, "--%s: %s", flag, reason);
 }
 
+void bkv_config_locate(const bkv_config_t *config, bkv_error_t *err) {
+    for (size_t id = 0; err->status == BKV_INVALID_ARGUMENT && id < BKV_OPTION_COUNT; id++) {
+        char prefix[64];
+        int length = snprintf(prefix, sizeof(prefix), "%s.%s: ", bkv_options[id].section, bkv_options[id].name);
+        if (strncmp(err->message, prefix, (size_t)length) == 0) {
+            const bkv_error_t cause = *err;
+            bkv_config_refuse(config, id, err, "%s", cause.message + length);
+            return;
+        }
+    }
+}
+
 // Numbers that parse but cannot work. Where 0 means "choose for me", zero says so.
 static const struct {
     bkv_option_id_t id;

@@ -11,4 +11,7 @@ bkv_status_t bkv_config_check(const bkv_config_t *config, bkv_error_t *err);
 bkv_status_t bkv_config_refuse(const bkv_config_t *config, size_t id, bkv_error_t *err, const char *format, ...)
     BKV_PRINTF(4, 5);
 
+// Other rooms name an option as "section.key: reason". Rewrites such an INVALID_ARGUMENT to say where the option was set.
+void bkv_config_locate(const bkv_config_t *config, bkv_error_t *err);
+
 #endif

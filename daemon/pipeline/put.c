@@ -25,7 +25,8 @@ struct bkv_ingest {
     sink_t sink;
     uint8_t *payload; // NULL with SINK_NONE
     uint64_t received;
-    bkv_slot_t slot; // SINK_SLOT from the start; else while compressing
+    bkv_slot_t slot;    // SINK_SLOT from the start; else while compressing
+    bkv_pin_t resident; // with SINK_NONE: the record that was there, pinned, so that the answer stays true
     bkv_ingest_done_t done;
     void *user;
 };
@@ -74,7 +75,9 @@ static bkv_status_t resolve_params(const bkv_model_t *model, const bkv_ingest_ar
 static bkv_status_t take_memory(bkv_ingest_t *ingest, uint64_t now_ms, bkv_error_t *err) {
     bkv_pipeline_t *pipeline = ingest->pipeline;
     bkv_store_t *store = pipeline->config.store;
-    if (bkv_store_contains(store, &ingest->args.spec_id, &ingest->args.key, now_ms)) {
+    // A resident record that turns out to be damaged is gone now, and this Put replaces it.
+    if (bkv_store_contains(store, &ingest->args.spec_id, &ingest->args.key, now_ms) &&
+        bkv_store_pin(store, &ingest->args.spec_id, &ingest->args.key, now_ms, &ingest->resident, NULL) == BKV_OK) {
         ingest->sink = SINK_NONE;
         return BKV_OK;
     }
@@ -164,6 +167,9 @@ static void ingest_free(bkv_ingest_t *ingest) {
     if (ingest->sink == SINK_STAGING) {
         bkv_staging_put(ingest->pipeline->staging, ingest->payload);
     }
+    if (ingest->sink == SINK_NONE) {
+        bkv_store_unpin(ingest->pipeline->config.store, &ingest->resident);
+    }
     if (ingest->slot.data != NULL) {
         bkv_store_abort(ingest->pipeline->config.store, &ingest->slot);
     }
@@ -189,22 +195,6 @@ static bkv_status_t verify_payload(const bkv_ingest_t *ingest, bkv_error_t *err)
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "block.checksum: %016llx was announced, but the payload's is %016llx",
                         (unsigned long long)ingest->args.checksum, (unsigned long long)sum);
     }
-    return BKV_OK;
-}
-
-// The key was there at the start: says how long its record is, which also proves that it is still whole.
-static bkv_status_t answer_duplicate(bkv_ingest_t *ingest, bkv_ingest_result_t *result, bkv_error_t *err) {
-    bkv_store_t *store = ingest->pipeline->config.store;
-    bkv_pin_t pin;
-    bkv_error_t cause;
-    bkv_status_t status =
-        bkv_store_pin(store, &ingest->args.spec_id, &ingest->args.key, ingest->pipeline->config.now_ms(), &pin, &cause);
-    if (status != BKV_OK) { // and this Put's own bytes are gone
-        return bkv_fail(err, BKV_BUSY, "block.key: was resident but went away meanwhile (%.160s); put it again", cause.message);
-    }
-    result->duplicate = true;
-    result->stored_bytes = pin.length;
-    bkv_store_unpin(store, &pin);
     return BKV_OK;
 }
 
@@ -246,7 +236,8 @@ static bkv_status_t store_block(bkv_ingest_t *ingest, bkv_scratch_t *scratch, bk
         return status;
     }
     if (ingest->sink == SINK_NONE) {
-        return answer_duplicate(ingest, result, err);
+        *result = (bkv_ingest_result_t){.duplicate = true, .stored_bytes = ingest->resident.length};
+        return BKV_OK;
     }
     size_t length = 0;
     status = compress(ingest, scratch, &length, err);
@@ -258,7 +249,8 @@ static bkv_status_t store_block(bkv_ingest_t *ingest, bkv_scratch_t *scratch, bk
     ingest->slot.data = NULL; // the store's now, come what may
     result->stored_bytes = length;
     if (status == BKV_ALREADY_EXISTS) { // another Put of the same key was faster
-        return answer_duplicate(ingest, result, err);
+        result->duplicate = true;
+        return BKV_OK;
     }
     return status;
 }

@@ -34,7 +34,7 @@ Test(store_store, configurations_that_cannot_be) {
 Test(store_store, defaults) {
     bkv_store_config_t config = fixture_config(1024 * MIB + 5, 0);
     bkv_store_t *store = fixture_store(&config);
-    cr_assert_eq(bkv_store_max_record(store), 16 * MIB);
+    cr_assert_eq(bkv_store_max_record(store), 32 * MIB);
     cr_assert_eq(fixture_metrics(store).arena_bytes, 1024 * MIB);
     cr_assert_eq(store->index.capacity, 65536);
     cr_assert_eq(store->index.shard_count, 64);
