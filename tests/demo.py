@@ -198,8 +198,9 @@ def main():
                          for _ in range(DRAWS)]
                 other = np.mean(draws, 0).tolist()
             label = f"{name} {rate}x" if rate else name
-            lines.append([label, f"{sum(sizes):,}", f"{bf16 / sum(sizes):.1f}x", f"{whole:.4f}", f"{other[0]:.4f}" if rate else "-",
-                          f"{alone:.4f}", f"{other[1]:.4f}" if rate else "-", f"{put_ms:.1f}", f"{get_ms:.1f}"])
+            drawn = [f"{error:.4f}" for error in other] if rate else ["-", "-"]
+            lines.append([label, f"{sum(sizes):,}", f"{bf16 / sum(sizes):.1f}x", f"{whole:.4f}", drawn[0], f"{alone:.4f}",
+                          drawn[1], f"{put_ms:.1f}", f"{get_ms:.1f}"])
             limit = {"raw": 1e-3, "dense8": 0.02, "dense4": 0.1}.get(name)
             rows.append(report.row(f"{label} attention error", whole, "relative", other[0] if rate else None,
                                    1.0 if rate else limit, at_least=False))
@@ -209,8 +210,8 @@ def main():
         address = daemon.target
     report.table(["codec", "bytes", "vs bf16", "error", "uniform", "stored error", "uniform", "put ms", "get ms"], lines)
     print(f"""
-  error         of the newest {trace.queries} queries' attention outputs against exact attention: relative Frobenius norm, mean over
-                layers and heads; what was stored merged with the worker's own newest tokens
+  error         of the newest {trace.queries} queries' attention outputs against exact attention: relative Frobenius norm, mean
+                over layers and heads; what was stored merged with the worker's own newest tokens
   stored error  the same over the stored tokens alone
   uniform       the error of uniformly drawn tokens, int4, the same sink tokens, in the same bytes (mean of {DRAWS} draws)
   put, get ms   all {len(trace.starts)} blocks through libbalancekv; fold: first request (computed), second (from the store)

@@ -82,7 +82,8 @@ class Story:
         score.tokens += len(table)
 
     def payload(self, start):
-        return b"".join(part[layer, :, start:start + BLOCK].tobytes() for layer in range(len(self.k)) for part in (self.k, self.v))
+        return b"".join(part[layer, :, start:start + BLOCK].tobytes() for layer in range(len(self.k))
+                        for part in (self.k, self.v))
 
     def restore(self, parts):
         """Caches of what came from the daemon, with the worker's own newest tokens behind it."""
@@ -105,9 +106,9 @@ class Story:
 def through_daemon(daemon, story, name, codec, rate, score):
     """The story's cache put and got back; for a fold, one summary of all of it under raw bytes / rate."""
     layers, heads, _, dim = story.k.shape
+    stored_as = dict(codec=native.DENSE4) if codec == FOLD else dict(codec=codec, rate=rate)
     client = native.Client(daemon.target, model=name, layers=layers, kv_heads=heads, key_dim=dim, dtype=native.FP16,
-                           block_tokens=BLOCK, codec=native.DENSE4 if codec == FOLD else codec, rate=0 if codec == FOLD else rate,
-                           sink_tokens=SINK, seed=1)
+                           block_tokens=BLOCK, sink_tokens=SINK, seed=1, **stored_as)
     keys, blocks, parent = [], [], None
     for start in range(0, BLOCK * BLOCKS, BLOCK):
         parent = client.key_next(parent, story.ids[start:start + BLOCK])

@@ -5,8 +5,8 @@ What comes back is read by an independent decoder (support/record.py) and compar
 import os
 import subprocess
 
-from harness import (Case, Client, Code, Daemon, HEADS, KEY_DIM, LAYERS, SPEC, TOKENS, VALUE_DIM, eventually, grpc, key, np, payload,
-                     pb, record, run, tensors, wire)
+from harness import (Case, Client, Code, Daemon, HEADS, KEY_DIM, LAYERS, SPEC, TOKENS, VALUE_DIM, eventually, grpc, key, np,
+                     payload, pb, record, run, tensors, wire)
 
 DTYPES = {pb.DTYPE_BF16: record.BF16, pb.DTYPE_FP16: record.FP16, pb.DTYPE_FP32: record.FP32}
 

@@ -15,7 +15,7 @@ import threading
 import time
 import unittest
 
-from harness import Client, Code, Daemon, SPEC, TOKENS, eventually, grpc, key, np, payload, pb, record, run
+from harness import Client, Code, Daemon, SPEC, TOKENS, eventually, grpc, key, np, pb, record, run
 from support import ROOT, built, wire
 
 WIDE = {**SPEC, "model": "wide", "layers": 8, "kv_heads": 4, "codec": pb.CODEC_RAW}  # 786,432 bytes a block
@@ -284,8 +284,9 @@ class Configuration(Alone):
         cases = [("[memory]\narena = lots\n", 2, "arena"), ("[memory]\n\n# x\narena = 5Q\n", 4, "arena"),
                  ("[memory]\narena = -1\n", 2, "arena"), ("[limits]\nmax_calls = 1.5\n", 2, "max_calls"),
                  ("[limits]\nmax_calls = 99999999999\n", 2, "max_calls"), ("[limits]\nop_timeout = soon\n", 2, "op_timeout"),
-                 ("[nothing]\nx = 1\n", 1, "nothing"), ("[memory]\narea = 1G\n", 2, "area"), ("[log]\nlevel = loud\n", 2, "level"),
-                 ("[log]\ntarget = printer\n", 2, "target"), ("[compute]\nbackend = abacus\n", 2, "backend"),
+                 ("[nothing]\nx = 1\n", 1, "nothing"), ("[memory]\narea = 1G\n", 2, "area"),
+                 ("[log]\nlevel = loud\n", 2, "level"), ("[log]\ntarget = printer\n", 2, "target"),
+                 ("[compute]\nbackend = abacus\n", 2, "backend"),
                  ("[listen]\nsocket_mode = 9x\n", 2, "socket_mode"), ("[memory]\nprefault = perhaps\n", 2, "prefault"),
                  ("[memory]\narena\n", 2, ""), ("[memory\narena = 1G\n", 1, ""), ("arena = 1G\n", 1, "arena"),
                  ("[listen]\ntcp = 0.0.0.0:0\n", 2, "tcp"), ("[listen]\ntcp = 127.0.0.1\n", 2, "tcp"),

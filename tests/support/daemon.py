@@ -17,6 +17,15 @@ START_S = 30
 SANITIZER = re.compile(r"AddressSanitizer|LeakSanitizer|ThreadSanitizer|runtime error:|Assertion .* failed")
 
 
+def memory_folder():
+    """A tmpfs for arenas, as in production; None (the usual place) where it is too small, as it often is in containers."""
+    try:
+        room = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    return "/dev/shm" if room.f_bavail * room.f_frsize > 4 << 30 else None
+
+
 class Notify:
     """The other end of NOTIFY_SOCKET: messages and the descriptors that came with FDSTORE=1, as systemd would keep them."""
 
@@ -78,7 +87,7 @@ class Daemon:
     Options are the daemon's own, by name: Daemon(arena="64M", op_timeout="2s"). The log is JSON, one line per event."""
 
     def __init__(self, config=None, environment=None, **options):
-        self.folder = tempfile.mkdtemp(prefix="bkv-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        self.folder = tempfile.mkdtemp(prefix="bkv-", dir=memory_folder())
         self.socket = os.path.join(self.folder, "d.sock")
         self.target = "unix:" + self.socket
         self.options = {"socket": self.socket, "tcp": "127.0.0.1:0", "arena": "256M", "staging": "128M", "threads": "2",

@@ -62,7 +62,8 @@ class Stride(c.Structure):
 
 
 class Block(c.Structure):
-    _fields_ = [("shape", Shape), ("keys", c.c_void_p), ("values", c.c_void_p), ("key_stride", Stride), ("value_stride", Stride)]
+    _fields_ = [("shape", Shape), ("keys", c.c_void_p), ("values", c.c_void_p), ("key_stride", Stride),
+                ("value_stride", Stride)]
 
 
 class PlaneLayout(c.Structure):

@@ -26,7 +26,8 @@ def save(path, tensors, meta):
     head, blobs, offset = {"__metadata__": {key: str(value) for key, value in meta.items()}}, [], 0
     for name, array in tensors.items():
         blob = np.ascontiguousarray(array).tobytes()
-        head[name] = {"dtype": names[array.dtype.name], "shape": list(array.shape), "data_offsets": [offset, offset + len(blob)]}
+        head[name] = {"dtype": names[array.dtype.name], "shape": list(array.shape),
+                      "data_offsets": [offset, offset + len(blob)]}
         offset += len(blob)
         blobs.append(blob)
     text = json.dumps(head).encode()

@@ -10,8 +10,8 @@ import grpc
 from . import ROOT
 
 _folder = tempfile.TemporaryDirectory(prefix="bkv-proto-")
-subprocess.run(["protoc", "-I" + os.path.join(ROOT, "proto"), "--python_out=" + _folder.name, "balancekv.proto", "health.proto"],
-               check=True)
+subprocess.run(["protoc", "-I" + os.path.join(ROOT, "proto"), "--python_out=" + _folder.name, "balancekv.proto",
+                "health.proto"], check=True)
 sys.path.insert(0, _folder.name)
 import balancekv_pb2 as pb  # noqa: E402
 import health_pb2 as health_pb  # noqa: E402
