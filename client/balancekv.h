@@ -1,15 +1,23 @@
 // balancekv.h - the C client of balancekvd: link with -lbalancekv (pkg-config balancekv).
 //
-// A client is one connection that mends itself: it reconnects with back-off, and after a restart of the daemon opens its
-// specs again before the next call, so callers never see either but as UNAVAILABLE-like statuses of calls in flight.
-// Every function is thread-safe, nothing is global, nothing outlives bkv_client_destroy. Every call takes a deadline in
-// milliseconds (0: the client's default) and returns within it, whatever the network or the daemon does.
+// A client is one connection that mends itself. What it does about failures:
+//   - No connection, a connection lost, the daemon busy or draining: the call is tried again after a pause (10 ms, doubling
+//     to 500 ms, half of it random) until it works or its deadline comes. Every operation may be repeated: Put is idempotent,
+//     a Pin whose answer was lost leaves a lease that ends by itself, a Drop then counts what its last attempt dropped. A
+//     call that never got through ends with BKV_BUSY and the last reason. Only bkv_ping is not tried again.
+//   - The daemon was restarted: specs are opened again by themselves, unseen but for the time it takes.
+//   - The daemon is there but does not answer (or is stopped): BKV_DEADLINE_EXCEEDED, in time, whatever was under way.
+// Every other status is the daemon's answer and is returned at once. Every call takes a deadline in milliseconds (0: the
+// client's default).
+//
+// Every function is thread-safe. There is no global state of ours; gRPC's own threads start with the first client and stay
+// until the process ends (do not fork between creating a client and exec). A client has one thread, with all signals blocked.
 //
 // Synchronous calls are the asynchronous ones waited for. Asynchronous: bkv_queue_t is a completion queue with a file
 // descriptor (eventfd) for any event loop; bkv_*_submit starts a call with a tag, bkv_queue_poll hands back completions.
 //
 // Compression without a daemon (codec.h), reading records (summary.h) and attention over them (codec.h) are in the same
-// library.
+// library. client/examples/put_get.c shows it all.
 #ifndef BALANCEKV_H
 #define BALANCEKV_H
 
@@ -57,7 +65,7 @@ typedef struct bkv_limits {
 } bkv_limits_t;
 
 // One block to put. payload: [layer][K,V][head][token][dim] in the spec's dtype, read during the call (asynchronous: until
-// its completion), never written.
+// its completion), never written. Over plain TCP its checksum goes with it.
 typedef struct bkv_put {
     bkv_key_t key;
     uint64_t position;
@@ -80,7 +88,8 @@ typedef struct bkv_range {
 } bkv_range_t;
 
 // A record received, validated (bkv_record_check) and verified (checksum). data is 64-byte aligned and owned by the holder
-// of the bkv_record_t; free with bkv_record_free. status != BKV_OK: there is no data and message says why.
+// of the bkv_record_t; free with bkv_record_free. status != BKV_OK: there is no data, and the call's message says why for the
+// first such record.
 typedef struct bkv_record {
     bkv_key_t key;
     bkv_status_t status;
@@ -109,8 +118,9 @@ BKV_API const char *bkv_version(void);
 // INVALID_ARGUMENT. On success *client is the caller's.
 BKV_API bkv_status_t bkv_client_create(const bkv_client_options_t *options, bkv_client_t **client, bkv_error_t *err);
 
-// Cancels what is in flight (its completions are delivered first to queues still alive) and frees. NULL is allowed. Queues
-// of this client must have been destroyed.
+// Cancels what is in flight (synchronous calls of other threads return BKV_CANCELLED) and frees. NULL is allowed. Queues of
+// this client must have been destroyed. Takes at most about 0.2 s, also when a socket blocks for ever; the client's thread
+// then stays behind until the daemon is gone or goes on.
 BKV_API void bkv_client_destroy(bkv_client_t *client);
 
 // Declares a spec; *id names it from then on. limits may be NULL. Opened again by itself after a restart of the daemon.
@@ -126,6 +136,8 @@ BKV_API void bkv_key_next(const bkv_spec_id_t *id, const bkv_key_t *parent, cons
 BKV_API void bkv_hex(const uint8_t *bytes, size_t n, char *out);
 BKV_API bool bkv_hex_parse(const char *text, uint8_t *bytes, size_t n);
 
+// Which of `count` keys are resident (resident, may be NULL) and how many of the first without a gap (prefix, may be NULL).
+// count 0 is INVALID_ARGUMENT, here and below.
 BKV_API bkv_status_t bkv_lookup(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                                 uint32_t timeout_ms, bool *resident, size_t *prefix, bkv_error_t *err);
 
@@ -138,18 +150,23 @@ BKV_API bkv_status_t bkv_put(bkv_client_t *client, const bkv_spec_id_t *id, cons
 BKV_API bkv_status_t bkv_get(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                              const bkv_range_t *range, uint32_t timeout_ms, bkv_record_t *records, bkv_error_t *err);
 
+// One summary of consecutive blocks, oldest first, in at most budget_bytes. record is set as by bkv_get; its key is the fold's,
+// under which it can be got again.
 BKV_API bkv_status_t bkv_fold_remote(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                                      uint64_t budget_bytes, uint32_t timeout_ms, bkv_record_t *record, bkv_error_t *err);
 
-// Attention next to the data. args as in codec.h with first_layer, layers of the model; args->out and args->lse receive the
-// result.
+// Attention next to the data. args as in codec.h with first_layer, layers (at least 1) of the model; args->out and args->lse
+// receive the result. heads, key_dim and value_dim are the spec's.
 BKV_API bkv_status_t bkv_attend_remote(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                                        const bkv_attend_args_t *args, uint32_t heads, uint32_t key_dim, uint32_t value_dim,
                                        uint32_t timeout_ms, bkv_error_t *err);
 
+// Keeps resident blocks from eviction and expiry for ttl_ms (1..3,600,000) or until bkv_unpin; all or nothing.
 BKV_API bkv_status_t bkv_pin(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                              uint64_t ttl_ms, uint32_t timeout_ms, uint64_t *lease, bkv_error_t *err);
 BKV_API bkv_status_t bkv_unpin(bkv_client_t *client, uint64_t lease, uint32_t timeout_ms, bkv_error_t *err);
+
+// Forgets blocks. dropped (may be NULL): how many were there.
 BKV_API bkv_status_t bkv_drop(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                               uint32_t timeout_ms, size_t *dropped, bkv_error_t *err);
 
@@ -157,7 +174,8 @@ BKV_API bkv_status_t bkv_drop(bkv_client_t *client, const bkv_spec_id_t *id, con
 BKV_API bkv_status_t bkv_stats_get(bkv_client_t *client, uint32_t timeout_ms, bkv_stats_t **stats, bkv_error_t *err);
 BKV_API void bkv_stats_free(bkv_stats_t *stats);
 
-// The health service's answer: BKV_OK when serving, BKV_BUSY when draining. round_trip_ns may be NULL.
+// The health service's answer: BKV_OK when serving, BKV_BUSY when draining or not to be reached; not tried again. After a
+// restart it may take a second until the client looks again. round_trip_ns may be NULL.
 BKV_API bkv_status_t bkv_ping(bkv_client_t *client, uint32_t timeout_ms, uint64_t *round_trip_ns, bkv_error_t *err);
 
 BKV_API void bkv_record_free(bkv_record_t *record); // frees data, not the struct; NULL data is allowed
@@ -169,16 +187,18 @@ typedef struct bkv_completion {
     bkv_error_t error; // error.status is the call's status
 } bkv_completion_t;
 
-// A queue for at most `depth` calls in flight (1..65536).
+// A queue for at most `depth` (1..65536) calls that are in flight or not yet polled.
 BKV_API bkv_status_t bkv_queue_create(bkv_client_t *client, uint32_t depth, bkv_queue_t **queue, bkv_error_t *err);
 
-// Cancels what is in flight and waits until nothing uses the callers' buffers any more.
+// Cancels what is in flight and waits until nothing uses the callers' buffers any more (which does not take the network).
+// Records that have come are still handed over in their bkv_record_t and are the caller's. NULL is allowed.
 BKV_API void bkv_queue_destroy(bkv_queue_t *queue);
 
 // Readable while completions wait. Owned by the queue; do not read from it.
 BKV_API int bkv_queue_fd(const bkv_queue_t *queue);
 
-// Takes up to `max` completions, waiting at most wait_ms (0: not at all) for the first. Returns how many.
+// Takes up to `max` completions, waiting at most wait_ms (0: not at all) for the first. Returns how many. Records are
+// verified here, by the thread that polls.
 BKV_API size_t bkv_queue_poll(bkv_queue_t *queue, bkv_completion_t *completions, size_t max, uint32_t wait_ms);
 
 // The asynchronous forms. All buffers (inputs, results, records) must live until the completion with `tag` is polled.

@@ -1,20 +1,12 @@
-// A daemon in a process of its own, to be stopped, killed and started again under a running client. It is forked before the
-// test touches gRPC, which does not survive a fork.
-#include "fake.h"
+// A daemon that is stopped, killed and started again under a running client.
+#include "process.h"
 
 #include <criterion/criterion.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
 #include <unistd.h>
-
-typedef struct process {
-    pid_t pid;
-    int go, ready; // pipes: to it, from it
-} process_t;
 
 typedef struct state {
     uint64_t epoch;
@@ -35,42 +27,10 @@ static void serve(fake_call_t *call, void *user) {
     }
 }
 
-static void process_fork(process_t *process, const fake_place_t *place, uint64_t epoch) {
-    int go[2], ready[2];
-    cr_assert(pipe(go) == 0 && pipe(ready) == 0);
-    process->pid = fork();
-    cr_assert(process->pid >= 0);
-    if (process->pid == 0) {
-        prctl(PR_SET_PDEATHSIG, SIGKILL); // a stopped process would outlive a test that failed
-        static state_t state;
-        char byte;
-        close(go[1]);
-        close(ready[0]);
-        if (read(go[0], &byte, 1) != 1) {
-            _exit(0);
-        }
-        state.epoch = epoch;
-        fake_server_start(place->endpoint, serve, &state);
-        if (write(ready[1], "", 1) != 1 || read(go[0], &byte, 1) >= 0) {
-            _exit(0); // the test has ended
-        }
-    }
-    close(go[0]);
-    close(ready[1]);
-    process->go = go[1];
-    process->ready = ready[0];
-}
-
-static void process_start(process_t *process) {
-    char byte;
-    cr_assert(write(process->go, "", 1) == 1 && read(process->ready, &byte, 1) == 1);
-}
-
-static void process_kill(process_t *process) {
-    kill(process->pid, SIGKILL);
-    waitpid(process->pid, NULL, 0);
-    close(process->go);
-    close(process->ready);
+static void start_fake(const fake_place_t *place, uint64_t epoch) {
+    state_t *state = calloc(1, sizeof *state);
+    state->epoch = epoch;
+    fake_server_start(place->endpoint, serve, state);
 }
 
 static bkv_spec_id_t open_spec(bkv_client_t *client) {
@@ -109,12 +69,12 @@ Test(process, stopped) {
     process_t process;
     bkv_error_t err = {0};
     fake_place_make(&place);
-    process_fork(&process, &place, 1);
+    process_fork(&process, &place, 1, start_fake);
     process_start(&process);
     bkv_client_t *client = fake_client(&place, 0);
     bkv_spec_id_t id = open_spec(client);
     bkv_put_t block = map_block();
-    kill(process.pid, SIGSTOP);
+    process_stop(&process);
 
     uint64_t start = fake_now_ms();
     cr_assert(look_up(client, &id, 300, &err) == BKV_DEADLINE_EXCEEDED, "%s", err.message);
@@ -148,7 +108,7 @@ Test(process, stopped_with_patient_calls) {
     bkv_queue_t *queue = NULL;
     bkv_error_t err = {0};
     fake_place_make(&place);
-    process_fork(&process, &place, 1);
+    process_fork(&process, &place, 1, start_fake);
     process_start(&process);
     bkv_client_t *client = fake_client(&place, 0);
     bkv_spec_id_t id = open_spec(client);
@@ -157,7 +117,7 @@ Test(process, stopped_with_patient_calls) {
     bkv_key_t key = fake_key(2, 0);
     bool resident = false;
     cr_assert(bkv_queue_create(client, 4, &queue, NULL) == BKV_OK);
-    kill(process.pid, SIGSTOP);
+    process_stop(&process);
     for (uint64_t i = 0; i < 3; i++) {
         cr_assert(bkv_put_submit(queue, i, &id, &block, 1, 30000, &results[i]) == BKV_OK);
     }
@@ -185,13 +145,13 @@ Test(process, destroy_while_stopped) {
     process_t process;
     bkv_queue_t *queue = NULL;
     fake_place_make(&place);
-    process_fork(&process, &place, 1);
+    process_fork(&process, &place, 1, start_fake);
     process_start(&process);
     bkv_client_t *client = fake_client(&place, 0);
     bkv_spec_id_t id = open_spec(client);
     bkv_put_t block = map_block();
     cr_assert(bkv_queue_create(client, 4, &queue, NULL) == BKV_OK);
-    kill(process.pid, SIGSTOP);
+    process_stop(&process);
     for (uint64_t i = 0; i < 4; i++) {
         cr_assert(bkv_put_submit(queue, i, &id, &block, 1, 60000, NULL) == BKV_OK);
     }
@@ -210,8 +170,8 @@ Test(process, killed_and_started_again) {
     process_t first, second;
     bkv_error_t err = {0};
     fake_place_make(&place);
-    process_fork(&first, &place, 1);
-    process_fork(&second, &place, 2);
+    process_fork(&first, &place, 1, start_fake);
+    process_fork(&second, &place, 2, start_fake);
     process_start(&first);
     bkv_client_t *client = fake_client(&place, 20000);
     bkv_queue_t *queue = NULL;
