@@ -12,7 +12,7 @@
 #include <math.h>
 
 #ifndef WALK_C
-#define WALK_C 0.5f
+#define WALK_C 0.1f
 #endif
 #ifndef WALK_TEMP
 #define WALK_TEMP 1.0f
@@ -142,7 +142,6 @@ static void shuffle(uint32_t *list, uint32_t n, bkv_random_t *random) {
 // sum back, at random where it does not matter. Once a sign has its half the rest take the other.
 static void walk_signs(const uint32_t *list, uint32_t n, uint32_t padded, bkv_random_t *random, bkv_walk_t *walk) {
     uint32_t left[2] = {n / 2, n / 2};
-    memset(walk->sum, 0, padded * sizeof(float));
     for (uint32_t i = 0; i < n; i++) {
         uint32_t token = list[i];
         const float *row = walk->gram + (size_t)token * padded;
@@ -156,24 +155,29 @@ static void walk_signs(const uint32_t *list, uint32_t n, uint32_t padded, bkv_ra
     }
 }
 
-// Drops half of list[0..2 * drop) and hands their weight to the other half; list[0..n) closes up to n - drop.
+// Drops `drop` of list[0..2 * drop), those of sign 0, and hands their weight to the others; list[0..n) closes up to
+// n - drop. A token of sign s and weight w counts (1 + s) w from now on, so walk->sum, signed sums of all halvings so far,
+// is the whole's distance from what is left of it: the next halving goes on where this one ends and mends what it left.
 static void walk_halve(uint32_t *list, uint32_t n, uint32_t drop, uint32_t padded, bkv_random_t *random, bkv_walk_t *walk) {
     shuffle(list, n, random);
     walk_signs(list, 2 * drop, padded, random, walk);
-    uint8_t keep = bkv_random_next(random) >> 63 ? 1 : 0; // neither sign is better than the other
     float total = 0, kept = 0;
     for (uint32_t i = 0; i < 2 * drop; i++) {
         total += walk->weight[list[i]];
-        kept += walk->sign[list[i]] == keep ? walk->weight[list[i]] : 0;
+        kept += walk->sign[list[i]] ? walk->weight[list[i]] : 0;
     }
+    float growth = total / kept; // 2 where all weights are equal
     uint32_t left = 0;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t token = list[i];
         if (i < 2 * drop) {
-            if (walk->sign[token] != keep) {
+            if (!walk->sign[token]) {
                 continue;
             }
-            walk->weight[token] *= total / kept;
+            if (growth != 2.0f) {
+                bkv_axpy((growth - 2.0f) * walk->weight[token], walk->gram + (size_t)token * padded, padded, walk->sum);
+            }
+            walk->weight[token] *= growth;
         }
         list[left++] = token;
     }
@@ -191,6 +195,7 @@ void bkv_walk_reduce(const bkv_source_t *source, uint32_t *tokens, uint32_t n, u
     if (target < n) {
         gram_build(source, tokens, n, padded, walk);
     }
+    memset(walk->sum, 0, padded * sizeof(float));
     uint32_t left = n;
     while (left > target) {
         uint32_t drop = left - target < left / 2 ? left - target : left / 2;

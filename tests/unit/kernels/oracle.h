@@ -14,7 +14,10 @@ uint32_t oracle_next(oracle_random_t *random);
 double oracle_uniform(oracle_random_t *random); // [0, 1)
 double oracle_gauss(oracle_random_t *random);
 
-// 64-byte aligned zeroed memory; criterion's process ends soon, nobody frees it.
+// 64-byte aligned memory of exactly that size, so that AddressSanitizer sees a byte too many. May be freed, need not be:
+// criterion's process ends soon.
+void *oracle_exact(size_t bytes);
+// Zeroed, and a little more than asked for.
 void *oracle_alloc(size_t bytes);
 
 double oracle_half(uint16_t half);

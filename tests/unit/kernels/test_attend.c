@@ -11,7 +11,7 @@
 
 static bkv_status_t attend(const void *const *records, uint32_t count, const bkv_attend_args_t *args, bkv_error_t *err) {
     const bkv_backend_t *backend = bkv_backend_get("ref");
-    void *workspace = aligned_alloc(64, (bkv_attend_workspace(backend, records, count, args) + 63) / 64 * 64);
+    void *workspace = oracle_exact(bkv_attend_workspace(backend, records, count, args));
     bkv_status_t status = bkv_attend(backend, records, count, args, workspace, err);
     free(workspace);
     return status;

@@ -18,7 +18,7 @@ static void *sample(bkv_codec_t codec, uint32_t rate, size_t *length) {
 
 // A copy in exactly its size, so that a byte beyond is somebody else's.
 static void *copy_of(const void *record, size_t length) {
-    void *copy = aligned_alloc(16, length ? length : 16);
+    void *copy = oracle_exact(length);
     memcpy(copy, record, length);
     return copy;
 }
@@ -55,7 +55,7 @@ static void use(const void *record, size_t length) {
     size_t size = 0;
     cr_assert_eq(bkv_record_slice(record, 0, 1, shape.heads - 1, 1, NULL, &size, NULL), BKV_OK);
     cr_assert(size <= length);
-    void *slice = aligned_alloc(16, size);
+    void *slice = oracle_exact(size);
     cr_assert_eq(bkv_record_slice(record, 0, 1, shape.heads - 1, 1, slice, &size, NULL), BKV_OK);
     bkv_error_t err = {0};
     cr_assert_eq(bkv_record_check(slice, size, &err), BKV_OK, "%s", err.message);

@@ -95,7 +95,7 @@ Test(record_read, a_slice_holds_the_same_sections) {
         size_t length, size = 0;
         void *record = oracle_compress(&block, &codecs[c], 0, &length);
         cr_assert_eq(bkv_record_slice(record, 1, 2, 1, 2, NULL, &size, NULL), BKV_OK);
-        void *slice = aligned_alloc(16, size);
+        void *slice = oracle_exact(size);
         cr_assert_eq(bkv_record_slice(record, 1, 2, 1, 2, slice, &size, NULL), BKV_OK);
         bkv_error_t err = {0};
         cr_assert_eq(bkv_record_check(slice, size, &err), BKV_OK, "%s", err.message);
@@ -110,7 +110,7 @@ Test(record_read, a_slice_holds_the_same_sections) {
         // A slice of the slice counts from the model's first layer and head.
         size_t inner = 0;
         cr_assert_eq(bkv_record_slice(slice, 1, 1, 1, 1, NULL, &inner, NULL), BKV_OK);
-        void *last = aligned_alloc(16, inner);
+        void *last = oracle_exact(inner);
         cr_assert_eq(bkv_record_slice(slice, 1, 1, 1, 1, last, &inner, NULL), BKV_OK);
         header = last;
         cr_assert(header->first_layer == 2 && header->first_head == 2);
@@ -128,7 +128,7 @@ Test(record_read, the_whole_slice_is_the_record) {
     void *record = oracle_compress(&block, &codecs[0], 0, &length);
     cr_assert_eq(bkv_record_slice(record, 0, 2, 0, 2, NULL, &size, NULL), BKV_OK);
     cr_assert_eq(size, length);
-    void *slice = aligned_alloc(16, size);
+    void *slice = oracle_exact(size);
     cr_assert_eq(bkv_record_slice(record, 0, 2, 0, 2, slice, &size, NULL), BKV_OK);
     cr_assert_arr_eq(slice, record, length);
 }
