@@ -1,0 +1,138 @@
+// fuzz_wire.c - requests as a hostile client may send them: the split of PutRequest and AttendRequest, and every other parser.
+//
+// The first byte chooses the message, the second how the bytes are cut into slices. Whatever the split accepts is compared
+// with protobuf-c's reading of the whole message.
+#include "daemon/rpc/wire.h"
+
+#include "health.pb-c.h"
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LIMIT     ((size_t)1 << 20)
+#define HEAD_MOST 1024
+#define MAX_BATCH 64
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static grpc_byte_buffer *received(const uint8_t *data, size_t size, size_t piece) {
+    grpc_slice slices[4096];
+    size_t count = 0;
+    piece = size / piece < 4096 ? piece : size;
+    for (size_t at = 0; at < size; at += piece) {
+        size_t length = piece < size - at ? piece : size - at;
+        slices[count++] = grpc_slice_from_copied_buffer((const char *)data + at, length);
+    }
+    grpc_byte_buffer *message = grpc_raw_byte_buffer_create(slices, count);
+    for (size_t i = 0; i < count; i++) {
+        grpc_slice_unref(slices[i]);
+    }
+    return message;
+}
+
+static void check_put(const bkv_split_t *split, const uint8_t *data, size_t size) {
+    Balancekv__V1__PutRequest *whole = balancekv__v1__put_request__unpack(NULL, size, data);
+    if (whole == NULL) {
+        return; // protobuf-c is the stricter one about fields that the split ignores
+    }
+    uint8_t *payload = malloc(split->data_bytes + 1);
+    bkv_cursor_t cursor = split->data;
+    bkv_cursor_copy(&cursor, payload, split->data_bytes);
+    assert(whole->data.len == split->data_bytes);
+    assert(split->data_bytes == 0 || memcmp(whole->data.data, payload, split->data_bytes) == 0);
+    const Balancekv__V1__PutBlock *block = ((const Balancekv__V1__PutRequest *)split->head)->block;
+    assert((block == NULL) == (whole->block == NULL));
+    if (block != NULL) {
+        assert(block->payload_bytes == whole->block->payload_bytes && block->tokens == whole->block->tokens);
+        bkv_ingest_args_t args;
+        bkv_error_t err;
+        (void)bkv_wire_get_block(block, &args, &err);
+    }
+    free(payload);
+    balancekv__v1__put_request__free_unpacked(whole, NULL);
+}
+
+static void fuzz_put(grpc_byte_buffer *message, bkv_bump_t *bump, const uint8_t *data, size_t size) {
+    bkv_split_t split;
+    bkv_error_t err;
+    if (bkv_wire_split(&balancekv__v1__put_request__descriptor, message, HEAD_MOST, bump, &split, &err) == BKV_OK) {
+        check_put(&split, data, size);
+    }
+}
+
+static void fuzz_attend(grpc_byte_buffer *message, bkv_bump_t *bump) {
+    bkv_split_t split;
+    bkv_error_t err;
+    if (bkv_wire_split(&balancekv__v1__attend_request__descriptor, message, LIMIT, bump, &split, &err) == BKV_OK) {
+        const Balancekv__V1__AttendRequest *request = (const Balancekv__V1__AttendRequest *)split.head;
+        bkv_spec_id_t id;
+        (void)bkv_wire_get_spec_id(&request->spec_id, &id, &err);
+        (void)bkv_wire_check_keys(request->n_keys, request->keys, MAX_BATCH, &err);
+    }
+}
+
+static void fuzz_open(const ProtobufCMessage *message) {
+    const Balancekv__V1__OpenRequest *request = (const Balancekv__V1__OpenRequest *)message;
+    bkv_model_t model;
+    bkv_error_t err;
+    if (bkv_wire_get_spec(request->spec, &model, &err) == BKV_OK && bkv_model_complete(&model, &err) == BKV_OK) {
+        Balancekv__V1__Spec spec;
+        bkv_model_t again;
+        bkv_wire_set_spec(&model, &spec);
+        assert(bkv_wire_get_spec(&spec, &again, &err) == BKV_OK && bkv_model_complete(&again, &err) == BKV_OK);
+        assert(memcmp(&again.id, &model.id, sizeof(model.id)) == 0); // defaults spelled out name the same spec
+    }
+}
+
+static void fuzz_lookup(const ProtobufCMessage *message) {
+    const Balancekv__V1__LookupRequest *request = (const Balancekv__V1__LookupRequest *)message;
+    bkv_error_t err;
+    bkv_key_t keys[MAX_BATCH];
+    if (bkv_wire_check_keys(request->n_keys, request->keys, MAX_BATCH, &err) == BKV_OK) {
+        bkv_wire_get_keys(request->n_keys, request->keys, keys);
+    }
+}
+
+static void ignore(const ProtobufCMessage *message) {
+    (void)message;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    static const struct {
+        const ProtobufCMessageDescriptor *type;
+        void (*use)(const ProtobufCMessage *message);
+    } whole[] = {
+        {&balancekv__v1__open_request__descriptor, fuzz_open},
+        {&balancekv__v1__lookup_request__descriptor, fuzz_lookup},
+        {&balancekv__v1__get_request__descriptor, ignore},
+        {&balancekv__v1__fold_request__descriptor, ignore},
+        {&balancekv__v1__pin_request__descriptor, ignore},
+        {&balancekv__v1__unpin_request__descriptor, ignore},
+        {&balancekv__v1__drop_request__descriptor, ignore},
+        {&balancekv__v1__stats_request__descriptor, ignore},
+        {&grpc__health__v1__health_check_request__descriptor, ignore},
+    };
+    const size_t kinds = sizeof(whole) / sizeof(whole[0]);
+    if (size < 2) {
+        return 0;
+    }
+    size_t kind = data[0] % (kinds + 2);
+    size_t piece = (size_t)data[1] + 1;
+    grpc_byte_buffer *message = received(data + 2, size - 2, piece);
+    bkv_bump_t bump;
+    bkv_bump_init(&bump, LIMIT);
+    if (kind == kinds) {
+        fuzz_put(message, &bump, data + 2, size - 2);
+    } else if (kind == kinds + 1) {
+        fuzz_attend(message, &bump);
+    } else {
+        const ProtobufCMessage *request;
+        bkv_error_t err;
+        if (bkv_wire_unpack(whole[kind].type, message, LIMIT, &bump, &request, &err) == BKV_OK) {
+            whole[kind].use(request);
+        }
+    }
+    bkv_bump_deinit(&bump);
+    grpc_byte_buffer_destroy(message);
+    return 0;
+}
