@@ -10,40 +10,51 @@
 #include <assert.h>
 #include <string.h>
 
-void bkv_codes_pack(const uint8_t *codes, uint32_t n, uint32_t bits, uint8_t *out) {
-    assert(n % 8 == 0 && bits >= 1 && bits <= 8);
-    for (uint32_t i = 0; i < n; i += 8) {
-        uint64_t word = 0;
-        for (uint32_t j = 0; j < 8; j++) {
-            word |= (uint64_t)codes[i + j] << (j * bits);
-        }
+// Eight codes at once: a word of eight bytes, whose unused bits are squeezed out between bytes, then between pairs of bytes,
+// then between fours. Called with a constant width, so that shifts and copies are constants too.
+static inline void pack_width(const uint8_t *codes, uint32_t n, const uint32_t bits, uint8_t *out) {
+    for (uint32_t i = 0; i < n; i += 8, out += bits) {
+        uint64_t word;
+        memcpy(&word, codes + i, sizeof(word));
+        word = (word & 0x00ff00ff00ff00ffu) | (word >> 8 & 0x00ff00ff00ff00ffu) << bits;
+        word = (word & 0x0000ffff0000ffffu) | (word >> 16 & 0x0000ffff0000ffffu) << 2 * bits;
+        word = (word & 0x00000000ffffffffu) | word >> 32 << 4 * bits;
         memcpy(out, &word, bits); // 8 codes of `bits` bits are `bits` bytes
-        out += bits;
     }
 }
 
-static void unpack4(const uint8_t *packed, uint32_t n, uint8_t *codes) {
-    for (uint32_t i = 0; i < n / 2; i++) {
-        codes[2 * i] = packed[i] & 15u;
-        codes[2 * i + 1] = packed[i] >> 4;
+// The same way back.
+static inline void unpack_width(const uint8_t *packed, uint32_t n, const uint32_t bits, uint8_t *codes) {
+    const uint64_t four = (1ull << 4 * bits) - 1;
+    const uint64_t two = ((1ull << 2 * bits) - 1) * 0x0000000100000001u;
+    const uint64_t one = ((1ull << bits) - 1) * 0x0001000100010001u;
+    for (uint32_t i = 0; i < n; i += 8, packed += bits) {
+        uint64_t word = 0;
+        memcpy(&word, packed, bits);
+        word = (word & four) | (word >> 4 * bits & four) << 32;
+        word = (word & two) | (word >> 2 * bits & two) << 16;
+        word = (word & one) | (word >> bits & one) << 8;
+        memcpy(codes + i, &word, sizeof(word));
     }
 }
 
-static void unpack2(const uint8_t *packed, uint32_t n, uint8_t *codes) {
-    for (uint32_t i = 0; i < n / 4; i++) {
-        codes[4 * i] = packed[i] & 3u;
-        codes[4 * i + 1] = (packed[i] >> 2) & 3u;
-        codes[4 * i + 2] = (packed[i] >> 4) & 3u;
-        codes[4 * i + 3] = packed[i] >> 6;
-    }
-}
-
-static void unpack3(const uint8_t *packed, uint32_t n, uint8_t *codes) {
-    for (uint32_t i = 0; i < n; i += 8, packed += 3) {
-        uint32_t word = packed[0] | (uint32_t)packed[1] << 8 | (uint32_t)packed[2] << 16;
-        for (uint32_t j = 0; j < 8; j++) {
-            codes[i + j] = (word >> (3 * j)) & 7u;
-        }
+void bkv_codes_pack(const uint8_t *codes, uint32_t n, uint32_t bits, uint8_t *out) {
+    assert(n % 8 == 0);
+    switch (bits) {
+    case 2:
+        pack_width(codes, n, 2, out);
+        return;
+    case 3:
+        pack_width(codes, n, 3, out);
+        return;
+    case 4:
+        pack_width(codes, n, 4, out);
+        return;
+    case 8:
+        memcpy(out, codes, n);
+        return;
+    default:
+        assert(!"bits");
     }
 }
 
@@ -51,13 +62,13 @@ void bkv_codes_unpack(const uint8_t *packed, uint32_t n, uint32_t bits, uint8_t 
     assert(n % 8 == 0);
     switch (bits) {
     case 2:
-        unpack2(packed, n, codes);
+        unpack_width(packed, n, 2, codes);
         return;
     case 3:
-        unpack3(packed, n, codes);
+        unpack_width(packed, n, 3, codes);
         return;
     case 4:
-        unpack4(packed, n, codes);
+        unpack_width(packed, n, 4, codes);
         return;
     case 8:
         memcpy(codes, packed, n);
@@ -85,8 +96,8 @@ static void params_choose(float low, float high, uint32_t bits, uint8_t *params,
 
 static uint8_t code_of(float value, float inverse, float zero, float top) {
     float code = (value - zero) * inverse + 0.5f;
-    code = code < 0 ? 0 : code;
-    code = code > top ? top : code;
+    code = code > 0 ? code : 0; // also where it is NaN, which no cast may meet
+    code = code < top ? code : top;
     return (uint8_t)(int32_t)code;
 }
 
@@ -120,16 +131,32 @@ void bkv_quant_key_group(const float *rows, uint32_t count, uint32_t dim, uint32
     }
 }
 
+// Smallest and largest of n elements, a multiple of 8: in eight lanes, as the compiler may not reorder floats by itself.
+static void row_range(const float *row, uint32_t n, float *low, float *high) {
+    float least[8], most[8];
+    memcpy(least, row, sizeof(least));
+    memcpy(most, row, sizeof(most));
+    for (uint32_t i = 8; i < n; i += 8) {
+        for (uint32_t j = 0; j < 8; j++) {
+            least[j] = row[i + j] < least[j] ? row[i + j] : least[j];
+            most[j] = row[i + j] > most[j] ? row[i + j] : most[j];
+        }
+    }
+    *low = least[0];
+    *high = most[0];
+    for (uint32_t j = 1; j < 8; j++) {
+        *low = least[j] < *low ? least[j] : *low;
+        *high = most[j] > *high ? most[j] : *high;
+    }
+}
+
 void bkv_quant_value_row(const float *row, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes) {
     float top = (float)((1u << bits) - 1u);
     uint8_t row_codes[BKV_MAX_DIM];
     for (uint32_t first = 0; first < dim; first += BKV_VALUE_GROUP_DIMS, params += 4) {
         uint32_t end = first + BKV_VALUE_GROUP_DIMS < dim ? first + BKV_VALUE_GROUP_DIMS : dim;
-        float low = row[first], high = row[first], inverse, zero;
-        for (uint32_t i = first; i < end; i++) {
-            low = row[i] < low ? row[i] : low;
-            high = row[i] > high ? row[i] : high;
-        }
+        float low, high, inverse, zero;
+        row_range(row + first, end - first, &low, &high);
         params_choose(low, high, bits, params, &inverse, &zero);
         for (uint32_t i = first; i < end; i++) {
             row_codes[i] = code_of(row[i], inverse, zero, top);

@@ -28,9 +28,6 @@ void bkv_selection_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_d
 
 // How many of the m tokens kept are kept for being outliers.
 static uint32_t protect_count(uint32_t n, uint32_t m) {
-#ifdef PROTECT_OF
-    return PROTECT_OF(m);
-#endif
     return m >= n / 5 ? m * 5 / 8 : m * 3 / 4;
 }
 

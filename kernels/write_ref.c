@@ -5,8 +5,10 @@
 #include "quant.h"
 #include "vector.h"
 
-#include <assert.h>
 #include <math.h>
+
+// Least mass that a refit divides by. A row's own share is at least 1 / BKV_KEY_GROUP_MAX of its weight but for rounding.
+#define MASS_MIN 1e-20f
 
 static void write_index(const bkv_selection_t *selection, uint32_t tokens, const uint32_t *position, uint8_t kind,
                         uint64_t index_bytes, uint8_t *plane) {
@@ -113,6 +115,9 @@ static void rows_refit(const bkv_source_t *source, uint32_t first, uint32_t end,
     }
     for (uint32_t r = 0; r < rows; r++) {
         float *value = selection->v + (size_t)selection->walked[r] * value_dim;
+        if (!(selection->mass[r] > MASS_MIN)) {
+            continue; // only where keys are so large that a row is not its own nearest: the value stays its own
+        }
         for (uint32_t i = 0; i < value_dim; i++) {
             value[i] = selection->fit[(size_t)r * value_dim + i] / selection->mass[r];
         }
