@@ -142,15 +142,24 @@ static void copy_head(const bkv_block_t *block, bool values, uint32_t layer, uin
     }
 }
 
-static void raw_compress(const bkv_block_t *block, const bkv_record_id_t *id, void *record) {
-    const bkv_shape_t *shape = &block->shape;
+size_t bkv_raw_begin(const bkv_shape_t *shape, const bkv_record_id_t *id, void *record) {
     bkv_record_init(record, shape, id, BKV_CODEC_RAW, 0);
     bkv_section_t *directory = bkv_record_directory(record);
     for (uint32_t i = 0; i < shape->layers * shape->heads; i++) {
         directory[i] = (bkv_section_t){
             .tokens = shape->tokens, .key_bits = BKV_BITS_NATIVE, .value_bits = BKV_BITS_NATIVE, .index_kind = BKV_INDEX_ALL};
     }
-    bkv_record_place(record);
+    return (size_t)bkv_record_place(record);
+}
+
+bool bkv_values_finite(bkv_dtype_t dtype, const void *values, size_t n) {
+    return !bkv_row_exceeds(dtype, values, n, false);
+}
+
+static void raw_compress(const bkv_block_t *block, const bkv_record_id_t *id, void *record) {
+    const bkv_shape_t *shape = &block->shape;
+    bkv_raw_begin(shape, id, record);
+    const bkv_section_t *directory = bkv_record_directory(record);
     for (uint32_t i = 0; i < shape->layers * shape->heads; i++) {
         uint8_t *bytes = record;
         copy_head(block, false, i / shape->heads, i % shape->heads, bytes + (size_t)directory[i].key_offset * BKV_RECORD_ALIGN);

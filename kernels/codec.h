@@ -112,6 +112,13 @@ BKV_API bkv_status_t bkv_compress(const bkv_backend_t *backend, const bkv_block_
 // [layer][K,V][head][token][dim] and fills the rest of the record.
 BKV_API size_t bkv_raw_payload(const bkv_shape_t *shape);
 
+// Writes a raw record's header and directory (checksum 0) and returns its length: what is left is the payload, which may come
+// in pieces. The shape must be checked; the caller sees to bkv_values_finite and the checksum.
+BKV_API size_t bkv_raw_begin(const bkv_shape_t *shape, const bkv_record_id_t *id, void *record);
+
+// False when any of n values is NaN or infinite. values: aligned to the dtype.
+BKV_API bool bkv_values_finite(bkv_dtype_t dtype, const void *values, size_t n);
+
 // The contiguous block that such a payload is.
 BKV_API void bkv_block_from_payload(const bkv_shape_t *shape, const void *payload, bkv_block_t *block);
 

@@ -1,24 +1,80 @@
-// seal.c - XXH3-64 over a record, everything after the checksum field.
+// seal.c - XXH3-64 over a record: at once, or as it comes.
 #include "seal.h"
 
 #include "record.h"
 
 #include <assert.h>
+#include <stdlib.h>
+#include <string.h>
 #include <xxhash.h>
 
 // libxxhash on x86 also has variants that pick AVX2 or AVX-512 at run time, about twice as fast as the SSE2 one that the
 // distributions compile in. Not every build of the library exports them, hence weak: absent, it is NULL.
-extern __attribute__((weak)) XXH64_hash_t XXH3_64bits_dispatch(const void *input, size_t length);
+extern __attribute__((weak)) XXH64_hash_t XXH3_64bits_withSeed_dispatch(const void *input, size_t length, XXH64_hash_t seed);
+extern __attribute__((weak)) XXH_errorcode XXH3_64bits_update_dispatch(XXH3_state_t *state, const void *input, size_t length);
 
 #define SEALED_FROM 24
 
 _Static_assert(offsetof(bkv_record_header_t, checksum) + sizeof(uint64_t) == SEALED_FROM,
                "the checksum covers what follows it");
 
+static uint64_t seed_of(const void *record) {
+    uint64_t seed;
+    memcpy(&seed, record, sizeof(seed));
+    return seed;
+}
+
 uint64_t bkv_record_checksum(const void *record, size_t length) {
     assert(length >= sizeof(bkv_record_header_t));
     const uint8_t *from = (const uint8_t *)record + SEALED_FROM;
-    return XXH3_64bits_dispatch ? XXH3_64bits_dispatch(from, length - SEALED_FROM) : XXH3_64bits(from, length - SEALED_FROM);
+    return XXH3_64bits_withSeed_dispatch ? XXH3_64bits_withSeed_dispatch(from, length - SEALED_FROM, seed_of(record))
+                                         : XXH3_64bits_withSeed(from, length - SEALED_FROM, seed_of(record));
+}
+
+struct bkv_sum {
+    XXH3_state_t *state;
+    size_t summed; // bytes of the record dealt with; 0: none yet
+};
+
+bkv_sum_t *bkv_sum_create(void) {
+    bkv_sum_t *sum = calloc(1, sizeof(*sum));
+    if (sum && !(sum->state = XXH3_createState())) {
+        free(sum);
+        return NULL;
+    }
+    return sum;
+}
+
+void bkv_sum_destroy(bkv_sum_t *sum) {
+    if (sum) {
+        XXH3_freeState(sum->state);
+        free(sum);
+    }
+}
+
+void bkv_sum_advance(bkv_sum_t *sum, const void *record, size_t available) {
+    assert(available >= sum->summed);
+    if (available <= SEALED_FROM) {
+        return;
+    }
+    if (sum->summed == 0) {
+        XXH3_64bits_reset_withSeed(sum->state, seed_of(record));
+        sum->summed = SEALED_FROM;
+    }
+    const uint8_t *from = (const uint8_t *)record + sum->summed;
+    size_t length = available - sum->summed;
+    (void)(XXH3_64bits_update_dispatch ? XXH3_64bits_update_dispatch(sum->state, from, length)
+                                       : XXH3_64bits_update(sum->state, from, length));
+    sum->summed = available;
+}
+
+void bkv_sum_restart(bkv_sum_t *sum) {
+    sum->summed = 0;
+}
+
+uint64_t bkv_sum_value(const bkv_sum_t *sum) {
+    assert(sum->summed >= sizeof(bkv_record_header_t));
+    return XXH3_64bits_digest(sum->state);
 }
 
 void bkv_record_seal(void *record) {

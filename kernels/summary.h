@@ -90,7 +90,7 @@ typedef struct bkv_record_header {
     uint8_t codec; // bkv_codec_t
     uint8_t flags;
     uint64_t length;            // of the whole record, header included, in bytes
-    uint64_t checksum;          // XXH3-64 of bytes [24, length): everything after this field
+    uint64_t checksum;          // XXH3-64 of bytes [24, length), seeded with the first 8 bytes as an integer
     uint8_t key[BKV_KEY_BYTES]; // of the block or the fold
     uint8_t spec_id[BKV_SPEC_ID_BYTES];
     uint64_t tenant;                  // first 8 bytes of SHA-256(tenant name): whose quota it counts against

@@ -1,7 +1,8 @@
 // put.c - Put: takes a block's bytes in, and on a compute thread makes a record of them and publishes it.
 //
 // Where the bytes go: of a `raw` block straight to their final place in a reserved slot of the store, so that they are never
-// copied again; of any other codec to staging memory. A key that is resident already needs neither: its bytes are counted.
+// copied again, and each piece is summed and looked through for NaN while it is in the cache; of any other codec to staging
+// memory. A key that is resident already needs neither: its bytes are counted.
 #include "daemon/pipeline/internal.h"
 
 #include "daemon/observe/clock.h"
@@ -25,6 +26,9 @@ struct bkv_ingest {
     sink_t sink;
     uint8_t *payload; // NULL with SINK_NONE
     uint64_t received;
+    bkv_sum_t *sum;     // SINK_SLOT: the record's checksum so far
+    uint64_t scanned;   // SINK_SLOT: payload bytes looked through
+    bool finite;        // and nothing but numbers in them
     bkv_slot_t slot;    // SINK_SLOT from the start; else while compressing
     bkv_pin_t resident; // with SINK_NONE: the record that was there, pinned, so that the answer stays true
     bkv_ingest_done_t done;
@@ -71,6 +75,33 @@ static bkv_status_t resolve_params(const bkv_model_t *model, const bkv_ingest_ar
     return status == BKV_OK ? BKV_OK : bkv_fail(err, status, "block.%s", cause.message);
 }
 
+static bkv_record_id_t record_id(const bkv_ingest_t *ingest) {
+    return (bkv_record_id_t){.key = ingest->args.key,
+                             .spec_id = ingest->args.spec_id,
+                             .tenant = ingest->model->tenant,
+                             .position = ingest->args.position};
+}
+
+// A slot whose record lacks only its payload.
+static bkv_status_t begin_raw(bkv_ingest_t *ingest, uint64_t now_ms, bkv_error_t *err) {
+    ingest->sum = bkv_sum_create();
+    if (ingest->sum == NULL) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a Put");
+    }
+    uint64_t bound = bkv_codec_bound(&ingest->shape, &ingest->params);
+    bkv_status_t status =
+        bkv_store_reserve(ingest->pipeline->config.store, ingest->model->tenant, bound, now_ms, &ingest->slot, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    const bkv_record_id_t id = record_id(ingest);
+    size_t length = bkv_raw_begin(&ingest->shape, &id, ingest->slot.data), offset = bkv_raw_payload(&ingest->shape);
+    assert(length <= ingest->slot.capacity && offset + ingest->args.payload_bytes == length);
+    ingest->payload = ingest->slot.data + offset;
+    ingest->finite = true;
+    return BKV_OK;
+}
+
 // Takes the memory that the payload will be received into.
 static bkv_status_t take_memory(bkv_ingest_t *ingest, uint64_t now_ms, bkv_error_t *err) {
     bkv_pipeline_t *pipeline = ingest->pipeline;
@@ -89,14 +120,7 @@ static bkv_status_t take_memory(bkv_ingest_t *ingest, uint64_t now_ms, bkv_error
         return status;
     }
     ingest->sink = SINK_SLOT;
-    uint64_t bound = bkv_codec_bound(&ingest->shape, &ingest->params);
-    bkv_status_t status = bkv_store_reserve(store, ingest->model->tenant, bound, now_ms, &ingest->slot, err);
-    if (status == BKV_OK) {
-        size_t offset = bkv_raw_payload(&ingest->shape);
-        assert(offset + ingest->args.payload_bytes <= ingest->slot.capacity);
-        ingest->payload = ingest->slot.data + offset;
-    }
-    return status;
+    return begin_raw(ingest, now_ms, err);
 }
 
 static bkv_status_t ingest_create(bkv_pipeline_t *pipeline, const bkv_ingest_args_t *args, uint64_t now_ms,
@@ -128,6 +152,7 @@ static bkv_status_t ingest_create(bkv_pipeline_t *pipeline, const bkv_ingest_arg
         if (status == BKV_BUSY) {
             bkv_count(&pipeline->counters.busy_total, 1);
         }
+        bkv_sum_destroy(ingest->sum);
         free(ingest);
         return status;
     }
@@ -146,15 +171,36 @@ bkv_status_t bkv_ingest_begin(bkv_pipeline_t *pipeline, const bkv_ingest_args_t 
 
 // ---- bytes arrive ----
 
+// What is copied before it is summed and looked through: small enough to be in the nearest cache still.
+#define PIECE_BYTES ((size_t)64 << 10)
+
+static void advance_raw(bkv_ingest_t *ingest) {
+    bkv_sum_advance(ingest->sum, ingest->slot.data, bkv_raw_payload(&ingest->shape) + ingest->received);
+    size_t element = bkv_dtype_bytes(ingest->shape.dtype);
+    uint64_t whole = ingest->received - ingest->received % element; // a piece may end within a value
+    if (!bkv_values_finite(ingest->shape.dtype, ingest->payload + ingest->scanned, (whole - ingest->scanned) / element)) {
+        ingest->finite = false;
+    }
+    ingest->scanned = whole;
+}
+
 bkv_status_t bkv_ingest_write(bkv_ingest_t *ingest, const void *bytes, size_t length, bkv_error_t *err) {
     if (length > bkv_ingest_missing(ingest)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "data: more than the %llu bytes of block.payload_bytes",
                         (unsigned long long)ingest->args.payload_bytes);
     }
-    if (ingest->payload != NULL && length > 0) {
-        memcpy(ingest->payload + ingest->received, bytes, length);
+    while (length > 0) {
+        size_t piece = length < PIECE_BYTES ? length : PIECE_BYTES;
+        if (ingest->payload != NULL) {
+            memcpy(ingest->payload + ingest->received, bytes, piece);
+        }
+        ingest->received += piece;
+        if (ingest->sink == SINK_SLOT) {
+            advance_raw(ingest);
+        }
+        bytes = (const uint8_t *)bytes + piece;
+        length -= piece;
     }
-    ingest->received += length;
     return BKV_OK;
 }
 
@@ -173,6 +219,7 @@ static void ingest_free(bkv_ingest_t *ingest) {
     if (ingest->slot.data != NULL) {
         bkv_store_abort(ingest->pipeline->config.store, &ingest->slot);
     }
+    bkv_sum_destroy(ingest->sum);
     free(ingest);
 }
 
@@ -201,6 +248,12 @@ static bkv_status_t verify_payload(const bkv_ingest_t *ingest, bkv_error_t *err)
 // The payload becomes a sealed record in ingest->slot.
 static bkv_status_t compress(bkv_ingest_t *ingest, bkv_scratch_t *scratch, size_t *length, bkv_error_t *err) {
     const bkv_pipeline_config_t *config = &ingest->pipeline->config;
+    if (ingest->sink == SINK_SLOT && ingest->finite) {
+        bkv_record_header_t *header = (bkv_record_header_t *)ingest->slot.data;
+        header->checksum = bkv_sum_value(ingest->sum);
+        *length = (size_t)header->length;
+        return BKV_OK;
+    } // else bkv_compress says where it is not finite
     if (ingest->slot.data == NULL) {
         uint64_t bound = bkv_codec_bound(&ingest->shape, &ingest->params);
         bkv_status_t status =
@@ -215,10 +268,7 @@ static bkv_status_t compress(bkv_ingest_t *ingest, bkv_scratch_t *scratch, size_
     }
     bkv_block_t block;
     bkv_block_from_payload(&ingest->shape, ingest->payload, &block);
-    bkv_record_id_t id = {.key = ingest->args.key,
-                          .spec_id = ingest->args.spec_id,
-                          .tenant = ingest->model->tenant,
-                          .position = ingest->args.position};
+    const bkv_record_id_t id = record_id(ingest);
     uint64_t begin_us = bkv_now_us();
     bkv_status_t status = bkv_compress(config->backend, &block, &ingest->params, &id, ingest->slot.data, ingest->slot.capacity,
                                        workspace, length, err);

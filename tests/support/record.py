@@ -20,13 +20,13 @@ ELEMENT = {BF16: 2, FP16: 2, FP32: 4}
 _xxhash = None
 
 
-def xxh3(data):
+def xxh3(data, seed=0):
     """XXH3-64, by the library that the daemon uses too; its algorithm is published and not ours to test."""
     global _xxhash
     if _xxhash is None:
-        _xxhash = ctypes.CDLL("libxxhash.so.0").XXH3_64bits
-        _xxhash.restype, _xxhash.argtypes = ctypes.c_uint64, [ctypes.c_char_p, ctypes.c_size_t]
-    return _xxhash(bytes(data), len(data))
+        _xxhash = ctypes.CDLL("libxxhash.so.0").XXH3_64bits_withSeed
+        _xxhash.restype, _xxhash.argtypes = ctypes.c_uint64, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64]
+    return _xxhash(bytes(data), len(data), seed)
 
 
 def to_float(raw, dtype):
@@ -69,7 +69,7 @@ class Record:
             raise ValueError("magic or version")
         if self.length != len(data):
             raise ValueError(f"header says {self.length} bytes, there are {len(data)}")
-        if xxh3(data[24:]) != self.checksum:
+        if xxh3(data[24:], int.from_bytes(data[:8], "little")) != self.checksum:
             raise ValueError("checksum")
         self.data = bytes(data)
 

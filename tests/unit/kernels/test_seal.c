@@ -1,4 +1,4 @@
-// test_seal.c - kernels/seal.c: the checksum covers every byte after itself and nothing before.
+// test_seal.c - kernels/seal.c: the checksum covers every byte but its own and the length's, which is compared.
 #include "seal.h"
 
 #include "oracle.h"
@@ -17,12 +17,13 @@ static uint8_t *sealed(size_t *length) {
     return record;
 }
 
-Test(seal, is_xxh3_of_what_follows_the_field) {
+Test(seal, is_xxh3_of_what_follows_the_field_seeded_with_what_comes_first) {
     size_t length;
     uint8_t *record = sealed(&length);
-    uint64_t sum;
+    uint64_t sum, seed;
     memcpy(&sum, record + 16, 8);
-    cr_assert_eq(sum, XXH3_64bits(record + 24, length - 24));
+    memcpy(&seed, record, 8);
+    cr_assert_eq(sum, XXH3_64bits_withSeed(record + 24, length - 24, seed));
     cr_assert_eq(bkv_record_verify(record, length, NULL), BKV_OK);
 }
 
@@ -34,14 +35,16 @@ Test(seal, every_length_sums_like_the_library) {
         bytes[i] = (uint8_t)oracle_next(&random);
     }
     for (size_t length = 128; length < 3000; length += 17) {
-        cr_assert_eq(bkv_record_checksum(bytes, length), XXH3_64bits(bytes + 24, length - 24));
+        uint64_t seed;
+        memcpy(&seed, bytes, 8);
+        cr_assert_eq(bkv_record_checksum(bytes, length), XXH3_64bits_withSeed(bytes + 24, length - 24, seed));
     }
 }
 
 Test(seal, every_flipped_bit_is_found) {
     size_t length;
     uint8_t *record = sealed(&length);
-    for (size_t at = 8; at < length; at++) {
+    for (size_t at = 0; at < length; at++) {
         record[at] ^= (uint8_t)(1u << (at % 8));
         bkv_error_t err = {0};
         cr_assert_eq(bkv_record_verify(record, length, &err), BKV_DATA_LOSS, "byte %zu", at);
@@ -58,4 +61,21 @@ Test(seal, the_length_must_match) {
     cr_assert_eq(strncmp(err.message, "length:", 7), 0);
     memset(record + 8, 0, 8);
     cr_assert_eq(bkv_record_verify(record, 0, &err), BKV_DATA_LOSS);
+}
+
+Test(seal, pieces_sum_like_the_whole) {
+    size_t length;
+    uint8_t *record = sealed(&length);
+    oracle_random_t random = {5};
+    bkv_sum_t *sum = bkv_sum_create();
+    for (int round = 0; round < 200; round++) {
+        bkv_sum_restart(sum);
+        for (size_t available = 0; available < length;) {
+            size_t step = oracle_next(&random) % (round % 2 ? 40 : 400);
+            available = available + step < length ? available + step : length;
+            bkv_sum_advance(sum, record, available);
+        }
+        cr_assert_eq(bkv_sum_value(sum), bkv_record_checksum(record, length));
+    }
+    bkv_sum_destroy(sum);
 }
