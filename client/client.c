@@ -161,6 +161,7 @@ static void client_free(bkv_client_t *client) {
         grpc_completion_queue_destroy(client->completions);
     }
     bkv_client_pool_destroy(client->pool);
+    bkv_client_buffers_destroy(client->buffers);
     bkv_client_specs_free(client);
     bkv_client_target_deinit(&client->target);
     pthread_cond_destroy(&client->changed);
@@ -239,9 +240,10 @@ bkv_status_t bkv_client_create(const bkv_client_options_t *options, bkv_client_t
     made->timeout_ms = options != NULL && options->timeout_ms != 0 ? options->timeout_ms : DEFAULT_TIMEOUT_MS;
     made->jitter = bkv_client_now_ns() | 1;
     made->pool = bkv_client_pool_create();
+    made->buffers = bkv_client_buffers_create();
     made->channel = bkv_client_target_connect(&made->target);
     made->completions = grpc_completion_queue_create_for_next(NULL);
-    if (made->pool == NULL || thread_start(made) != 0) {
+    if (made->pool == NULL || made->buffers == NULL || thread_start(made) != 0) {
         grpc_completion_queue_shutdown(made->completions);
         client_free(made);
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory or threads");

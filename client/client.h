@@ -5,6 +5,7 @@
 #ifndef BKV_CLIENT_CLIENT_H
 #define BKV_CLIENT_CLIENT_H
 
+#include "buffer.h"
 #include "call.h"
 #include "pool.h"
 #include "target.h"
@@ -23,7 +24,8 @@ struct bkv_client {
     uint32_t timeout_ms;
     grpc_channel *channel; // reconnects by itself
     grpc_completion_queue *completions;
-    bkv_client_pool_t *pool;
+    bkv_client_pool_t *pool;       // of what is sent
+    bkv_client_buffers_t *buffers; // for what is received
     pthread_t thread;
     uint64_t jitter; // state of the random pauses; the client thread's
 
