@@ -1,14 +1,13 @@
 // get.c - Get and Fold: records come in chunks, are put together in memory of their own, checked and handed over.
 //
 // Nothing that a daemon says is trusted: not how long a record is, not which it is, not that it is one. Chunks are copied
-// together on the client's thread; checksums and structure are checked by whoever takes the completion.
+// together and summed on the client's thread, while they are in its cache; structure is checked by whoever takes the
+// completion.
 #include "client.h"
 
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define RECORD_ALIGN 64
 
 // The largest record to make room for, where the daemon has not said what its largest block is; as large as a slab may be.
 #define RECORD_MAX (1ull << 30)
@@ -27,12 +26,13 @@ typedef struct fetch_call {
     size_t index;      // the record that is coming
     uint64_t received; // bytes of it
     bool open;         // it has begun and is not complete
+    bkv_sum_t *sum;    // of its bytes
     bkv_error_t first; // the first record's that there is not
 } fetch_call_t;
 
 void bkv_record_free(bkv_record_t *record) {
     if (record != NULL) {
-        free(record->data);
+        bkv_client_buffer_free(record->data);
         record->data = NULL;
         record->length = 0;
     }
@@ -51,6 +51,7 @@ static void fetch_reset(bkv_call_t *call) {
     fetch->index = 0;
     fetch->received = 0;
     fetch->open = false;
+    bkv_sum_restart(fetch->sum);
     fetch->first = (bkv_error_t){0};
     if (!fetch->fold) {
         pthread_mutex_lock(&call->client->lock);
@@ -91,7 +92,7 @@ static bkv_status_t take_first(fetch_call_t *fetch, const Balancekv__V1__RecordC
     }
     memcpy(record->key.bytes, head->key.data, BKV_KEY_BYTES);
     record->length = (size_t)head->record_bytes;
-    record->data = aligned_alloc(RECORD_ALIGN, (record->length + RECORD_ALIGN - 1) / RECORD_ALIGN * RECORD_ALIGN);
+    record->data = bkv_client_buffer_take(fetch->call.client->buffers, record->length);
     if (record->data == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "record %zu: no memory for %zu bytes", fetch->index, record->length);
     }
@@ -110,8 +111,24 @@ static bkv_status_t take_index(fetch_call_t *fetch, const Balancekv__V1__RecordC
         fetch->index = head->index;
         fetch->received = 0;
         fetch->open = true;
+        bkv_sum_restart(fetch->sum);
     }
     return BKV_OK;
+}
+
+// The record is complete. One whose sum is wrong was damaged on its way or by the daemon, and is as good as missing.
+static void take_last(fetch_call_t *fetch) {
+    bkv_record_t *record = &fetch->records[fetch->index];
+    uint64_t said = ((const bkv_record_header_t *)record->data)->checksum, sum = bkv_sum_value(fetch->sum);
+    if (sum != said) {
+        record_fail(record, BKV_DATA_LOSS);
+        if (fetch->first.status == BKV_OK) {
+            bkv_fail(&fetch->first, BKV_DATA_LOSS, "record %zu: checksum: the record says %016llx, its bytes give %016llx",
+                     fetch->index, (unsigned long long)said, (unsigned long long)sum);
+        }
+    }
+    fetch->open = false;
+    fetch->index++;
 }
 
 static bkv_status_t take_chunk(fetch_call_t *fetch, const bkv_client_chunk_t *chunk, grpc_byte_buffer *message,
@@ -139,9 +156,9 @@ static bkv_status_t take_chunk(fetch_call_t *fetch, const bkv_client_chunk_t *ch
     }
     bkv_client_copy(message, chunk->data_at, chunk->data_bytes, (uint8_t *)record->data + fetch->received);
     fetch->received += chunk->data_bytes;
+    bkv_sum_advance(fetch->sum, record->data, fetch->received);
     if (fetch->received == record->length) {
-        fetch->open = false;
-        fetch->index++;
+        take_last(fetch);
     }
     return BKV_OK;
 }
@@ -169,10 +186,7 @@ static bool in_range(const bkv_record_header_t *header, const bkv_range_t *range
 }
 
 static bkv_status_t record_validate(const fetch_call_t *fetch, const bkv_record_t *record, bkv_error_t *err) {
-    bkv_status_t status = bkv_record_verify(record->data, record->length, err);
-    if (status == BKV_OK) {
-        status = bkv_record_check(record->data, record->length, err);
-    }
+    bkv_status_t status = bkv_record_check(record->data, record->length, err);
     if (status != BKV_OK) {
         return status;
     }
@@ -201,7 +215,7 @@ static void fetch_finish(bkv_call_t *call) {
         bkv_record_t *record = &fetch->records[i];
         bkv_error_t error = {.status = record->status};
         if (error.status != BKV_OK) {
-            error = fetch->first; // said by the daemon; the first of those is the first one here
+            error = fetch->first; // noted when it came; the first of those is the first one here
         } else if (complete(fetch, i)) {
             bkv_error_t cause = {.status = BKV_OK};
             if (record_validate(fetch, record, &cause) != BKV_OK) {
@@ -222,6 +236,27 @@ static void fetch_finish(bkv_call_t *call) {
     }
 }
 
+static void fetch_clean(bkv_call_t *call) {
+    bkv_sum_destroy(((fetch_call_t *)call)->sum);
+}
+
+// A fetch of `count` records; NULL: out of memory.
+static fetch_call_t *fetch_new(const bkv_call_kind_t *kind, bkv_client_t *client, const bkv_spec_id_t *id, uint32_t timeout_ms,
+                               bkv_record_t *records, size_t count) {
+    fetch_call_t *fetch = bkv_call_new(sizeof *fetch, kind, client, id, timeout_ms);
+    if (fetch == NULL) {
+        return NULL;
+    }
+    fetch->records = records;
+    fetch->count = count;
+    fetch->sum = bkv_sum_create();
+    if (fetch->sum == NULL) {
+        bkv_call_free(&fetch->call);
+        return NULL;
+    }
+    return fetch;
+}
+
 static const bkv_call_kind_t get_kind = {
     .method = BKV_CLIENT_SERVICE "Get",
     .shape = BKV_CALL_DOWNLOAD,
@@ -229,6 +264,7 @@ static const bkv_call_kind_t get_kind = {
     .reset = fetch_reset,
     .take = fetch_take,
     .finish = fetch_finish,
+    .clean = fetch_clean,
 };
 
 static const bkv_call_kind_t fold_kind = {
@@ -239,6 +275,7 @@ static const bkv_call_kind_t fold_kind = {
     .reset = fetch_reset,
     .take = fetch_take,
     .finish = fetch_finish,
+    .clean = fetch_clean,
 };
 
 // ---- Get ----
@@ -254,7 +291,7 @@ static void records_init(bkv_record_t *records, const bkv_key_t *keys, size_t co
 
 static bkv_call_t *get_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                            const bkv_range_t *range, uint32_t timeout_ms, bkv_record_t *records) {
-    fetch_call_t *fetch = bkv_call_new(sizeof *fetch, &get_kind, client, id, timeout_ms);
+    fetch_call_t *fetch = fetch_new(&get_kind, client, id, timeout_ms, records, count);
     ProtobufCBinaryData *list = bkv_client_key_list(keys, count);
     records_init(records, keys, count, fetch != NULL && list != NULL ? BKV_OK : BKV_RESOURCE_EXHAUSTED);
     if (fetch == NULL || list == NULL) {
@@ -262,8 +299,6 @@ static bkv_call_t *get_new(bkv_client_t *client, const bkv_spec_id_t *id, const 
         bkv_call_free((bkv_call_t *)fetch);
         return NULL;
     }
-    fetch->count = count;
-    fetch->records = records;
     fetch->range = range != NULL ? *range : (bkv_range_t){0};
     Balancekv__V1__GetRequest request = BALANCEKV__V1__GET_REQUEST__INIT;
     request.spec_id = bkv_client_spec_bytes(id);
@@ -308,7 +343,7 @@ bkv_status_t bkv_get_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_
 
 static bkv_call_t *fold_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                             uint64_t budget_bytes, uint32_t timeout_ms, bkv_record_t *record) {
-    fetch_call_t *fetch = bkv_call_new(sizeof *fetch, &fold_kind, client, id, timeout_ms);
+    fetch_call_t *fetch = fetch_new(&fold_kind, client, id, timeout_ms, record, 1);
     ProtobufCBinaryData *list = bkv_client_key_list(keys, count);
     records_init(record, NULL, 1, fetch != NULL && list != NULL ? BKV_OK : BKV_RESOURCE_EXHAUSTED);
     if (fetch == NULL || list == NULL) {
@@ -316,8 +351,6 @@ static bkv_call_t *fold_new(bkv_client_t *client, const bkv_spec_id_t *id, const
         bkv_call_free((bkv_call_t *)fetch);
         return NULL;
     }
-    fetch->count = 1;
-    fetch->records = record;
     fetch->fold = true;
     fetch->record_max = budget_bytes < RECORD_MAX ? budget_bytes : RECORD_MAX;
     Balancekv__V1__FoldRequest request = BALANCEKV__V1__FOLD_REQUEST__INIT;
