@@ -3,6 +3,7 @@
 
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"
+#include "daemon/rpc/handover.h"
 #include "daemon/rpc/status.h"
 
 #include <assert.h>
@@ -33,16 +34,8 @@ static const char *method_name(const bkv_call_t *call) {
     return call->method < BKV_METHOD_COUNT ? strrchr(methods[call->method].name, '/') + 1 : "unknown method";
 }
 
-// ThreadSanitizer does not see gRPC's own synchronisation between starting a batch and its completion.
-#ifdef __SANITIZE_THREAD__
-void __tsan_release(void *address);
-#define PUBLISH(tag) __tsan_release(tag)
-#else
-#define PUBLISH(tag) ((void)(tag))
-#endif
-
 void bkv_call_batch(bkv_call_t *call, const grpc_op *ops, size_t count, bkv_tag_t *tag) {
-    PUBLISH(tag);
+    BKV_HAND_OVER(tag);
     grpc_call_error error = grpc_call_start_batch(call->grpc, ops, count, tag, NULL);
     if (error != GRPC_CALL_OK) { // only a mistake of ours can cause it, and the call could never end
         bkv_log(BKV_LOG_ERROR, call->id, "%s: gRPC refused a batch: %s", method_name(call), grpc_call_error_to_string(error));
@@ -327,7 +320,7 @@ void bkv_call_arm(bkv_worker_t *worker, bkv_method_id_t method) {
     call->method = method;
     grpc_metadata_array_init(&call->metadata);
     bkv_server_hold(server);
-    PUBLISH(&call->tag);
+    BKV_HAND_OVER(&call->tag);
     grpc_call_error error;
     if (method == BKV_METHOD_COUNT) {
         grpc_call_details_init(&call->details);

@@ -5,6 +5,7 @@
 // therefore counts as a holder of its record, which is released by the last of them.
 #include "daemon/observe/clock.h"
 #include "daemon/rpc/call.h"
+#include "daemon/rpc/handover.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -37,6 +38,7 @@ typedef struct get {
 
 static void parcel_release(void *user) {
     parcel_t *parcel = user;
+    BKV_TAKE_OVER(parcel);
     if (atomic_fetch_sub(&parcel->holders, 1) == 1) {
         bkv_server_t *server = parcel->server;
         bkv_delivery_release(server->config.pipeline, &parcel->delivery);
@@ -57,6 +59,7 @@ static parcel_t *parcel_new(bkv_server_t *server, const bkv_delivery_t *delivery
 
 static grpc_slice parcel_slice(parcel_t *parcel, uint64_t offset, uint64_t length) {
     atomic_fetch_add(&parcel->holders, 1);
+    BKV_HAND_OVER(parcel);
     void *bytes = (void *)(uintptr_t)(parcel->delivery.data + offset); // gRPC only reads it
     return grpc_slice_new_with_user_data(bytes, length, parcel_release, parcel);
 }

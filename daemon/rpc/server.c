@@ -11,6 +11,7 @@
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"
 #include "daemon/rpc/call.h"
+#include "daemon/rpc/handover.h"
 #include "daemon/rpc/listen.h"
 
 #include <assert.h>
@@ -34,13 +35,6 @@
 #define REQUEST_PER_KEY  ((size_t)68)
 #define UNPACKED_BASE    ((size_t)1 << 20)
 #define UNPACKED_PER_KEY ((size_t)256)
-
-#ifdef __SANITIZE_THREAD__
-void __tsan_acquire(void *address);
-#define RECEIVE(tag) __tsan_acquire(tag)
-#else
-#define RECEIVE(tag) ((void)(tag))
-#endif
 
 // ---- holds ----
 
@@ -84,7 +78,7 @@ static void *worker_run(void *argument) {
         }
         if (event.type == GRPC_OP_COMPLETE) {
             const bkv_tag_t *tag = event.tag;
-            RECEIVE(event.tag);
+            BKV_TAKE_OVER(event.tag);
             tag->run(tag->owner, event.success != 0);
             bkv_bump_reset(&worker->bump);
         }
@@ -273,6 +267,7 @@ static void close_server(bkv_server_t *server) {
     atomic_store(&server->stopping, true);
     server->stopped = (bkv_tag_t){on_stopped, server};
     bkv_server_hold(server);
+    BKV_HAND_OVER(&server->stopped);
     grpc_server_shutdown_and_notify(server->grpc, server->workers[0].queue, &server->stopped);
     grpc_server_cancel_all_calls(server->grpc);
     wait_idle(server);
