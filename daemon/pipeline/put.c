@@ -345,5 +345,11 @@ bkv_status_t bkv_ingest_commit(bkv_ingest_t *ingest, bkv_ingest_done_t done, voi
     ingest->job = (bkv_job_t){.run = ingest_run, .cancel = ingest_cancel};
     ingest->done = done;
     ingest->user = user;
+    // A raw block that was summed as it came is a record already: a compute thread would only make it wait.
+    bool ready = ingest->sink == SINK_NONE || (ingest->sink == SINK_SLOT && ingest->finite && !ingest->args.has_checksum);
+    if (ready) {
+        ingest_run(&ingest->job, NULL);
+        return BKV_OK;
+    }
     return bkv_pipeline_submit(ingest->pipeline, &ingest->job, err);
 }

@@ -270,7 +270,7 @@ Test(pipeline_put, full_queue_is_busy_and_the_ingest_stays_the_callers) {
     bkv_ingest_t *ingests[2];
     outcome_t outcomes[2];
     for (uint32_t i = 0; i < 2; i++) {
-        bkv_ingest_args_t args = fixture_args(&fixture, i, 0, 64, 0);
+        bkv_ingest_args_t args = fixture_args(&fixture, i, 0, 64, BKV_CODEC_DENSE4);
         outcome_init(&outcomes[i]);
         cr_assert_eq(bkv_ingest_begin(fixture.pipeline, &args, fixture_now(), &ingests[i], NULL), BKV_OK);
         cr_assert_eq(bkv_ingest_write(ingests[i], payload, args.payload_bytes, NULL), BKV_OK);
@@ -282,6 +282,22 @@ Test(pipeline_put, full_queue_is_busy_and_the_ingest_stays_the_callers) {
     cr_assert_eq(bkv_ingest_commit(ingests[1], outcome_put_done, &outcomes[1], NULL), BKV_OK);
     outcome_wait(&outcomes[1]);
     cr_assert(resident(&fixture, 0) && resident(&fixture, 1));
+    free(payload);
+    fixture_close(&fixture);
+}
+
+// A raw block is complete as soon as its bytes are: it waits for no compute thread.
+Test(pipeline_put, raw_is_published_while_every_compute_thread_is_busy) {
+    fixture_t fixture;
+    fixture_open(&fixture, 1, 1);
+    blocker_t blocker;
+    blocker_start(&blocker, &fixture);
+    float *payload = fixture_payload(&fixture, 64, 1);
+    bkv_ingest_args_t args = fixture_args(&fixture, 1, 0, 64, BKV_CODEC_RAW);
+    outcome_t outcome;
+    cr_assert_eq(fixture_put(&fixture, &args, payload, &outcome), BKV_OK, "%s", outcome.error.message);
+    cr_assert(resident(&fixture, 1));
+    sem_post(&blocker.release);
     free(payload);
     fixture_close(&fixture);
 }
