@@ -7,8 +7,8 @@
 //   Attend: bkv_attend_start: pin all -> attention on a compute thread -> done callback
 //
 // Everything is bounded and admitted at the door: staging memory, queued jobs, batch sizes; beyond it BKV_BUSY. A callback
-// runs exactly once for each accepted start, on a compute thread or (see commit) the caller's, and must not block. A request that its caller abandons
-// keeps what it holds until the work on it has ended, and is then released.
+// runs exactly once for each accepted start, on a compute thread or (see bkv_ingest_commit) the caller's, and must not block.
+// A request that its caller abandons keeps what it holds until the work on it has ended, and is then released.
 //
 // Time: now_ms is the monotonic clock (bkv_now_ms in observe/clock.h), an argument so that tests use a fake one; the
 // pipeline reads config.now() on its own threads.
@@ -112,7 +112,8 @@ bkv_status_t bkv_ingest_write(bkv_ingest_t *ingest, const void *bytes, size_t le
 uint64_t bkv_ingest_missing(const bkv_ingest_t *ingest);
 
 // All bytes must have come, else INVALID_ARGUMENT and the ingest is still the caller's. On BKV_OK the ingest belongs to the
-// pipeline and `done` will be called, for a raw block that needs no more work before this returns. BUSY: too many jobs; the ingest is still the caller's.
+// pipeline and `done` will be called, for a raw block that needs no more work before this returns. BUSY: too many jobs; the
+// ingest is still the caller's.
 bkv_status_t bkv_ingest_commit(bkv_ingest_t *ingest, bkv_ingest_done_t done, void *user, bkv_error_t *err);
 
 // Gives an uncommitted ingest up; nothing of it remains.
