@@ -7,6 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 // libxxhash on x86 also has variants that pick AVX2 or AVX-512 at run time, about twice as fast as the SSE2 one that the
 // distributions compile in. Not every build of the library exports them, hence weak: absent, it is NULL.
@@ -14,6 +17,22 @@ extern __attribute__((weak)) XXH64_hash_t XXH3_64bits_withSeed_dispatch(const vo
 extern __attribute__((weak)) XXH_errorcode XXH3_64bits_update_dispatch(XXH3_state_t *state, const void *input, size_t length);
 
 #define SEALED_FROM 24
+
+// Those variants return without the instruction vzeroupper (libxxhash 0.8.1), and with the upper halves of the vector
+// registers in use every SSE instruction of the thread waits for them: compressing a block right after a seal took three to
+// four times as long, 4.4 ms for 1.2 per head.
+#if defined(__x86_64__)
+__attribute__((target("avx"))) static void upper_halves_clear(void) {
+    _mm256_zeroupper();
+}
+static void registers_settle(void) {
+    if (__builtin_cpu_supports("avx")) {
+        upper_halves_clear();
+    }
+}
+#else
+static void registers_settle(void) {}
+#endif
 
 _Static_assert(offsetof(bkv_record_header_t, checksum) + sizeof(uint64_t) == SEALED_FROM,
                "the checksum covers what follows it");
@@ -27,8 +46,12 @@ static uint64_t seed_of(const void *record) {
 uint64_t bkv_record_checksum(const void *record, size_t length) {
     assert(length >= sizeof(bkv_record_header_t));
     const uint8_t *from = (const uint8_t *)record + SEALED_FROM;
-    return XXH3_64bits_withSeed_dispatch ? XXH3_64bits_withSeed_dispatch(from, length - SEALED_FROM, seed_of(record))
-                                         : XXH3_64bits_withSeed(from, length - SEALED_FROM, seed_of(record));
+    if (!XXH3_64bits_withSeed_dispatch) {
+        return XXH3_64bits_withSeed(from, length - SEALED_FROM, seed_of(record));
+    }
+    uint64_t sum = XXH3_64bits_withSeed_dispatch(from, length - SEALED_FROM, seed_of(record));
+    registers_settle();
+    return sum;
 }
 
 struct bkv_sum {
@@ -63,8 +86,12 @@ void bkv_sum_advance(bkv_sum_t *sum, const void *record, size_t available) {
     }
     const uint8_t *from = (const uint8_t *)record + sum->summed;
     size_t length = available - sum->summed;
-    (void)(XXH3_64bits_update_dispatch ? XXH3_64bits_update_dispatch(sum->state, from, length)
-                                       : XXH3_64bits_update(sum->state, from, length));
+    if (XXH3_64bits_update_dispatch) {
+        (void)XXH3_64bits_update_dispatch(sum->state, from, length);
+        registers_settle();
+    } else {
+        (void)XXH3_64bits_update(sum->state, from, length);
+    }
     sum->summed = available;
 }
 

@@ -268,3 +268,22 @@ Test(codec, backends_are_found_by_name) {
         }
     }
 }
+
+Test(codec, a_raw_record_may_begin_before_its_payload_is_there) {
+    bkv_shape_t shape = {2, 3, 20, 16, 24, BKV_FP16};
+    bkv_block_t block;
+    oracle_block(&shape, 1, 1, &block);
+    size_t length;
+    const uint8_t *record = oracle_compress(&block, &raw, 64, &length);
+    const bkv_record_header_t *header = (const bkv_record_header_t *)record;
+    bkv_record_id_t id = {.tenant = header->tenant, .position = header->position};
+    memcpy(id.key.bytes, header->key, sizeof(id.key));
+    memcpy(id.spec_id.bytes, header->spec_id, sizeof(id.spec_id));
+    uint8_t *other = oracle_exact(length);
+    cr_assert_eq(bkv_raw_begin(&shape, &id, other), length);
+    memcpy(other + bkv_raw_payload(&shape), block.keys, bkv_shape_bytes(&shape));
+    cr_assert_arr_eq(other, record, length);
+    cr_assert(bkv_values_finite(BKV_FP16, block.keys, 64));
+    oracle_put(&block, false, 0, 0, 1, 2, INFINITY);
+    cr_assert_not(bkv_values_finite(BKV_FP16, block.keys, 64));
+}
