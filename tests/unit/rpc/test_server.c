@@ -7,6 +7,7 @@
 #include <criterion/criterion.h>
 #include <fcntl.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -525,6 +526,59 @@ Test(rpc_server, stop_ends_calls_of_every_kind) {
         cr_assert_neq(peer_end(&calls[i]), GRPC_STATUS_OK);
         peer_free(&calls[i]);
     }
+    free(payload);
+    rig_close(&rig);
+}
+
+typedef struct loader {
+    rig_t *rig;
+    const float *payload;
+    uint32_t number;
+    unsigned calls;
+} loader_t;
+
+static void *load_run(void *argument) {
+    loader_t *loader = argument;
+    grpc_status_code code = GRPC_STATUS_OK;
+    for (; code == GRPC_STATUS_OK; loader->calls++) {
+        peer_call_t call;
+        size_t length;
+        if (loader->number % 2 == 0) {
+            const uint32_t numbers[] = {1, 1, 1, 1, 1, 1, 1, 1};
+            start_get(loader->rig, numbers, 8, 0, &call);
+            for (void *message; (message = peer_receive(&call, &length)) != NULL;) {
+                free(message);
+            }
+        } else {
+            peer_start(loader->rig->channel, "Put", 0, &call);
+            send_put(&call, loader->rig, 1000 * loader->number + loader->calls, TOKENS, BLOCK, loader->payload, BLOCK);
+            peer_send_last(&call);
+            free(peer_receive(&call, &length));
+        }
+        code = peer_end(&call);
+        peer_free(&call);
+    }
+    return NULL;
+}
+
+Test(rpc_server, stop_under_load_ends_every_call) {
+    rig_t rig;
+    rig_open(&rig);
+    float *payload = make_payload(BLOCK, 23);
+    put_one(&rig, 1, TOKENS, payload, BLOCK);
+    pthread_t threads[6];
+    loader_t loaders[6];
+    for (uint32_t i = 0; i < 6; i++) {
+        loaders[i] = (loader_t){.rig = &rig, .payload = payload, .number = i};
+        cr_assert_eq(pthread_create(&threads[i], NULL, load_run, &loaders[i]), 0);
+    }
+    usleep(200000);
+    peer_daemon_stop(&rig.daemon);
+    for (uint32_t i = 0; i < 6; i++) {
+        pthread_join(threads[i], NULL);
+        cr_assert_gt(loaders[i].calls, 1);
+    }
+    cr_assert_eq(peer_daemon_pinned(&rig.daemon), 0);
     free(payload);
     rig_close(&rig);
 }
