@@ -40,6 +40,7 @@ static void attempt_end(bkv_attempt_t *attempt);
 static void attempt_free(bkv_attempt_t *attempt) {
     grpc_call_unref(attempt->grpc);
     grpc_byte_buffer_destroy(attempt->message);
+    grpc_byte_buffer_destroy(attempt->prepared);
     grpc_byte_buffer_destroy(attempt->received);
     grpc_metadata_array_destroy(&attempt->initial);
     grpc_metadata_array_destroy(&attempt->trailing);
@@ -103,26 +104,39 @@ static void on_receive(bkv_attempt_t *attempt, bool ok) {
     }
 }
 
-// The next message, or the only one; with the first go the metadata that open the call.
-static void send_next(bkv_attempt_t *attempt, bool first) {
-    if (attempt->kind->next != NULL) {
-        attempt->message = attempt->kind->next(attempt->call, &attempt->sent_last);
-    } else {
-        attempt->sent_last = true;
-    }
+static void prepare(bkv_attempt_t *attempt) {
+    attempt->prepared = attempt->kind->next(attempt->call, &attempt->prepared_last);
+}
+
+// Sends what is prepared; with the first message go the metadata that open the call.
+static void send_prepared(bkv_attempt_t *attempt, bool first) {
     grpc_op ops[3];
     memset(ops, 0, sizeof ops);
     size_t n = 0;
+    attempt->message = attempt->prepared;
+    attempt->message_last = attempt->prepared_last;
+    attempt->prepared = NULL;
+    attempt->sending = true;
     if (first) {
         ops[n++].op = GRPC_OP_SEND_INITIAL_METADATA;
     }
     ops[n].op = GRPC_OP_SEND_MESSAGE;
     ops[n++].data.send_message.send_message = attempt->message;
-    if (attempt->sent_last) {
+    if (attempt->message_last) {
         ops[n++].op = GRPC_OP_SEND_CLOSE_FROM_CLIENT;
     }
-    attempt->sending = true;
     batch_start(attempt, ops, n, &attempt->send_tag);
+}
+
+// The message after the next is made while the next is on its way.
+static void send_next(bkv_attempt_t *attempt) {
+    if (attempt->prepared == NULL) {
+        prepare(attempt);
+    }
+    send_prepared(attempt, false);
+    if (!attempt->message_last) {
+        prepare(attempt);
+    }
 }
 
 static void on_send(bkv_attempt_t *attempt, bool ok) {
@@ -131,8 +145,8 @@ static void on_send(bkv_attempt_t *attempt, bool ok) {
     attempt->sending = false;
     if (attempt->call == NULL) {
         attempt_free(attempt); // it was kept for this
-    } else if (ok && !attempt->sent_last) {
-        send_next(attempt, false);
+    } else if (ok && !attempt->message_last) {
+        send_next(attempt);
     }
 }
 
@@ -156,7 +170,7 @@ static void receive_all(bkv_attempt_t *attempt) {
     }
 }
 
-static bkv_attempt_t *attempt_create(bkv_call_t *call, grpc_slice request) {
+static bkv_attempt_t *attempt_create(bkv_call_t *call) {
     bkv_attempt_t *attempt = calloc(1, sizeof *attempt);
     if (attempt == NULL) {
         return NULL;
@@ -172,7 +186,6 @@ static bkv_attempt_t *attempt_create(bkv_call_t *call, grpc_slice request) {
     attempt->waiting = kind->shape == BKV_CALL_DOWNLOAD ? 2 : 1;
     grpc_metadata_array_init(&attempt->initial);
     grpc_metadata_array_init(&attempt->trailing);
-    attempt->message = kind->next == NULL ? grpc_raw_byte_buffer_create(&request, 1) : NULL;
     attempt->grpc = grpc_channel_create_call(call->client->channel, NULL, GRPC_PROPAGATE_DEFAULTS, call->client->completions,
                                              grpc_slice_from_static_string(kind->method), NULL,
                                              bkv_client_timespec(call->deadline_ns), NULL);
@@ -207,9 +220,9 @@ static bool attempt_publish(bkv_attempt_t *attempt) {
 void bkv_call_start(bkv_call_t *call) {
     call->attempts++;
     grpc_slice request = choose_request(call);
-    bkv_attempt_t *attempt = attempt_create(call, request);
-    grpc_slice_unref(request);
+    bkv_attempt_t *attempt = attempt_create(call);
     if (attempt == NULL) {
+        grpc_slice_unref(request);
         bkv_fail(&call->error, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
         bkv_call_conclude(call);
         return;
@@ -217,10 +230,17 @@ void bkv_call_start(bkv_call_t *call) {
     if (attempt->kind->reset != NULL) {
         attempt->kind->reset(call);
     }
+    if (attempt->kind->next != NULL) {
+        prepare(attempt);
+    } else {
+        attempt->prepared = grpc_raw_byte_buffer_create(&request, 1);
+        attempt->prepared_last = true;
+    }
+    grpc_slice_unref(request);
     if (!attempt_publish(attempt)) {
         grpc_call_cancel(attempt->grpc, NULL); // before its first batch: they all end at once
     }
-    send_next(attempt, true);
+    send_prepared(attempt, true);
     receive_all(attempt);
 }
 

@@ -59,10 +59,12 @@ struct bkv_attempt {
     const bkv_call_kind_t *kind;
     grpc_call *grpc;
     bkv_call_tag_t send_tag, status_tag, receive_tag;
-    bool sending;     // a batch that sends is not back
-    uint32_t waiting; // batches that receive and are not back
-    grpc_byte_buffer *message, *received;
-    bool sent_last;
+    bool sending;               // a batch that sends is not back
+    uint32_t waiting;           // batches that receive and are not back
+    grpc_byte_buffer *message;  // being sent
+    grpc_byte_buffer *prepared; // to be sent after it; NULL: not made yet
+    bool message_last, prepared_last;
+    grpc_byte_buffer *received;
     grpc_metadata_array initial, trailing;
     grpc_status_code code;
     grpc_slice details;
