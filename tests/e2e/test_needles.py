@@ -29,7 +29,7 @@ QUESTION = " Question: What is the secret code of {name}? Answer:"
 FOLD = "fold"
 # name, codec, rate, share of needles that must be answered (None: reported only)
 RUNS = [("dense4", native.DENSE4, 0, 1.0), ("balance 8x", native.BALANCE, 8, 0.9), ("balance 16x", native.BALANCE, 16, None),
-        ("balance 32x", native.BALANCE, 32, None), ("fold 8x", FOLD, 8, None), ("fold 16x", FOLD, 16, None)]
+        ("balance 32x", native.BALANCE, 32, None), ("fold 16x", FOLD, 16, None)]
 
 
 class Score:
