@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.." || exit 1
 BUILD=${BUILD:-build}
 bad=0
 read -ra packages <<<"$(pkg-config --cflags grpc libprotobuf-c libuv inih libsystemd libcrypto jansson criterion)"
-flags=(-std=c11 -D_GNU_SOURCE -I. -Ikernels "-I$BUILD/proto" '-DBKV_VERSION="tidy"' "${packages[@]}")
+flags=(-std=c11 -D_GNU_SOURCE -I. -Ikernels -Iclient "-I$BUILD/proto" '-DBKV_VERSION="tidy"' "${packages[@]}")
 complain() { echo "tidy: $*" >&2; bad=1; }
 sources() { git ls-files --cached --others --exclude-standard "$@"; }
 
