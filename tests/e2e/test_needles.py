@@ -3,7 +3,7 @@ back.
 
 Needs BKV_MODEL_DIR, a folder with lm.py and its weights; books come from BKV_BOOKS_DIR (default: BKV_MODEL_DIR/../books). The
 cache is compressed before any question is known. The newest 64 tokens stay with the worker, exact; all others come from the
-daemon. Writes build/bench/e2e.json.
+daemon. Writes build/bench/e2e.json. BKV_E2E_SEED (default 7) chooses other codes and other pages.
 """
 import glob
 import os
@@ -22,7 +22,8 @@ from support.runner import run
 MODEL = os.environ.get("BKV_MODEL_DIR")
 BLOCK, BLOCKS, WINDOW, SINK, CONTINUE = 256, 11, 64, 32, 128
 LENGTH = BLOCK * BLOCKS + WINDOW
-START = 20000  # first character of a book that is read: past contents and preface
+SEED = int(os.environ.get("BKV_E2E_SEED", "7"))  # of the codes and of where in the books the texts begin
+START = 20000 + SEED % 10 * 4000  # first character of a book that is read: past contents and preface
 NAMES = [["Alice", "Robert", "Harold"], ["Edward", "Julia", "Walter"]]
 NEEDLE = "\nRemember: the secret code of {name} is {code}.\n"
 QUESTION = " Question: What is the secret code of {name}? Answer:"
@@ -47,7 +48,7 @@ class Story:
         self.lm, self.model, self.tokenizer = lm, model, tokenizer
         with open(path, encoding="utf8") as file:
             text = tokenizer.encode(file.read()[START:START + 8 * LENGTH])
-        rng = random.Random(7 + number)
+        rng = random.Random(SEED * 100 + number)
         self.codes = {name: f"{rng.randrange(10 ** 6):06d}" for name in NAMES[number % len(NAMES)]}
         gap = (LENGTH - 350) // len(self.codes)
         self.ids, at = text[:gap // 2], gap // 2
