@@ -95,7 +95,7 @@ bkv_status_t bkv_attend_remote(bkv_client_t *client, const bkv_spec_id_t *id, co
         request.queries = args->queries;
         request.scale = args->scale;
         request.q.len = rows * key_dim * sizeof(float);
-        request.q.data = (uint8_t *)(uintptr_t)args->q;
+        request.q.data = (uint8_t *)args->q;
         attend->call.request = bkv_client_pack(&request.base);
         status = bkv_call_run(&attend->call, err);
     }

@@ -121,7 +121,7 @@ void *bkv_client_buffer_take(bkv_client_buffers_t *buffers, size_t length) {
 
 // Forgets the oldest until there is room for one more; the lock must be held.
 static void make_room(bkv_client_buffers_t *buffers, size_t capacity) {
-    while (buffers->kept_count == KEEP_COUNT || buffers->kept_bytes + capacity > KEEP_BYTES) {
+    while (buffers->kept != NULL && (buffers->kept_count == KEEP_COUNT || buffers->kept_bytes + capacity > KEEP_BYTES)) {
         buffer_t **at = &buffers->kept;
         while ((*at)->next != NULL) {
             at = &(*at)->next;

@@ -201,7 +201,7 @@ static grpc_slice choose_request(bkv_call_t *call) {
     if (spec != NULL && spec->boot_epoch != client->boot_epoch && !call->reopened) {
         call->reopening = call->reopened = true;
     }
-    grpc_slice request = grpc_slice_ref(call->reopening ? spec->request : call->request);
+    grpc_slice request = grpc_slice_ref(spec != NULL && call->reopening ? spec->request : call->request);
     pthread_mutex_unlock(&client->lock);
     return request;
 }

@@ -119,6 +119,7 @@ static bkv_status_t take_index(fetch_call_t *fetch, const Balancekv__V1__RecordC
 // The record is complete. One whose sum is wrong was damaged on its way or by the daemon, and is as good as missing.
 static void take_last(fetch_call_t *fetch) {
     bkv_record_t *record = &fetch->records[fetch->index];
+    assert(record->data != NULL);
     uint64_t said = ((const bkv_record_header_t *)record->data)->checksum, sum = bkv_sum_value(fetch->sum);
     if (sum != said) {
         record_fail(record, BKV_DATA_LOSS);

@@ -37,19 +37,20 @@ bkv_status_t bkv_ping(bkv_client_t *client, uint32_t timeout_ms, uint64_t *round
     static char service[] = "balancekv.v1.BalanceKV";
     assert(client != NULL);
     ping_call_t *ping = bkv_call_new(sizeof *ping, &ping_kind, client, NULL, timeout_ms);
-    if (ping != NULL) {
-        Grpc__Health__V1__HealthCheckRequest request = GRPC__HEALTH__V1__HEALTH_CHECK_REQUEST__INIT;
-        request.service = service;
-        ping->call.request = bkv_client_pack(&request.base);
+    if (ping == NULL) {
+        return bkv_call_run(NULL, err);
     }
-    bkv_status_t status = bkv_call_run((bkv_call_t *)ping, err);
+    Grpc__Health__V1__HealthCheckRequest request = GRPC__HEALTH__V1__HEALTH_CHECK_REQUEST__INIT;
+    request.service = service;
+    ping->call.request = bkv_client_pack(&request.base);
+    bkv_status_t status = bkv_call_run(&ping->call, err);
     if (status == BKV_OK && round_trip_ns != NULL) {
         *round_trip_ns = ping->round_trip_ns;
     }
     if (status == BKV_OK && ping->serving != GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING) {
         status = bkv_fail(err, BKV_BUSY, "the daemon answers, but is not serving: it is draining");
     }
-    bkv_call_free((bkv_call_t *)ping);
+    bkv_call_free(&ping->call);
     return status;
 }
 
@@ -122,7 +123,10 @@ static stats_t *stats_from(Balancekv__V1__StatsResponse *response) {
 bkv_status_t bkv_stats_get(bkv_client_t *client, uint32_t timeout_ms, bkv_stats_t **stats, bkv_error_t *err) {
     assert(client != NULL && stats != NULL);
     stats_call_t *call = bkv_call_new(sizeof *call, &stats_kind, client, NULL, timeout_ms);
-    bkv_status_t status = bkv_call_run((bkv_call_t *)call, err);
+    if (call == NULL) {
+        return bkv_call_run(NULL, err);
+    }
+    bkv_status_t status = bkv_call_run(&call->call, err);
     if (status == BKV_OK) {
         stats_t *made = stats_from(call->response);
         if (made == NULL) {
@@ -132,7 +136,7 @@ bkv_status_t bkv_stats_get(bkv_client_t *client, uint32_t timeout_ms, bkv_stats_
             *stats = &made->public;
         }
     }
-    bkv_call_free((bkv_call_t *)call);
+    bkv_call_free(&call->call);
     return status;
 }
 

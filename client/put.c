@@ -33,7 +33,7 @@ static void put_reset(bkv_call_t *call) {
 static void describe(const put_call_t *put, const bkv_put_t *block, Balancekv__V1__PutBlock *message) {
     balancekv__v1__put_block__init(message);
     message->spec_id = bkv_client_spec_bytes(&put->call.spec_id);
-    message->key = (ProtobufCBinaryData){.len = BKV_KEY_BYTES, .data = (uint8_t *)(uintptr_t)block->key.bytes};
+    message->key = (ProtobufCBinaryData){.len = BKV_KEY_BYTES, .data = (uint8_t *)block->key.bytes};
     message->position = block->position;
     message->tokens = block->tokens;
     message->payload_bytes = block->payload_bytes;

@@ -125,8 +125,8 @@ static grpc_slice open_request(const bkv_spec_t *spec) {
     Balancekv__V1__Spec message = BALANCEKV__V1__SPEC__INIT;
     Balancekv__V1__OpenRequest request = BALANCEKV__V1__OPEN_REQUEST__INIT;
     // protobuf-c's strings are not const, but packing only reads them.
-    message.model = (char *)(uintptr_t)(spec->model != NULL ? spec->model : "");
-    message.tenant = (char *)(uintptr_t)(spec->tenant != NULL ? spec->tenant : "");
+    message.model = (char *)(spec->model != NULL ? spec->model : "");
+    message.tenant = (char *)(spec->tenant != NULL ? spec->tenant : "");
     message.layers = spec->layers;
     message.kv_heads = spec->kv_heads;
     message.key_dim = spec->key_dim;
@@ -148,10 +148,11 @@ bkv_status_t bkv_open(bkv_client_t *client, const bkv_spec_t *spec, uint32_t tim
                       bkv_limits_t *limits, bkv_error_t *err) {
     assert(client != NULL && spec != NULL && id != NULL);
     open_call_t *open = bkv_call_new(sizeof *open, &open_kind, client, NULL, timeout_ms);
-    if (open != NULL) {
-        open->call.request = open_request(spec);
+    if (open == NULL) {
+        return bkv_call_run(NULL, err);
     }
-    bkv_status_t status = bkv_call_run((bkv_call_t *)open, err);
+    open->call.request = open_request(spec);
+    bkv_status_t status = bkv_call_run(&open->call, err);
     if (status == BKV_OK) {
         remember(client, &open->id, open->call.request, open->limits.boot_epoch);
         pthread_mutex_lock(&client->lock);
@@ -163,6 +164,6 @@ bkv_status_t bkv_open(bkv_client_t *client, const bkv_spec_t *spec, uint32_t tim
             *limits = open->limits;
         }
     }
-    bkv_call_free((bkv_call_t *)open);
+    bkv_call_free(&open->call);
     return status;
 }

@@ -232,11 +232,11 @@ void bkv_client_target_deinit(bkv_client_target_t *target) {
 }
 
 static grpc_arg int_arg(const char *key, int value) {
-    return (grpc_arg){.type = GRPC_ARG_INTEGER, .key = (char *)(uintptr_t)key, .value.integer = value};
+    return (grpc_arg){.type = GRPC_ARG_INTEGER, .key = (char *)key, .value.integer = value};
 }
 
 static grpc_arg string_arg(const char *key, const char *value) {
-    return (grpc_arg){.type = GRPC_ARG_STRING, .key = (char *)(uintptr_t)key, .value.string = (char *)(uintptr_t)value};
+    return (grpc_arg){.type = GRPC_ARG_STRING, .key = (char *)key, .value.string = (char *)value};
 }
 
 grpc_channel *bkv_client_target_connect(const bkv_client_target_t *target) {

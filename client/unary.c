@@ -149,9 +149,7 @@ bkv_status_t bkv_pin(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_ke
         request.ttl_ms = ttl_ms;
         pin->call.request = bkv_client_pack(&request.base);
         status = bkv_call_run(&pin->call, err);
-    }
-    if (status == BKV_OK) {
-        *lease = pin->number;
+        *lease = status == BKV_OK ? pin->number : 0;
     }
     free(list);
     bkv_call_free((bkv_call_t *)pin);
@@ -231,9 +229,9 @@ bkv_status_t bkv_drop(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_k
         request.keys = list;
         drop->call.request = bkv_client_pack(&request.base);
         status = bkv_call_run(&drop->call, err);
-    }
-    if (status == BKV_OK && dropped != NULL) {
-        *dropped = (size_t)drop->number;
+        if (status == BKV_OK && dropped != NULL) {
+            *dropped = (size_t)drop->number;
+        }
     }
     free(list);
     bkv_call_free((bkv_call_t *)drop);

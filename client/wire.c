@@ -185,13 +185,13 @@ bool bkv_client_chunk_parse(bkv_client_chunk_t *chunk, grpc_byte_buffer *message
 ProtobufCBinaryData *bkv_client_key_list(const bkv_key_t *keys, size_t count) {
     ProtobufCBinaryData *list = calloc(count + 1, sizeof *list);
     for (size_t i = 0; list != NULL && i < count; i++) {
-        list[i] = (ProtobufCBinaryData){.len = BKV_KEY_BYTES, .data = (uint8_t *)(uintptr_t)keys[i].bytes};
+        list[i] = (ProtobufCBinaryData){.len = BKV_KEY_BYTES, .data = (uint8_t *)keys[i].bytes};
     }
     return list;
 }
 
 ProtobufCBinaryData bkv_client_spec_bytes(const bkv_spec_id_t *id) {
-    return (ProtobufCBinaryData){.len = BKV_SPEC_ID_BYTES, .data = (uint8_t *)(uintptr_t)id->bytes};
+    return (ProtobufCBinaryData){.len = BKV_SPEC_ID_BYTES, .data = (uint8_t *)id->bytes};
 }
 
 bkv_status_t bkv_client_status(uint32_t grpc_code) {

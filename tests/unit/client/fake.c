@@ -174,8 +174,7 @@ fake_server_t *fake_server_start_with(const char *address, grpc_server_credentia
     server->user = user;
     pthread_mutex_init(&server->lock, NULL);
     pthread_cond_init(&server->idle, NULL);
-    grpc_arg limit = {
-        .type = GRPC_ARG_INTEGER, .key = (char *)(uintptr_t)GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, .value.integer = -1};
+    grpc_arg limit = {.type = GRPC_ARG_INTEGER, .key = (char *)GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, .value.integer = -1};
     server->server = grpc_server_create(&(grpc_channel_args){.num_args = 1, .args = &limit}, NULL);
     server->notifications = grpc_completion_queue_create_for_next(NULL);
     grpc_server_register_completion_queue(server->server, server->notifications, NULL);
@@ -291,10 +290,10 @@ bool fake_chunk(fake_call_t *call, uint32_t index, const bkv_key_t *key, uint64_
     chunk.index = index;
     chunk.record_bytes = record_bytes;
     if (key != NULL) {
-        chunk.key = (ProtobufCBinaryData){.len = BKV_KEY_BYTES, .data = (uint8_t *)(uintptr_t)key->bytes};
+        chunk.key = (ProtobufCBinaryData){.len = BKV_KEY_BYTES, .data = (uint8_t *)key->bytes};
         chunk.boot_epoch = 1;
     }
-    chunk.data = (ProtobufCBinaryData){.len = length, .data = (uint8_t *)(uintptr_t)data};
+    chunk.data = (ProtobufCBinaryData){.len = length, .data = (uint8_t *)data};
     return fake_write(call, &chunk.base);
 }
 

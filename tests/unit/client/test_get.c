@@ -11,7 +11,7 @@ static void send_missing(fake_call_t *call, uint32_t index, grpc_status_code cod
     Balancekv__V1__RecordChunk chunk = BALANCEKV__V1__RECORD_CHUNK__INIT;
     chunk.index = index;
     chunk.code = code;
-    chunk.message = (char *)(uintptr_t)message;
+    chunk.message = (char *)message;
     fake_write(call, &chunk.base);
 }
 

@@ -56,7 +56,7 @@ static bkv_put_t map_block(void) {
 }
 
 static void unmap_block(bkv_put_t *block) {
-    munmap((void *)(uintptr_t)block->payload, PAYLOAD);
+    munmap((void *)block->payload, PAYLOAD);
 }
 
 static void assert_within(uint64_t start_ms, uint64_t limit_ms, const char *what) {

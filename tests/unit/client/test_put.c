@@ -18,7 +18,7 @@ enum { GOOD, REFUSE, FEWER, OTHER_KEY, NEVER_READ };
 static void answer_with(fake_call_t *call, size_t count, const bkv_key_t *key) {
     Balancekv__V1__PutResult result = BALANCEKV__V1__PUT_RESULT__INIT, *list[1] = {&result};
     Balancekv__V1__PutResponse response = BALANCEKV__V1__PUT_RESPONSE__INIT;
-    result.key = (ProtobufCBinaryData){.len = BKV_KEY_BYTES, .data = (uint8_t *)(uintptr_t)key->bytes};
+    result.key = (ProtobufCBinaryData){.len = BKV_KEY_BYTES, .data = (uint8_t *)key->bytes};
     response.n_results = count;
     response.results = list;
     fake_write(call, &response.base);
@@ -81,7 +81,7 @@ static void put_sizes(unsigned break_first) {
     cr_assert(bkv_put(client, &id, blocks, COUNT, 0, results, &err) == BKV_OK, "%s", err.message);
     for (size_t i = 0; i < COUNT; i++) {
         cr_assert(results[i].stored_bytes == sum(blocks[i].payload, sizes[i]) && !results[i].duplicate, "block %zu", i);
-        munmap((void *)(uintptr_t)blocks[i].payload, sizes[i]);
+        munmap((void *)blocks[i].payload, sizes[i]);
     }
     cr_assert(script.puts == break_first + 1);
     bkv_client_destroy(client);
@@ -122,7 +122,7 @@ Test(put, refusals) {
         cr_assert(strstr(err.message, cases[i].message) != NULL, "case %zu: %s", i, err.message);
     }
     cr_assert(bkv_put(client, &id, NULL, 0, 0, NULL, NULL) == BKV_INVALID_ARGUMENT);
-    munmap((void *)(uintptr_t)block.payload, bytes);
+    munmap((void *)block.payload, bytes);
     bkv_client_destroy(client);
     fake_server_stop(server);
     fake_place_remove(&place);
@@ -141,7 +141,7 @@ Test(put, deadline_when_nobody_reads) {
     uint64_t start = fake_now_ms();
     cr_assert(bkv_put(client, &id, &block, 1, 300, NULL, &err) == BKV_DEADLINE_EXCEEDED, "%s", err.message);
     cr_assert(fake_now_ms() - start < 800, "%d ms", (int)(fake_now_ms() - start));
-    munmap((void *)(uintptr_t)block.payload, bytes);
+    munmap((void *)block.payload, bytes);
     // The connection is still good, or a new one is.
     script.mode = GOOD;
     uint8_t byte = 7;
@@ -174,7 +174,7 @@ Test(put, queue_destroyed_half_way) {
     uint64_t start = fake_now_ms();
     bkv_queue_destroy(queue);
     cr_assert(fake_now_ms() - start < 1000);
-    munmap((void *)(uintptr_t)block.payload, bytes);
+    munmap((void *)block.payload, bytes);
     bkv_client_destroy(client);
     fake_server_stop(server);
     fake_place_remove(&place);

@@ -41,7 +41,7 @@ static size_t pack(uint8_t *out, const uint8_t *data, size_t length) {
     chunk.record_bytes = 1ull << 40;
     chunk.key = (ProtobufCBinaryData){.len = 32, .data = key};
     chunk.boot_epoch = UINT64_MAX;
-    chunk.data = (ProtobufCBinaryData){.len = length, .data = (uint8_t *)(uintptr_t)data};
+    chunk.data = (ProtobufCBinaryData){.len = length, .data = (uint8_t *)data};
     return balancekv__v1__record_chunk__pack(&chunk, out);
 }
 
