@@ -88,8 +88,8 @@ static void on_attended(void *user, const bkv_error_t *error) {
     }
 }
 
-static bkv_status_t attend_start(bkv_call_t *call, const Balancekv__V1__AttendRequest *request, bkv_split_t *split,
-                                 bkv_error_t *err) {
+static bkv_status_t attend_start(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__AttendRequest *request,
+                                 bkv_split_t *split, bkv_error_t *err) {
     const bkv_server_config_t *config = &call->server->config;
     bkv_spec_id_t spec_id;
     bkv_status_t status = bkv_wire_get_spec_id(&request->spec_id, &spec_id, err);
@@ -107,7 +107,7 @@ static bkv_status_t attend_start(bkv_call_t *call, const Balancekv__V1__AttendRe
         return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
     }
     attend_t *attend = calloc(1, sizeof(*attend));
-    bkv_key_t *keys = bkv_bump_alloc(&call->worker->bump, request->n_keys * sizeof(keys[0]));
+    bkv_key_t *keys = bkv_bump_alloc(bump, request->n_keys * sizeof(keys[0]));
     if (attend == NULL || keys == NULL) {
         free(attend);
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for them");
@@ -137,14 +137,14 @@ static bkv_status_t attend_start(bkv_call_t *call, const Balancekv__V1__AttendRe
                             err);
 }
 
-void bkv_handle_attend(bkv_call_t *call) {
+void bkv_handle_attend(bkv_call_t *call, bkv_bump_t *bump) {
     bkv_error_t error;
     bkv_split_t split;
     bkv_status_t status = bkv_wire_split(&balancekv__v1__attend_request__descriptor, call->message,
-                                         bkv_server_request_most(call->server), &call->worker->bump, &split, &error);
+                                         bkv_server_request_most(call->server), bump, &split, &error);
     if (status == BKV_OK) {
         atomic_fetch_add(&call->server->bytes_received_total, split.data_bytes);
-        status = attend_start(call, (const Balancekv__V1__AttendRequest *)split.head, &split, &error);
+        status = attend_start(call, bump, (const Balancekv__V1__AttendRequest *)split.head, &split, &error);
     }
     if (status != BKV_OK) {
         bkv_call_fail(call, &error);

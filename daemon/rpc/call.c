@@ -22,7 +22,7 @@
 
 static const struct {
     const char *name; // as in log lines
-    void (*handler)(bkv_call_t *call);
+    void (*handler)(bkv_call_t *call, bkv_bump_t *bump);
     bool client_stream, always;
 } methods[BKV_METHOD_COUNT] = {
 #define X(id, path, handler, client_stream, always) {path, handler, client_stream, always},
@@ -77,23 +77,36 @@ static void call_free(bkv_call_t *call) {
     bkv_server_release(server);
 }
 
+static void link_call(bkv_call_t *call) {
+    bkv_server_t *server = call->server;
+    pthread_mutex_lock(&server->lock);
+    call->older = server->calls;
+    if (server->calls != NULL) {
+        server->calls->newer = call;
+    }
+    server->calls = call;
+    pthread_mutex_unlock(&server->lock);
+}
+
 static void unlink_call(bkv_call_t *call) {
-    bkv_worker_t *worker = call->worker;
+    bkv_server_t *server = call->server;
+    pthread_mutex_lock(&server->lock);
     if (call->newer != NULL) {
         call->newer->older = call->older;
     } else {
-        worker->calls = call->older;
+        server->calls = call->older;
     }
     if (call->older != NULL) {
         call->older->newer = call->newer;
     }
+    pthread_mutex_unlock(&server->lock);
 }
 
 // What to report of a call: where its peer went away, that matters and not what it led to.
 static void conclude(bkv_call_t *call) {
     bool own = call->error.status != BKV_OK && !call->broken;
     if (call->cancelled && !own) {
-        if (call->expired) {
+        if (atomic_load(&call->expired)) {
             bkv_fail(&call->error, BKV_DEADLINE_EXCEEDED, "deadline: the call had not ended when it passed");
         } else {
             bkv_fail(&call->error, BKV_CANCELLED, "the client cancelled the call or its connection broke");
@@ -103,6 +116,7 @@ static void conclude(bkv_call_t *call) {
 
 void bkv_call_end(bkv_call_t *call) {
     bkv_server_t *server = call->server;
+    unlink_call(call);
     conclude(call);
     if (call->cancelled) {
         atomic_fetch_add(&server->calls_cancelled_total, 1);
@@ -111,15 +125,13 @@ void bkv_call_end(bkv_call_t *call) {
         atomic_fetch_add(&server->calls_failed_total, 1);
         bkv_log_failure(call->id, method_name(call), &call->error);
     }
-    unlink_call(call);
     atomic_fetch_sub(&server->accepted, 1);
-    if (call->counted) {
-        atomic_fetch_sub(&server->open, 1);
-    }
+    atomic_fetch_sub(&server->open, call->counted);
     call_free(call);
 }
 
-static void on_finished(void *owner, bool ok) {
+static void on_finished(bkv_worker_t *worker, void *owner, bool ok) {
+    (void)worker;
     (void)ok; // a status that could not be sent shows in `cancelled`
     bkv_call_end(owner);
 }
@@ -147,7 +159,7 @@ static size_t add_message(bkv_call_t *call, grpc_byte_buffer *message, grpc_op *
     return 1;
 }
 
-void bkv_call_send(bkv_call_t *call, grpc_byte_buffer *message, void (*then)(void *call, bool ok)) {
+void bkv_call_send(bkv_call_t *call, grpc_byte_buffer *message, bkv_step_t then) {
     grpc_op ops[2];
     size_t count = add_start(call, ops);
     count += add_message(call, message, ops + count);
@@ -199,25 +211,25 @@ void bkv_call_reply(bkv_call_t *call, const ProtobufCMessage *reply) {
 
 // ---- reading ----
 
-void bkv_call_read(bkv_call_t *call, void (*then)(void *call, bool ok)) {
+void bkv_call_read(bkv_call_t *call, bkv_step_t then) {
     bkv_call_drop_message(call);
     grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &call->message};
     call->tag = (bkv_tag_t){then, call};
     bkv_call_batch(call, &op, 1, &call->tag);
 }
 
-const ProtobufCMessage *bkv_call_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type) {
+const ProtobufCMessage *bkv_call_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type, bkv_bump_t *bump) {
     const ProtobufCMessage *request;
     bkv_error_t error;
     size_t most = bkv_server_request_most(call->server);
-    if (bkv_wire_unpack(type, call->message, most, &call->worker->bump, &request, &error) != BKV_OK) {
+    if (bkv_wire_unpack(type, call->message, most, bump, &request, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
         return NULL;
     }
     return request;
 }
 
-static void on_request(void *owner, bool ok) {
+static void on_request(bkv_worker_t *worker, void *owner, bool ok) {
     bkv_call_t *call = owner;
     bkv_error_t error;
     if (!ok) {
@@ -231,7 +243,7 @@ static void on_request(void *owner, bool ok) {
         bkv_call_fail(call, &error);
     } else {
         advance(call, BKV_CALL_RUNNING);
-        methods[call->method].handler(call);
+        methods[call->method].handler(call, &worker->bump);
     }
 }
 
@@ -251,18 +263,14 @@ static uint64_t deadline_of(const bkv_call_t *call, uint64_t now_ms) {
 
 static void accept_call(bkv_call_t *call) {
     bkv_server_t *server = call->server;
-    bkv_worker_t *worker = call->worker;
     advance(call, BKV_CALL_ACCEPTED);
     call->id = atomic_fetch_add(&server->last_id, 1) + 1;
-    call->deadline_ms = deadline_of(call, bkv_now_ms());
-    call->older = worker->calls;
-    if (worker->calls != NULL) {
-        worker->calls->newer = call;
-    }
-    worker->calls = call;
+    bool watch = call->method == BKV_METHOD_HEALTH_WATCH; // it lasts as long as it is wanted
+    call->deadline_ms = watch ? UINT64_MAX : deadline_of(call, bkv_now_ms());
     atomic_fetch_add(&server->calls_total, 1);
-    call->counted = true;
-    atomic_fetch_add(&server->open, 1);
+    call->counted = !watch;
+    atomic_fetch_add(&server->open, call->counted);
+    link_call(call);
 }
 
 // Whether there is room for one more call; it is the accepted'th.
@@ -279,14 +287,14 @@ static bkv_status_t admit(const bkv_call_t *call, uint32_t accepted, bkv_error_t
     return BKV_OK;
 }
 
-static void on_call(void *owner, bool ok) {
+static void on_call(bkv_worker_t *worker, void *owner, bool ok) {
     bkv_call_t *call = owner;
     bkv_server_t *server = call->server;
     if (!ok) { // the server is shutting down; there is no call
         call_free(call);
         return;
     }
-    bkv_call_arm(call->worker, call->method);
+    bkv_call_arm(server, call->method);
     if (call->method == BKV_METHOD_COUNT) {
         call->client_deadline = call->details.deadline;
     }
@@ -302,21 +310,19 @@ static void on_call(void *owner, bool ok) {
         bkv_call_fail(call, &error);
     } else if (methods[call->method].client_stream) {
         advance(call, BKV_CALL_RUNNING);
-        methods[call->method].handler(call);
+        methods[call->method].handler(call, &worker->bump);
     } else {
         bkv_call_read(call, on_request);
     }
 }
 
-void bkv_call_arm(bkv_worker_t *worker, bkv_method_id_t method) {
-    bkv_server_t *server = worker->server;
+void bkv_call_arm(bkv_server_t *server, bkv_method_id_t method) {
     if (atomic_load(&server->stopping)) {
         return;
     }
     bkv_call_t *call = gpr_zalloc(sizeof(*call)); // as gRPC's own memory: there or the process ends
     call->tag = (bkv_tag_t){on_call, call};
     call->server = server;
-    call->worker = worker;
     call->method = method;
     grpc_metadata_array_init(&call->metadata);
     bkv_server_hold(server);
@@ -324,11 +330,11 @@ void bkv_call_arm(bkv_worker_t *worker, bkv_method_id_t method) {
     grpc_call_error error;
     if (method == BKV_METHOD_COUNT) {
         grpc_call_details_init(&call->details);
-        error = grpc_server_request_call(server->grpc, &call->grpc, &call->details, &call->metadata, worker->queue,
-                                         worker->queue, &call->tag);
+        error = grpc_server_request_call(server->grpc, &call->grpc, &call->details, &call->metadata, server->queue,
+                                         server->queue, &call->tag);
     } else {
         error = grpc_server_request_registered_call(server->grpc, server->methods[method], &call->grpc, &call->client_deadline,
-                                                    &call->metadata, NULL, worker->queue, worker->queue, &call->tag);
+                                                    &call->metadata, NULL, server->queue, server->queue, &call->tag);
     }
     if (error != GRPC_CALL_OK) {
         bkv_log(BKV_LOG_ERROR, 0, "gRPC takes no further calls: %s", grpc_call_error_to_string(error));
@@ -336,17 +342,14 @@ void bkv_call_arm(bkv_worker_t *worker, bkv_method_id_t method) {
     }
 }
 
-void bkv_worker_sweep(bkv_worker_t *worker, uint64_t now_ms) {
-    worker->swept_ms = now_ms;
-    for (bkv_call_t *call = worker->calls, *older; call != NULL; call = older) {
-        older = call->older;
-        if (now_ms >= call->deadline_ms && !call->expired) {
-            call->expired = true;
-            grpc_call_cancel_with_status(call->grpc, GRPC_STATUS_DEADLINE_EXCEEDED,
-                                         "deadline: the call had not ended when it passed", NULL);
-        }
+void bkv_call_sweep(bkv_server_t *server, uint64_t now_ms) {
+    for (bkv_call_t *call = server->calls; call != NULL; call = call->older) {
         if (call->refresh != NULL) {
             call->refresh(call);
+        } else if (now_ms >= call->deadline_ms && !atomic_load(&call->expired)) {
+            atomic_store(&call->expired, true);
+            grpc_call_cancel_with_status(call->grpc, GRPC_STATUS_DEADLINE_EXCEEDED,
+                                         "deadline: the call had not ended when it passed", NULL);
         }
     }
 }

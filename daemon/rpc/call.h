@@ -1,14 +1,18 @@
 // call.h - one call from its arrival to its end, and what the server's files share.
 //
-// The path of a call, on the worker thread that owns it:
+// The path of a call:
 //   armed      gRPC may hand the next call of this method to it
 //   accepted   it has one: the next is armed, bounds are checked, then the handler runs: at once for a client stream, else
 //              when the request has been read
 //   running    the handler's; it reads and sends, or waits for the pipeline
 //   ending     the last batch (status out, close in) is on its way; its completion is the one clean-up
-// The state only increases. At most one batch of a call is in flight (health's Watch has one more), so no two threads meet
-// in a call: a handler gives the call to the pipeline or to gRPC, and touches it again when that calls back. Pipeline
-// callbacks come on compute threads and may send or finish; everything else, the clean-up too, happens on the owning worker.
+// The state only increases.
+//
+// All workers take events from one completion queue, so a call's events may run on any of them; but at most one batch of a call
+// is in flight, so no two threads meet in a call (health's Watch, which has two, brings a lock). A handler gives the call to
+// gRPC or to the pipeline, and touches it again when that calls back. Pipeline callbacks come on compute threads; they may
+// send or finish. The sweep alone looks at calls that it does not own: only at what is written before the call enters the
+// list, under the list's lock, which a call takes to leave.
 //
 // Every function here that starts a batch must be the last that its caller does with the call.
 #ifndef BKV_RPC_CALL_H
@@ -25,9 +29,12 @@
 typedef struct bkv_call bkv_call_t;
 typedef struct bkv_worker bkv_worker_t;
 
-// What a completion queue hands back: the function to run and what to run it on.
+// What to do next with the owner of a tag, mostly a call; on the thread of `worker`.
+typedef void (*bkv_step_t)(bkv_worker_t *worker, void *owner, bool ok);
+
+// What the completion queue hands back: the function to run and what to run it on.
 typedef struct bkv_tag {
-    void (*run)(void *owner, bool ok);
+    bkv_step_t run;
     void *owner;
 } bkv_tag_t;
 
@@ -58,8 +65,7 @@ typedef enum bkv_call_state { BKV_CALL_ARMED, BKV_CALL_ACCEPTED, BKV_CALL_RUNNIN
 struct bkv_call {
     bkv_tag_t tag; // of the batch in flight
     bkv_server_t *server;
-    bkv_worker_t *worker;
-    bkv_call_t *older, *newer; // the worker's accepted calls; worker thread only
+    bkv_call_t *older, *newer; // accepted calls; under server->lock
     bkv_method_id_t method;
     bkv_call_state_t state;
     grpc_call *grpc;
@@ -68,7 +74,7 @@ struct bkv_call {
     grpc_call_details details; // of methods that are not registered
     uint64_t id;               // request id, in log lines and trailing metadata
     uint64_t deadline_ms;      // UINT64_MAX: none
-    bool expired;              // the deadline has passed and the call was cancelled for it
+    _Atomic bool expired;      // the deadline has passed and the call was cancelled for it
     bool started;              // initial metadata has been sent
     bool broken;               // reading or sending broke off: the peer is probably gone
     bool counted;              // in server->open
@@ -79,22 +85,21 @@ struct bkv_call {
 
     void *body; // the handler's own; body_free frees it in the clean-up
     void (*body_free)(void *body);
-    void (*refresh)(bkv_call_t *call); // NULL, or called ten times a second or so
+    void (*refresh)(bkv_call_t *call); // NULL, or called ten times a second or so, under server->lock
 };
 
+// A thread that runs events.
 struct bkv_worker {
     bkv_server_t *server;
-    grpc_completion_queue *queue;
     pthread_t thread;
-    bool running;      // there is a thread to join
-    bkv_call_t *calls; // accepted ones, newest first
-    uint64_t swept_ms; // when their deadlines were last looked at
-    bkv_bump_t bump;   // for the present event; reset after it
+    bool running;    // there is a thread to join
+    bkv_bump_t bump; // for the present event; reset after it
 };
 
 struct bkv_server {
     bkv_server_config_t config; // version, backend and sources are copies
     grpc_server *grpc;
+    grpc_completion_queue *queue;
     void *methods[BKV_METHOD_COUNT]; // gRPC's handles
     bkv_worker_t *workers;
     uint32_t worker_count;
@@ -104,6 +109,7 @@ struct bkv_server {
     bkv_tag_t stopped; // of the shutdown
 
     _Atomic uint64_t last_id, op_timeout_ms;
+    _Atomic uint64_t swept_ms; // when deadlines were last looked at
     _Atomic bool draining, stopping;
     _Atomic uint32_t accepted; // calls with a grpc_call, watches included
     _Atomic uint32_t open;     // of these, the ones that a drain waits for
@@ -112,9 +118,10 @@ struct bkv_server {
     // Everything that must be over before the server can be freed: armed and accepted calls, records on their way out, the
     // shutdown itself. Whoever takes away the last one says so.
     _Atomic uint64_t holds;
-    pthread_mutex_t lock; // protects idle
+    pthread_mutex_t lock; // protects the following
     pthread_cond_t changed;
-    bool idle;
+    bool idle;         // nothing is held any more
+    bkv_call_t *calls; // accepted ones, newest first
 };
 
 void bkv_server_hold(bkv_server_t *server);
@@ -126,23 +133,23 @@ size_t bkv_server_request_most(const bkv_server_t *server);
 
 // ---- life ----
 
-// Lets gRPC hand one more call of this method to the worker.
-void bkv_call_arm(bkv_worker_t *worker, bkv_method_id_t method);
+// Lets gRPC hand one more call of this method to us.
+void bkv_call_arm(bkv_server_t *server, bkv_method_id_t method);
 
-// Cancels those of the worker's calls whose deadline has passed, and refreshes those that want it.
-void bkv_worker_sweep(bkv_worker_t *worker, uint64_t now_ms);
+// Cancels calls whose deadline has passed and refreshes those that want it. server->lock is held.
+void bkv_call_sweep(bkv_server_t *server, uint64_t now_ms);
 
 // ---- for handlers ----
 
 // Reads the next message into call->message: NULL when the client has sent its last or is gone. ok is false, the message NULL
 // and the call already broken off by gRPC when it was larger than max_message.
-void bkv_call_read(bkv_call_t *call, void (*then)(void *call, bool ok));
+void bkv_call_read(bkv_call_t *call, bkv_step_t then);
 
 // Frees call->message early.
 void bkv_call_drop_message(bkv_call_t *call);
 
 // Sends a message, which it takes over. ok is false when the peer is gone.
-void bkv_call_send(bkv_call_t *call, grpc_byte_buffer *message, void (*then)(void *call, bool ok));
+void bkv_call_send(bkv_call_t *call, grpc_byte_buffer *message, bkv_step_t then);
 
 // Ends the call with call->error, sending `last` (taken over, may be NULL) before the status.
 void bkv_call_finish(bkv_call_t *call, grpc_byte_buffer *last);
@@ -154,13 +161,14 @@ void bkv_call_reply(bkv_call_t *call, const ProtobufCMessage *reply);
 // Frees a call whose close has come already (Watch); every other call gets there by bkv_call_finish.
 void bkv_call_end(bkv_call_t *call);
 
-// Unpacks call->message, the whole of it, into the worker's bump. On failure the call has been ended: return.
-const ProtobufCMessage *bkv_call_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type);
+// Unpacks call->message, the whole of it, into bump. On failure the call has been ended: return.
+const ProtobufCMessage *bkv_call_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type, bkv_bump_t *bump);
 
 // Starts a batch of any operations; for those that the above do not cover. An empty batch completes at once, from any thread.
 void bkv_call_batch(bkv_call_t *call, const grpc_op *ops, size_t count, bkv_tag_t *tag);
 
-#define X(id, path, handler, client_stream, always) void handler(bkv_call_t *call);
+// The handlers. bump is the running worker's: nothing in it outlives the handler's return.
+#define X(id, path, handler, client_stream, always) void handler(bkv_call_t *call, bkv_bump_t *bump);
 BKV_METHODS(X)
 #undef X
 

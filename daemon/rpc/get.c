@@ -86,7 +86,8 @@ static get_t *get_new(bkv_call_t *call, uint32_t count) {
 
 static void get_step(bkv_call_t *call);
 
-static void on_sent(void *owner, bool ok) {
+static void on_sent(bkv_worker_t *worker, void *owner, bool ok) {
+    (void)worker;
     bkv_call_t *call = owner;
     if (ok) {
         get_step(call);
@@ -225,9 +226,9 @@ static bkv_status_t get_begin(bkv_call_t *call, const Balancekv__V1__GetRequest 
     return BKV_OK;
 }
 
-void bkv_handle_get(bkv_call_t *call) {
+void bkv_handle_get(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__V1__GetRequest *request =
-        (const Balancekv__V1__GetRequest *)bkv_call_request(call, &balancekv__v1__get_request__descriptor);
+        (const Balancekv__V1__GetRequest *)bkv_call_request(call, &balancekv__v1__get_request__descriptor, bump);
     if (request == NULL) {
         return;
     }
@@ -261,7 +262,8 @@ static void on_folded(void *user, const bkv_error_t *error, bkv_fold_result_t *r
     send_chunk(call);
 }
 
-static bkv_status_t fold_begin(bkv_call_t *call, const Balancekv__V1__FoldRequest *request, bkv_error_t *err) {
+static bkv_status_t fold_begin(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__FoldRequest *request,
+                               bkv_error_t *err) {
     const bkv_server_config_t *config = &call->server->config;
     bkv_spec_id_t spec_id;
     bkv_status_t status = bkv_wire_get_spec_id(&request->spec_id, &spec_id, err);
@@ -275,7 +277,7 @@ static bkv_status_t fold_begin(bkv_call_t *call, const Balancekv__V1__FoldReques
         return status;
     }
     get_t *get = get_new(call, 1);
-    bkv_key_t *keys = bkv_bump_alloc(&call->worker->bump, request->n_keys * sizeof(keys[0]));
+    bkv_key_t *keys = bkv_bump_alloc(bump, request->n_keys * sizeof(keys[0]));
     if (get == NULL || keys == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for them");
     }
@@ -285,14 +287,14 @@ static bkv_status_t fold_begin(bkv_call_t *call, const Balancekv__V1__FoldReques
                           bkv_now_ms(), on_folded, call, err);
 }
 
-void bkv_handle_fold(bkv_call_t *call) {
+void bkv_handle_fold(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__V1__FoldRequest *request =
-        (const Balancekv__V1__FoldRequest *)bkv_call_request(call, &balancekv__v1__fold_request__descriptor);
+        (const Balancekv__V1__FoldRequest *)bkv_call_request(call, &balancekv__v1__fold_request__descriptor, bump);
     if (request == NULL) {
         return;
     }
     bkv_error_t error;
-    if (fold_begin(call, request, &error) != BKV_OK) {
+    if (fold_begin(call, bump, request, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
     } // else on_folded may have ended the call already
 }

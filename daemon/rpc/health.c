@@ -1,7 +1,7 @@
 // health.c - grpc.health.v1: Check answers once, Watch keeps the stream and says when it changes. Serving until the drain.
 //
 // A Watch has no deadline and a drain does not wait for it. It is the one call with two batches in flight: its close is asked
-// for at once, because nothing else would tell that an idle watcher has gone.
+// for at once, because nothing else would tell that an idle watcher has gone. What they share is under the server's lock.
 #include "daemon/rpc/call.h"
 
 #include "health.pb-c.h"
@@ -31,13 +31,13 @@ static bool service_known(const char *service) {
     return service[0] == '\0' || strcmp(service, SERVICE) == 0;
 }
 
-static const Grpc__Health__V1__HealthCheckRequest *health_request(bkv_call_t *call) {
-    return (const Grpc__Health__V1__HealthCheckRequest *)bkv_call_request(call,
-                                                                          &grpc__health__v1__health_check_request__descriptor);
+static const Grpc__Health__V1__HealthCheckRequest *health_request(bkv_call_t *call, bkv_bump_t *bump) {
+    return (const Grpc__Health__V1__HealthCheckRequest *)bkv_call_request(
+        call, &grpc__health__v1__health_check_request__descriptor, bump);
 }
 
-void bkv_handle_health_check(bkv_call_t *call) {
-    const Grpc__Health__V1__HealthCheckRequest *request = health_request(call);
+void bkv_handle_health_check(bkv_call_t *call, bkv_bump_t *bump) {
+    const Grpc__Health__V1__HealthCheckRequest *request = health_request(call, bump);
     if (request == NULL) {
         return;
     }
@@ -54,46 +54,60 @@ void bkv_handle_health_check(bkv_call_t *call) {
 
 // ---- Watch ----
 
-static void on_told(void *owner, bool ok) {
+// Notes that one of the two batches has ended, and ends the call after the last one.
+static void note(bkv_call_t *call, bool closed) {
+    watch_t *watch = call->body;
+    pthread_mutex_lock(&call->server->lock);
+    if (closed) {
+        watch->closed = true;
+    } else {
+        watch->sending = false;
+    }
+    bool over = watch->closed && !watch->sending;
+    pthread_mutex_unlock(&call->server->lock);
+    if (over) {
+        call->cancelled = 0; // going away is how a watch ends, not a failure
+        bkv_call_end(call);
+    }
+}
+
+static void on_told(bkv_worker_t *worker, void *owner, bool ok) {
+    (void)worker;
     (void)ok; // when the watcher is gone its close says so
-    bkv_call_t *call = owner;
-    watch_t *watch = call->body;
-    watch->sending = false;
-    if (watch->closed) {
-        bkv_call_end(call);
-    }
+    note(owner, false);
 }
 
-static void on_closed(void *owner, bool ok) {
+static void on_closed(bkv_worker_t *worker, void *owner, bool ok) {
+    (void)worker;
     (void)ok;
-    bkv_call_t *call = owner;
-    watch_t *watch = call->body;
-    watch->closed = true;
-    call->cancelled = 0; // going away is how a watch ends, not a failure
-    if (!watch->sending) {
-        bkv_call_end(call);
-    }
+    note(owner, true);
 }
 
-static void tell(bkv_call_t *call, serving_t status) {
-    watch_t *watch = call->body;
-    watch->sending = true;
-    watch->told = status;
+// watch->told is on its way; watch->sending keeps everybody else off.
+static void tell(bkv_call_t *call) {
+    const watch_t *watch = call->body;
     Grpc__Health__V1__HealthCheckResponse news = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
-    news.status = status;
+    news.status = watch->told;
     bkv_call_send(call, bkv_wire_pack(&news.base, NULL), on_told);
 }
 
-static void refresh(bkv_call_t *call) {
+static serving_t watched(const bkv_call_t *call) {
     const watch_t *watch = call->body;
-    serving_t status = watch->known ? serving(call->server) : SERVICE_UNKNOWN;
+    return watch->known ? serving(call->server) : SERVICE_UNKNOWN;
+}
+
+static void refresh(bkv_call_t *call) {
+    watch_t *watch = call->body;
+    serving_t status = watched(call);
     if (!watch->sending && !watch->closed && watch->told != status) {
-        tell(call, status);
+        watch->sending = true;
+        watch->told = status;
+        tell(call);
     }
 }
 
-void bkv_handle_health_watch(bkv_call_t *call) {
-    const Grpc__Health__V1__HealthCheckRequest *request = health_request(call);
+void bkv_handle_health_watch(bkv_call_t *call, bkv_bump_t *bump) {
+    const Grpc__Health__V1__HealthCheckRequest *request = health_request(call, bump);
     if (request == NULL) {
         return;
     }
@@ -104,15 +118,16 @@ void bkv_handle_health_watch(bkv_call_t *call) {
         bkv_call_fail(call, &error);
         return;
     }
-    watch->known = service_known(request->service);
-    watch->close_tag = (bkv_tag_t){on_closed, call};
     call->body = watch;
     call->body_free = free;
+    watch->close_tag = (bkv_tag_t){on_closed, call};
+    watch->known = service_known(request->service);
+    watch->sending = true; // so the call stays until the first news is out
+    watch->told = watched(call);
+    pthread_mutex_lock(&call->server->lock); // the sweep looks from now on
     call->refresh = refresh;
-    call->deadline_ms = UINT64_MAX;
-    call->counted = false;
-    atomic_fetch_sub(&call->server->open, 1);
+    pthread_mutex_unlock(&call->server->lock);
     const grpc_op close = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER, .data.recv_close_on_server.cancelled = &call->cancelled};
     bkv_call_batch(call, &close, 1, &watch->close_tag);
-    tell(call, watch->known ? serving(call->server) : SERVICE_UNKNOWN); // both complete on this thread, later
+    tell(call);
 }

@@ -5,8 +5,8 @@
 // daemon is full and blocks of this very call are still being worked on, the call waits for one of them instead of giving
 // up. At the end of the stream, or at the first failure, it waits for all of them and then answers.
 //
-// Who may touch what: the call, the list of items and the message belong to the worker; each item belongs to the pipeline
-// from its commit to its callback. `busy` counts the reader and the items in the pipeline; who takes it to 0 answers.
+// Who may touch what: the call, the list of items and the message belong to the reader, the event that is being run; each item
+// belongs to the pipeline from its commit to its callback. `busy` counts the reader and the items in the pipeline; who takes it to 0 answers.
 #include "daemon/observe/clock.h"
 #include "daemon/rpc/call.h"
 
@@ -106,7 +106,7 @@ static void reply(put_t *put) {
     free(pointers);
 }
 
-// Everything has come and called back. On the worker or, when a block came last, on a compute thread.
+// Everything has come and called back. On a worker or, when a block came last, on a compute thread.
 static void answer(put_t *put) {
     uint32_t index = 0;
     for (const item_t *item = put->first; item != NULL; item = item->next, index++) {
@@ -152,7 +152,7 @@ static void on_block(void *user, const bkv_error_t *error, const bkv_ingest_resu
     }
     atomic_fetch_add(&put->done, 1);
     if (atomic_exchange(&put->waiting, false)) {
-        bkv_call_batch(put->call, NULL, 0, &put->wake); // runs on the worker; the reader is busy, so put stays
+        bkv_call_batch(put->call, NULL, 0, &put->wake); // runs on a worker; the reader is busy, so put stays
     }
     put_release(put);
 }
@@ -183,7 +183,8 @@ static void fail_stream(put_t *put, const bkv_error_t *error) {
     stop_reading(put);
 }
 
-static void on_wake(void *owner, bool ok) {
+static void on_wake(bkv_worker_t *worker, void *owner, bool ok) {
+    (void)worker;
     (void)ok;
     put_advance(owner);
 }
@@ -269,7 +270,7 @@ static bkv_status_t use_message(put_t *put, bkv_error_t *err) {
     return status;
 }
 
-static void on_message(void *owner, bool ok);
+static void on_message(bkv_worker_t *worker, void *owner, bool ok);
 
 static void put_advance(put_t *put) {
     for (;;) {
@@ -296,13 +297,12 @@ static void put_advance(put_t *put) {
 }
 
 // A message that starts a block, or only carries data for the present one.
-static bkv_status_t take_message(put_t *put, bkv_error_t *err) {
+static bkv_status_t take_message(put_t *put, bkv_bump_t *bump, bkv_error_t *err) {
     bkv_call_t *call = put->call;
     bkv_split_t split;
     bkv_status_t status = bkv_wire_check_encoding(call->message, err);
     if (status == BKV_OK) {
-        status =
-            bkv_wire_split(&balancekv__v1__put_request__descriptor, call->message, HEAD_MOST, &call->worker->bump, &split, err);
+        status = bkv_wire_split(&balancekv__v1__put_request__descriptor, call->message, HEAD_MOST, bump, &split, err);
     }
     if (status != BKV_OK) {
         return status;
@@ -338,7 +338,7 @@ static void end_stream(put_t *put) {
     }
 }
 
-static void on_message(void *owner, bool ok) {
+static void on_message(bkv_worker_t *worker, void *owner, bool ok) {
     bkv_call_t *call = owner;
     put_t *put = call->body;
     bkv_error_t error;
@@ -348,14 +348,15 @@ static void on_message(void *owner, bool ok) {
         fail_stream(put, &error);
     } else if (call->message == NULL) {
         end_stream(put);
-    } else if (take_message(put, &error) != BKV_OK) {
+    } else if (take_message(put, &worker->bump, &error) != BKV_OK) {
         fail_block(put, &error);
     } else {
         put_advance(put);
     }
 }
 
-void bkv_handle_put(bkv_call_t *call) {
+void bkv_handle_put(bkv_call_t *call, bkv_bump_t *bump) {
+    (void)bump;
     put_t *put = calloc(1, sizeof(*put));
     if (put == NULL) {
         bkv_call_fail(call, &no_memory);

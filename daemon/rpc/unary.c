@@ -28,9 +28,9 @@ static bkv_status_t open_spec(const bkv_call_t *call, const Balancekv__V1__Spec 
     return status;
 }
 
-void bkv_handle_open(bkv_call_t *call) {
+void bkv_handle_open(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__V1__OpenRequest *request =
-        (const Balancekv__V1__OpenRequest *)bkv_call_request(call, &balancekv__v1__open_request__descriptor);
+        (const Balancekv__V1__OpenRequest *)bkv_call_request(call, &balancekv__v1__open_request__descriptor, bump);
     if (request == NULL) {
         return;
     }
@@ -67,7 +67,7 @@ typedef struct keyed {
     uint32_t count;
 } keyed_t;
 
-static bkv_status_t get_keyed(bkv_call_t *call, const ProtobufCBinaryData *spec_id, size_t count,
+static bkv_status_t get_keyed(bkv_call_t *call, bkv_bump_t *bump, const ProtobufCBinaryData *spec_id, size_t count,
                               const ProtobufCBinaryData *keys, keyed_t *keyed, bkv_error_t *err) {
     const bkv_server_config_t *config = &call->server->config;
     bkv_status_t status = bkv_wire_get_spec_id(spec_id, &keyed->spec_id, err);
@@ -81,7 +81,7 @@ static bkv_status_t get_keyed(bkv_call_t *call, const ProtobufCBinaryData *spec_
         return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
     }
     keyed->count = (uint32_t)count;
-    keyed->keys = bkv_bump_alloc(&call->worker->bump, count * sizeof(keyed->keys[0]));
+    keyed->keys = bkv_bump_alloc(bump, count * sizeof(keyed->keys[0]));
     if (keyed->keys == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for them");
     }
@@ -89,19 +89,19 @@ static bkv_status_t get_keyed(bkv_call_t *call, const ProtobufCBinaryData *spec_
     return BKV_OK;
 }
 
-void bkv_handle_lookup(bkv_call_t *call) {
+void bkv_handle_lookup(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__V1__LookupRequest *request =
-        (const Balancekv__V1__LookupRequest *)bkv_call_request(call, &balancekv__v1__lookup_request__descriptor);
+        (const Balancekv__V1__LookupRequest *)bkv_call_request(call, &balancekv__v1__lookup_request__descriptor, bump);
     if (request == NULL) {
         return;
     }
     keyed_t keyed;
     bkv_error_t error;
-    if (get_keyed(call, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
+    if (get_keyed(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
         return;
     }
-    Balancekv__V1__KeyState *states = bkv_bump_alloc(&call->worker->bump, keyed.count * sizeof(states[0]));
+    Balancekv__V1__KeyState *states = bkv_bump_alloc(bump, keyed.count * sizeof(states[0]));
     if (states == NULL) {
         no_memory(call);
         return;
@@ -119,9 +119,10 @@ void bkv_handle_lookup(bkv_call_t *call) {
     bkv_call_reply(call, &reply.base);
 }
 
-static bkv_status_t pin(bkv_call_t *call, const Balancekv__V1__PinRequest *request, uint64_t *lease, bkv_error_t *err) {
+static bkv_status_t pin(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__PinRequest *request, uint64_t *lease,
+                        bkv_error_t *err) {
     keyed_t keyed;
-    bkv_status_t status = get_keyed(call, &request->spec_id, request->n_keys, request->keys, &keyed, err);
+    bkv_status_t status = get_keyed(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, err);
     if (status != BKV_OK) {
         return status;
     }
@@ -136,15 +137,15 @@ static bkv_status_t pin(bkv_call_t *call, const Balancekv__V1__PinRequest *reque
                            lease, err);
 }
 
-void bkv_handle_pin(bkv_call_t *call) {
+void bkv_handle_pin(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__V1__PinRequest *request =
-        (const Balancekv__V1__PinRequest *)bkv_call_request(call, &balancekv__v1__pin_request__descriptor);
+        (const Balancekv__V1__PinRequest *)bkv_call_request(call, &balancekv__v1__pin_request__descriptor, bump);
     if (request == NULL) {
         return;
     }
     Balancekv__V1__PinResponse reply = BALANCEKV__V1__PIN_RESPONSE__INIT;
     bkv_error_t error;
-    if (pin(call, request, &reply.lease, &error) != BKV_OK) {
+    if (pin(call, bump, request, &reply.lease, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
         return;
     }
@@ -152,9 +153,9 @@ void bkv_handle_pin(bkv_call_t *call) {
     bkv_call_reply(call, &reply.base);
 }
 
-void bkv_handle_unpin(bkv_call_t *call) {
+void bkv_handle_unpin(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__V1__UnpinRequest *request =
-        (const Balancekv__V1__UnpinRequest *)bkv_call_request(call, &balancekv__v1__unpin_request__descriptor);
+        (const Balancekv__V1__UnpinRequest *)bkv_call_request(call, &balancekv__v1__unpin_request__descriptor, bump);
     if (request == NULL) {
         return;
     }
@@ -168,15 +169,15 @@ void bkv_handle_unpin(bkv_call_t *call) {
     bkv_call_reply(call, &reply.base);
 }
 
-void bkv_handle_drop(bkv_call_t *call) {
+void bkv_handle_drop(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__V1__DropRequest *request =
-        (const Balancekv__V1__DropRequest *)bkv_call_request(call, &balancekv__v1__drop_request__descriptor);
+        (const Balancekv__V1__DropRequest *)bkv_call_request(call, &balancekv__v1__drop_request__descriptor, bump);
     if (request == NULL) {
         return;
     }
     keyed_t keyed;
     bkv_error_t error;
-    if (get_keyed(call, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
+    if (get_keyed(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
         return;
     }
@@ -215,18 +216,18 @@ static void gather(void *sink, const char *name, const char *help, bool counter,
     gathered->metrics[gathered->count++] = metric;
 }
 
-void bkv_handle_stats(bkv_call_t *call) {
+void bkv_handle_stats(bkv_call_t *call, bkv_bump_t *bump) {
     const bkv_server_t *server = call->server;
     const bkv_server_config_t *config = &server->config;
-    if (bkv_call_request(call, &balancekv__v1__stats_request__descriptor) == NULL) {
+    if (bkv_call_request(call, &balancekv__v1__stats_request__descriptor, bump) == NULL) {
         return;
     }
-    gathered_t *gathered = bkv_bump_alloc(&call->worker->bump, sizeof(*gathered));
+    gathered_t *gathered = bkv_bump_alloc(bump, sizeof(*gathered));
     if (gathered == NULL) {
         no_memory(call);
         return;
     }
-    gathered->bump = &call->worker->bump;
+    gathered->bump = bump;
     gathered->count = 0;
     for (size_t i = 0; i < config->source_count; i++) {
         config->sources[i].collect(config->sources[i].owner, gather, gathered);
