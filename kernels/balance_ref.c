@@ -1,5 +1,20 @@
 // balance_ref.c - the balance codec over one block, head by head. plan.c says how many tokens and bits the rate allows,
 // selection_ref.c and walk_ref.c choose the tokens, write_ref.c refits and stores them.
+//
+// Why each stage is there, measured on a real model (8 layers, 2 KV heads, QK-norm; 6 contexts of 4096 tokens of books, each
+// with 8 hidden codes to find; blocks of 256, newest 64 tokens exact; attention error of the next 64 queries, NLL of the next
+// 256 tokens above that of the exact cache; what was tried together shares a table):
+//
+//                                        8x                    16x                   32x
+//                              codes  error   NLL    codes  error   NLL    codes  error   NLL
+//   all stages, mean of 4 seeds  48   0.179  0.024     48   0.255  0.051     48   0.319  0.100
+//   random instead of the walk   48   0.183  0.025     48   0.253  0.052     48   0.320  0.103
+//   without the refit            48   0.234  0.018     48   0.406  0.074     48   0.651  0.163
+//   nothing protected             3   0.187  0.045      1   0.263  0.076      0   0.309  0.116
+//   all but one token protected  48   0.223  0.032     48   0.309  0.085     48   0.376  0.104
+//
+// So protecting outliers decides whether anything can be found again and the refit decides the attention error; after a
+// refit the walk's gain over chance is small. (The lower three rows: one seed.)
 #include "balance.h"
 
 static void block_source_read(const bkv_source_t *source, uint32_t first, uint32_t count, float *k, float *v) {

@@ -2,8 +2,8 @@
 //
 // The children's tokens, with the weights they have, are one long list of weighted tokens; from it the same selection as for
 // a block keeps what the budget holds: outliers over the whole prefix, and a merge-and-reduce tree over the rest
-// (selection_ref.c). Only index, weight and fate of every token are held, 25 bytes each; keys and values are dequantised
-// when a walk needs them, at most BKV_WALK_TOKENS at a time, and once a level, so the cost is linear in the tokens.
+// (selection_ref.c). Of every token only index, weights, score and fate are held, 21 bytes; keys and values are dequantised
+// when a walk needs them, at most BKV_WALK_TOKENS at a time and once a level, so the cost is linear in the tokens.
 #include "balance.h"
 
 #include "convert.h"

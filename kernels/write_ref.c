@@ -85,7 +85,8 @@ static void responsibilities(const float *key, uint32_t dim, uint32_t rows, cons
 }
 
 // Refit: each walked row's value becomes the mean of all values it stands for, those of [first, end) that are not
-// protected, each shared out by responsibility.
+// protected, each shared out by responsibility. Weights stay the walk's and keys their own: weights from responsibilities
+// changed little (16x: error 0.238 for 0.247, NLL 0.058 for 0.050), mean keys made both worse (0.274, 0.071).
 static void rows_refit(const bkv_source_t *source, uint32_t first, uint32_t end, uint32_t count,
                        const bkv_selection_t *selection) {
     uint32_t rows = 0, key_dim = source->key_dim, value_dim = source->value_dim;

@@ -242,8 +242,8 @@ Test(protect, sinks_stay_but_leave_room) {
 }
 
 Test(select, keeps_m_tokens_and_their_weight_at_any_size) {
-    // Beyond 512 tokens there are several walks and a tree.
-    static const uint32_t sizes[] = {1, 2, 3, 9, 256, 511, 513, 1500};
+    // Beyond 256 tokens there are several walks and a tree.
+    static const uint32_t sizes[] = {1, 2, 3, 9, 255, 257, 513, 1500};
     for (uint32_t s = 0; s < 8; s++) {
         uint32_t n = sizes[s];
         rows_t rows = rows_make(n, 16, s);
