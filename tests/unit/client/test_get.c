@@ -87,7 +87,7 @@ Test(get, nobody_answers) {
     bkv_spec_id_t id = fake_spec_id();
     bkv_key_t keys[2] = {fake_key(1, 16), fake_key(1, 1)};
     bkv_record_t records[2];
-    cr_assert(bkv_get(client, &id, keys, 2, NULL, 200, records, NULL) == BKV_BUSY);
+    cr_assert(bkv_get(client, &id, keys, 2, NULL, 1000, records, NULL) == BKV_BUSY);
     for (size_t i = 0; i < 2; i++) {
         cr_assert(records[i].status == BKV_BUSY && records[i].data == NULL && records[i].length == 0);
         cr_assert(memcmp(&records[i].key, &keys[i], sizeof keys[i]) == 0);
@@ -297,7 +297,7 @@ Test(get, never_ends) {
     bkv_record_t record;
     uint64_t start = fake_now_ms();
     cr_assert(bkv_get(client, &id, &key, 1, NULL, 300, &record, NULL) == BKV_DEADLINE_EXCEEDED);
-    cr_assert(fake_now_ms() - start < 600);
+    cr_assert(fake_now_ms() - start < 2000);
     cr_assert(record.status == BKV_DEADLINE_EXCEEDED && record.data == NULL);
     bkv_client_destroy(client);
     fake_server_stop(server);

@@ -78,17 +78,17 @@ Test(process, stopped) {
 
     uint64_t start = fake_now_ms();
     cr_assert(look_up(client, &id, 300, &err) == BKV_DEADLINE_EXCEEDED, "%s", err.message);
-    assert_within(start, 700, "Lookup");
+    assert_within(start, 2000, "Lookup");
     for (int i = 0; i < 3; i++) { // the second and third over the connections that replaced the first
         start = fake_now_ms();
         cr_assert(bkv_put(client, &id, &block, 1, 300, NULL, &err) == BKV_DEADLINE_EXCEEDED, "%s", err.message);
-        assert_within(start, 700, "Put");
+        assert_within(start, 2000, "Put");
     }
     bkv_key_t key = fake_key(2, 0);
     bkv_record_t record;
     start = fake_now_ms();
     cr_assert(bkv_get(client, &id, &key, 1, NULL, 300, &record, &err) == BKV_DEADLINE_EXCEEDED, "%s", err.message);
-    assert_within(start, 700, "Get");
+    assert_within(start, 2000, "Get");
 
     kill(process.pid, SIGCONT);
     cr_assert(look_up(client, &id, 10000, &err) == BKV_OK, "%s", err.message);
@@ -124,7 +124,7 @@ Test(process, stopped_with_patient_calls) {
     cr_assert(bkv_lookup_submit(queue, 3, &id, &key, 1, 30000, &resident, NULL) == BKV_OK);
     uint64_t start = fake_now_ms();
     cr_assert(bkv_put(client, &id, &block, 1, 300, NULL, &err) == BKV_DEADLINE_EXCEEDED);
-    assert_within(start, 800, "Put");
+    assert_within(start, 2000, "Put");
     kill(process.pid, SIGCONT);
     for (size_t count = 0; count < 4;) {
         bkv_completion_t completion;
@@ -160,7 +160,7 @@ Test(process, destroy_while_stopped) {
     bkv_queue_destroy(queue);
     unmap_block(&block);
     bkv_client_destroy(client);
-    assert_within(start, 800, "the end");
+    assert_within(start, 2000, "the end");
     process_kill(&process);
     fake_place_remove(&place);
 }
@@ -196,7 +196,7 @@ Test(process, killed_and_started_again) {
         cr_assert(bkv_queue_poll(queue, &completion, 1, 20000) == 1);
         cr_assert(completion.error.status == BKV_OK, "%s", completion.error.message);
     }
-    assert_within(start, 4000, "finding the new daemon");
+    assert_within(start, 5000, "finding the new daemon");
     cr_assert(result.stored_bytes == PAYLOAD && resident[0] && resident[31]);
     cr_assert(look_up(client, &id, 0, &err) == BKV_OK, "%s", err.message);
     bkv_queue_destroy(queue);
