@@ -103,10 +103,17 @@ static void unlink_call(bkv_call_t *call) {
 }
 
 // What to report of a call: where its peer went away, that matters and not what it led to.
+// A client whose deadline passes says so by cancelling, a moment before the daemon's own clock gets there: the daemon counts
+// from the call's arrival, and gRPC rounds timeouts up on their way.
+static bool out_of_time(const bkv_call_t *call) {
+    uint64_t allowance_ms = 50 + (call->deadline_ms - call->accepted_ms) / 64;
+    return atomic_load(&call->expired) || (call->deadline_ms != UINT64_MAX && bkv_now_ms() + allowance_ms >= call->deadline_ms);
+}
+
 static void conclude(bkv_call_t *call) {
     bool own = call->error.status != BKV_OK && !call->broken;
     if (call->cancelled && !own) {
-        if (atomic_load(&call->expired)) {
+        if (out_of_time(call)) {
             bkv_fail(&call->error, BKV_DEADLINE_EXCEEDED, "deadline: the call had not ended when it passed");
         } else {
             bkv_fail(&call->error, BKV_CANCELLED, "the client cancelled the call or its connection broke");
@@ -266,7 +273,8 @@ static void accept_call(bkv_call_t *call) {
     advance(call, BKV_CALL_ACCEPTED);
     call->id = atomic_fetch_add(&server->last_id, 1) + 1;
     bool watch = call->method == BKV_METHOD_HEALTH_WATCH; // it lasts as long as it is wanted
-    call->deadline_ms = watch ? UINT64_MAX : deadline_of(call, bkv_now_ms());
+    call->accepted_ms = bkv_now_ms();
+    call->deadline_ms = watch ? UINT64_MAX : deadline_of(call, call->accepted_ms);
     atomic_fetch_add(&server->calls_total, 1);
     call->counted = !watch;
     atomic_fetch_add(&server->open, call->counted);

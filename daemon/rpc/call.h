@@ -73,6 +73,7 @@ struct bkv_call {
     grpc_metadata_array metadata;
     grpc_call_details details; // of methods that are not registered
     uint64_t id;               // request id, in log lines and trailing metadata
+    uint64_t accepted_ms;
     uint64_t deadline_ms;      // UINT64_MAX: none
     _Atomic bool expired;      // the deadline has passed and the call was cancelled for it
     bool started;              // initial metadata has been sent
