@@ -263,8 +263,8 @@ bkv_status_t bkv_listen_is_loopback(const char *host, bool *loopback, bkv_error_
 }
 
 bkv_status_t bkv_listen_tcp(grpc_server *server, const bkv_server_config_t *config, int *port, bkv_error_t *err) {
-    char host[HOST_MAX];
-    uint16_t wanted;
+    char host[HOST_MAX] = "";
+    uint16_t wanted = 0;
     bool loopback = false;
     grpc_server_credentials *credentials = NULL;
     bkv_status_t status = bkv_listen_parse(config->tcp, host, sizeof(host), &wanted, err);

@@ -51,8 +51,9 @@ void bkv_cursor_copy(bkv_cursor_t *cursor, void *out, size_t bytes) {
     assert(bytes <= cursor->remaining);
     uint8_t *to = out;
     while (bytes > 0) {
-        const uint8_t *from;
+        const uint8_t *from = NULL;
         size_t length = bkv_cursor_next(cursor, bytes, &from);
+        assert(length > 0);
         memcpy(to, from, length);
         to += length;
         bytes -= length;
@@ -92,14 +93,13 @@ bkv_status_t bkv_wire_unpack(const ProtobufCMessageDescriptor *type, grpc_byte_b
                         most);
     }
     const uint8_t *bytes = NULL;
-    size_t together = bkv_cursor_next(&cursor, length, &bytes);
-    if (together < length) { // received in pieces
+    if (bkv_cursor_next(&cursor, length, &bytes) < length) { // received in pieces
         uint8_t *whole = bkv_bump_alloc(bump, length);
         if (whole == NULL) {
             return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "request: no memory for its %zu bytes", length);
         }
-        memcpy(whole, bytes, together);
-        bkv_cursor_copy(&cursor, whole + together, length - together);
+        bkv_cursor_init(&cursor, message);
+        bkv_cursor_copy(&cursor, whole, length);
         bytes = whole;
     }
     return unpack(type, bytes, length, bump, result, err);
@@ -117,7 +117,7 @@ typedef struct field {
 static bkv_status_t read_varint(bkv_cursor_t *cursor, uint64_t *value, bkv_error_t *err) {
     uint64_t result = 0;
     for (unsigned i = 0; i < VARINT_MAX; i++) {
-        const uint8_t *byte;
+        const uint8_t *byte = NULL;
         if (bkv_cursor_next(cursor, 1, &byte) == 0) {
             return bkv_fail(err, BKV_INVALID_ARGUMENT, "request: ends within a number");
         }
@@ -135,7 +135,7 @@ static bkv_status_t read_varint(bkv_cursor_t *cursor, uint64_t *value, bkv_error
 
 // The number and type of the next field, and for a varint its value; any bytes that belong to it come next.
 static bkv_status_t read_field(bkv_cursor_t *cursor, field_t *field, bkv_error_t *err) {
-    uint64_t tag, length = 0;
+    uint64_t tag = 0, length = 0;
     bkv_status_t status = read_varint(cursor, &tag, err);
     if (status != BKV_OK) {
         return status;
@@ -207,7 +207,7 @@ static bkv_status_t keep_field(bkv_cursor_t *cursor, const field_t *field, head_
 
 static bkv_status_t split_fields(bkv_cursor_t *cursor, head_t *head, bkv_split_t *split, bkv_error_t *err) {
     while (cursor->remaining > 0) {
-        field_t field;
+        field_t field = {0};
         bkv_status_t status = read_field(cursor, &field, err);
         if (status == BKV_OK && field.number == BKV_WIRE_DATA_FIELD && field.type != WIRE_BYTES) {
             status = bkv_fail(err, BKV_INVALID_ARGUMENT, "request: field %d is not bytes", BKV_WIRE_DATA_FIELD);
@@ -236,7 +236,7 @@ bkv_status_t bkv_wire_split(const ProtobufCMessageDescriptor *type, grpc_byte_bu
     // A kept field never grows: its numbers are written in the shortest form.
     head_t head = {.room = cursor.remaining < head_most ? cursor.remaining : head_most};
     head.bytes = bkv_bump_alloc(bump, head.room);
-    if (head.bytes == NULL && head.room > 0) {
+    if (head.bytes == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "request: no memory for its fields");
     }
     bkv_status_t status = split_fields(&cursor, &head, split, err);
