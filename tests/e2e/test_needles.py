@@ -24,9 +24,12 @@ BLOCK, BLOCKS, WINDOW, SINK, CONTINUE = 256, 11, 64, 32, 128
 LENGTH = BLOCK * BLOCKS + WINDOW
 SEED = int(os.environ.get("BKV_E2E_SEED", "7"))  # of the codes and of where in the books the texts begin
 START = 20000 + SEED % 10 * 4000  # first character of a book that is read: past contents and preface
-NAMES = [["Alice", "Robert", "Harold"], ["Edward", "Julia", "Walter"]]
-NEEDLE = "\nRemember: the secret code of {name} is {code}.\n"
-QUESTION = " Question: What is the secret code of {name}? Answer:"
+FIRST = ["Olive", "Arthur", "Clara", "Edmund", "Flora", "George", "Helen", "Julian", "Martha", "Oscar", "Ruth", "Walter"]
+LAST = ["Dalton", "Marsh", "Hollis", "Prescott", "Whitmore", "Barnes", "Coleman", "Fletcher", "Grayson", "Keller"]
+CODES = 4  # hidden in each book
+SURE = 1.0  # nats; see leave_out_unsure
+NEEDLE = "\nThe access code of {name} is {code}.\n"
+QUESTION = "\nQuestion: what is the access code of {name}? Answer:"
 FOLD = "fold"
 # name, codec, rate, share of needles that must be answered (None: reported only)
 RUNS = [("dense4", native.DENSE4, 0, 1.0), ("balance 8x", native.BALANCE, 8, 0.9), ("balance 16x", native.BALANCE, 16, None),
@@ -49,7 +52,8 @@ class Story:
         with open(path, encoding="utf8") as file:
             text = tokenizer.encode(file.read()[START:START + 8 * LENGTH])
         rng = random.Random(SEED * 100 + number)
-        self.codes = {name: f"{rng.randrange(10 ** 6):06d}" for name in NAMES[number % len(NAMES)]}
+        names = [f"{first} {last}" for first, last in zip(rng.sample(FIRST, CODES), rng.sample(LAST, CODES))]
+        self.codes = {name: f"{rng.randrange(10 ** 6):06d}" for name in names}
         gap = (LENGTH - 350) // len(self.codes)
         self.ids, at = text[:gap // 2], gap // 2
         for name, code in self.codes.items():
@@ -71,12 +75,26 @@ class Story:
         logits -= logits.max(-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
+    def margin(self, name, caches):
+        """By how many nats the model prefers the right code's digits to any other, at the least sure digit."""
+        prompt = self.tokenizer.encode(QUESTION.format(name=name))
+        target = self.tokenizer.encode(QUESTION.format(name=name) + " " + self.codes[name])[len(prompt):]
+        table, rows = self.logprobs(prompt, target, caches), np.arange(len(target))
+        right = table[rows, target].copy()
+        table[rows, target] = -np.inf
+        return float((right - table.max(-1)).min())
+
+    def leave_out_unsure(self):
+        """Codes that the model hardly knows from its own exact cache say nothing about ours. Returns how many."""
+        sure = {name: code for name, code in self.codes.items() if self.margin(name, self.exact) >= SURE}
+        left_out = len(self.codes) - len(sure)
+        self.codes = sure
+        return left_out
+
     def judge(self, score, caches):
         """Asks for every code (right: each digit is the model's first choice) and reads on in the book."""
-        for name, code in self.codes.items():
-            prompt = self.tokenizer.encode(QUESTION.format(name=name))
-            target = self.tokenizer.encode(QUESTION.format(name=name) + " " + code)[len(prompt):]
-            score.right += bool((self.logprobs(prompt, target, caches).argmax(-1) == target).all())
+        for name in self.codes:
+            score.right += self.margin(name, caches) > 0
             score.asked += 1
         table = self.logprobs(self.rest[:1], self.rest[1:], caches)
         score.nll -= table[np.arange(len(table)), self.rest[1:]].sum()
@@ -136,15 +154,19 @@ class Needles(unittest.TestCase):
         self.assertTrue(books, f"no books in {folder}")
         model, tokenizer = lm.LM.load(), lm.Tokenizer()
         scores = {name: Score() for name in ["exact", *(name for name, *_ in RUNS)]}
+        left_out = 0
         with Daemon(arena="1G") as daemon:
             for number, path in enumerate(books):
                 started = time.monotonic()
                 story = Story(lm, model, tokenizer, path, number)
+                left_out += story.leave_out_unsure()
                 story.judge(scores["exact"], story.exact)
                 for name, codec, rate, _ in RUNS:
                     parts = through_daemon(daemon, story, name, codec, rate, scores[name])
                     story.judge(scores[name], story.restore(parts))
                 print(f"  {os.path.basename(path)}: {time.monotonic() - started:.0f} s", flush=True)
+        print(f"  {left_out} of {CODES * len(books)} codes are left out: the model is unsure of them even with its exact cache")
+        self.assertLessEqual(left_out, CODES * len(books) // 8)
         self.finish(scores)
 
     def finish(self, scores):
