@@ -102,7 +102,6 @@ static void unlink_call(bkv_call_t *call) {
     pthread_mutex_unlock(&server->lock);
 }
 
-// What to report of a call: where its peer went away, that matters and not what it led to.
 // A client whose deadline passes says so by cancelling, a moment before the daemon's own clock gets there: the daemon counts
 // from the call's arrival, and gRPC rounds timeouts up on their way.
 static bool out_of_time(const bkv_call_t *call) {
@@ -110,6 +109,7 @@ static bool out_of_time(const bkv_call_t *call) {
     return atomic_load(&call->expired) || (call->deadline_ms != UINT64_MAX && bkv_now_ms() + allowance_ms >= call->deadline_ms);
 }
 
+// What to report of a call: where its peer went away, that matters and not what it led to.
 static void conclude(bkv_call_t *call) {
     bool own = call->error.status != BKV_OK && !call->broken;
     if (call->cancelled && !own) {
