@@ -16,6 +16,11 @@ CPPFLAGS = -I. -Ikernels -I$(BUILD)/proto -DBKV_VERSION='"$(VERSION)"'
 CFLAGS = $(CSTD) $(WARN) $(OPT) $(SAN) -fPIC -fno-omit-frame-pointer -fvisibility=hidden -fstack-protector-strong -pthread
 LDFLAGS = $(SAN) -pthread -pie -Wl,--as-needed -Wl,-z,relro -Wl,-z,now
 
+# Asking pkg-config about gRPC takes 0.4 s, so each question is asked once, when first needed (after `make setup`).
+once = $(if $($(1)),,$(eval $(1) := $(shell $(2)) ))$($(1))
+cflags_of = $(call once,CFLAGS_OF_$(subst $() ,_,$(strip $(1))),pkg-config --cflags $(1))
+libs_of = $(call once,LIBS_OF_$(subst $() ,_,$(strip $(1))),pkg-config --libs $(1))
+
 # `make V=1` shows whole command lines.
 Q = $(if $(V),,@)
 say = $(if $(V),,@echo "  $(1)  $(2)")

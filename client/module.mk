@@ -9,13 +9,13 @@ SOVERSION := 0
 CLIENT_SO := $(BUILD)/lib/libbalancekv.so.$(VERSION)
 PUBLIC_HEADERS := client/balancekv.h kernels/codec.h kernels/seal.h kernels/status.h kernels/summary.h
 
-$(BUILD)/obj/client/%.o: DEPS_CFLAGS = $(shell pkg-config --cflags $(CLIENT_PC) $(BKV_PC))
+$(BUILD)/obj/client/%.o: DEPS_CFLAGS = $(call cflags_of,$(CLIENT_PC) $(BKV_PC))
 $(CLIENT_OBJ): | $(PROTO_HDR)
 $(CLIENT_SO): $(CLIENT_OBJ) $(PROTO_OBJ) $(KERNELS_OBJ) client/libbalancekv.map
 	@mkdir -p $(@D)
 	$(call say,LD ,$@)
 	$(Q)$(CC) $(filter-out -pie,$(LDFLAGS)) -shared -Wl,-soname,libbalancekv.so.$(SOVERSION) -Wl,--version-script=client/libbalancekv.map -Wl,-z,nodelete \
-	  -o $@ $(filter %.o,$^) $(shell pkg-config --libs $(CLIENT_PC)) -lm
+	  -o $@ $(filter %.o,$^) $(call libs_of,$(CLIENT_PC)) -lm
 $(BUILD)/lib/libbalancekv.so: $(CLIENT_SO)
 	@ln -sf libbalancekv.so.$(VERSION) $(BUILD)/lib/libbalancekv.so.$(SOVERSION)
 	@ln -sf libbalancekv.so.$(SOVERSION) $@
@@ -24,7 +24,7 @@ $(BUILD)/lib/libbalancekv.so: $(CLIENT_SO)
 $(BUILD)/bin/bkv: $(BKV_OBJ) $(BUILD)/lib/libbalancekv.so
 	@mkdir -p $(@D)
 	$(call say,LD ,$@)
-	$(Q)$(CC) $(LDFLAGS) -o $@ $(BKV_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' $(shell pkg-config --libs $(BKV_PC)) -lm
+	$(Q)$(CC) $(LDFLAGS) -o $@ $(BKV_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' $(call libs_of,$(BKV_PC)) -lm
 
 # Examples see only what an application does: the public headers and the library.
 $(BUILD)/examples/%: client/examples/%.c $(BUILD)/lib/libbalancekv.so

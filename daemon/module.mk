@@ -3,9 +3,9 @@ DAEMON_PC := grpc libprotobuf-c libuv inih libsystemd libcrypto libxxhash
 DAEMON_SRC := $(filter-out daemon/main.c,$(wildcard daemon/*.c daemon/*/*.c))
 DAEMON_OBJ := $(DAEMON_SRC:%.c=$(BUILD)/obj/%.o)
 DAEMON_LIB := $(BUILD)/lib/libbkvdaemon.a
-DAEMON_LIBS = $(shell pkg-config --libs $(DAEMON_PC)) -lm
+DAEMON_LIBS = $(call libs_of,$(DAEMON_PC)) -lm
 
-$(BUILD)/obj/daemon/%.o: DEPS_CFLAGS = $(shell pkg-config --cflags $(DAEMON_PC))
+$(BUILD)/obj/daemon/%.o: DEPS_CFLAGS = $(call cflags_of,$(DAEMON_PC))
 $(DAEMON_OBJ) $(BUILD)/obj/daemon/main.o: | $(PROTO_HDR)
 $(DAEMON_LIB): $(DAEMON_OBJ) $(PROTO_OBJ)
 	@mkdir -p $(@D)

@@ -3,7 +3,7 @@ HAVE_XXHASH := $(shell pkg-config --exists libxxhash 2>/dev/null && echo yes)
 KERNELS_SRC := $(filter-out $(if $(HAVE_XXHASH),,kernels/seal.c),$(wildcard kernels/*.c))
 KERNELS_OBJ := $(KERNELS_SRC:%.c=$(BUILD)/obj/%.o)
 KERNELS_LIB := $(BUILD)/lib/libbkvkernels.a
-KERNELS_LIBS = -lm $(if $(HAVE_XXHASH),$(shell pkg-config --libs libxxhash))
+KERNELS_LIBS = -lm $(if $(HAVE_XXHASH),$(call libs_of,libxxhash))
 
 # Kernels are arithmetic: -O3, and no errno from math functions, so that loops vectorise. Results stay deterministic: no -ffast-math.
 $(BUILD)/obj/kernels/%.o: FILE_CFLAGS = -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off

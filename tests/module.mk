@@ -6,8 +6,8 @@ UNIT_ROOMS := $(sort $(patsubst tests/unit/%/,%,$(dir $(wildcard tests/unit/*/te
 UNIT_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/unit/*.c tests/unit/*/*.c))
 UNIT_BIN := $(UNIT_ROOMS:%=$(BUILD)/tests/unit-%) $(BUILD)/tests/unit-daemon
 TEST_PC = $(UNIT_PC) $(DAEMON_PC) $(CLIENT_PC) $(BKV_PC)
-TEST_LIBS = $(shell pkg-config --libs $(TEST_PC)) -lm
-$(BUILD)/obj/tests/%.o: DEPS_CFLAGS = $(UNIT_CPPFLAGS) $(shell pkg-config --cflags $(TEST_PC))
+TEST_LIBS = $(call libs_of,$(TEST_PC)) -lm
+$(BUILD)/obj/tests/%.o: DEPS_CFLAGS = $(UNIT_CPPFLAGS) $(call cflags_of,$(TEST_PC))
 $(UNIT_OBJ): | $(PROTO_HDR)
 
 # One binary a room, over every room's objects, so that a unit test can reach what is not exported.
@@ -50,7 +50,7 @@ $(BUILD)/tests/bench_rpc: $(BENCH_OBJ) $(BUILD)/lib/libbalancekv.so $(PROTO_OBJ)
 	@mkdir -p $(@D)
 	$(call say,LD ,$@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $(BENCH_OBJ) $(PROTO_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' \
-	  $(shell pkg-config --libs $(CLIENT_PC) $(BKV_PC)) -lm
+	  $(call libs_of,$(CLIENT_PC) $(BKV_PC)) -lm
 ## bench: put, get and lookup against a bare gRPC C core in one run; writes build/bench/bench.json
 bench: setup
 	@$(MAKE) --no-print-directory bench-run
@@ -84,11 +84,11 @@ FUZZ_OBJ = $(FUZZ_ROOM_SRC:%.c=build-fuzz/obj/%.o)
 build-fuzz/obj/%.o: %.c | $(PROTO_HDR)
 	@mkdir -p $(@D)
 	$(call say,FUZ,$<)
-	$(Q)clang $(CPPFLAGS) $(shell pkg-config --cflags $(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -w -fsanitize=fuzzer-no-link,address,undefined -pthread -c $< -o $@
+	$(Q)clang $(CPPFLAGS) $(call cflags_of,$(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -w -fsanitize=fuzzer-no-link,address,undefined -pthread -c $< -o $@
 build-fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(FUZZ_OBJ)
 	$(call say,FUZ,$<)
-	$(Q)clang $(CPPFLAGS) $(shell pkg-config --cflags $(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -pthread -o $@ $^ \
-	  $(shell pkg-config --libs $(DAEMON_PC) $(BKV_PC)) -lm
+	$(Q)clang $(CPPFLAGS) $(call cflags_of,$(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -pthread -o $@ $^ \
+	  $(call libs_of,$(DAEMON_PC) $(BKV_PC)) -lm
 .PHONY: fuzz fuzz-run
 ## fuzz: every parser of outside bytes, FUZZ_SECONDS each (default 20)
 fuzz: setup
