@@ -112,6 +112,15 @@ static bkv_status_t choose_epoch(uint64_t *epoch, bkv_error_t *err) {
     return BKV_OK;
 }
 
+// Fewer threads than CPUs: they only move bytes, and on a small machine a second one costs more hand-overs than it saves.
+static uint32_t rpc_threads(const bkv_config_t *config) {
+    if (config->limits_rpc_threads != 0) {
+        return config->limits_rpc_threads;
+    }
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    return cpus < 8 ? 1 : cpus < 32 ? (uint32_t)cpus / 4 : 8;
+}
+
 static bkv_status_t start_server(bkv_app_t *app, bkv_error_t *err) {
     const bkv_config_t *config = app->config;
     uint64_t epoch = 0;
@@ -135,7 +144,7 @@ static bkv_status_t start_server(bkv_app_t *app, bkv_error_t *err) {
         .tls_cert = config->listen_tls_cert,
         .tls_key = config->listen_tls_key,
         .tls_client_ca = config->listen_tls_client_ca,
-        .threads = config->limits_rpc_threads,
+        .threads = rpc_threads(config),
         .max_calls = config->limits_max_calls,
         .max_batch = config->limits_max_batch,
         .max_message = config->limits_max_message,

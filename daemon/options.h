@@ -26,7 +26,7 @@
     X(compute, backend, STRING, "auto", false, "kernels: auto or ref")                                                         \
     X(compute, threads, U32, "0", false, "compute threads; 0: one per CPU")                                                    \
     X(compute, max_jobs, U32, "1024", false, "blocks waiting for a compute thread; beyond it UNAVAILABLE")                     \
-    X(limits, rpc_threads, U32, "2", false, "threads that serve gRPC completion queues")                                       \
+    X(limits, rpc_threads, U32, "0", false, "threads that serve gRPC completion queues; 0: one for every 4 CPUs, at most 8")   \
     X(limits, max_calls, U32, "4096", false, "calls in flight; beyond it UNAVAILABLE")                                         \
     X(limits, max_message, SIZE, "80M", false, "largest single gRPC message")                                                  \
     X(limits, max_block, SIZE, "256M", false, "largest payload of one block")                                                  \

@@ -66,8 +66,15 @@ void bkv_row_to_float(bkv_dtype_t dtype, const void *src, size_t n, float *out) 
     assert(!"dtype");
 }
 
+// The scan of what arrives should run at the speed of the memory, and SSE2 alone does not: the loader picks a variant.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(__clang__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
 // Adding (top bit - limit) to a magnitude sets the top bit exactly when the magnitude reaches the limit.
-static bool exceeds_u16(const uint8_t *src, size_t n, uint16_t limit) {
+WIDE static bool exceeds_u16(const uint8_t *src, size_t n, uint16_t limit) {
     uint16_t seen = 0;
     uint16_t lift = (uint16_t)(0x8000u - limit);
     for (size_t i = 0; i < n; i++) {
@@ -76,7 +83,7 @@ static bool exceeds_u16(const uint8_t *src, size_t n, uint16_t limit) {
     return (seen & 0x8000u) != 0;
 }
 
-static bool exceeds_u32(const uint8_t *src, size_t n, uint32_t limit) {
+WIDE static bool exceeds_u32(const uint8_t *src, size_t n, uint32_t limit) {
     uint32_t seen = 0;
     uint32_t lift = 0x80000000u - limit;
     for (size_t i = 0; i < n; i++) {
