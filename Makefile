@@ -26,6 +26,8 @@ Q = $(if $(V),,@)
 say = $(if $(V),,@echo "  $(1)  $(2)")
 
 .DEFAULT_GOAL := all
+# As many jobs as there are CPUs, unless the caller says otherwise.
+MAKEFLAGS += $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell nproc))
 .DELETE_ON_ERROR:
 .SECONDARY:
 
