@@ -27,7 +27,9 @@ say = $(if $(V),,@echo "  $(1)  $(2)")
 
 .DEFAULT_GOAL := all
 # As many jobs as there are CPUs, unless the caller says otherwise.
-MAKEFLAGS += $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell nproc))
+ifeq ($(filter -j%,$(MAKEFLAGS)),)
+MAKEFLAGS += -j$(shell nproc)
+endif
 .DELETE_ON_ERROR:
 .SECONDARY:
 
