@@ -27,7 +27,7 @@ say = $(if $(V),,@echo "  $(1)  $(2)")
 
 .DEFAULT_GOAL := all
 # As many jobs as there are CPUs, unless the caller says otherwise.
-ifeq ($(filter -j%,$(MAKEFLAGS)),)
+ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc)
 endif
 .DELETE_ON_ERROR:

@@ -8,7 +8,7 @@ INSTALL = install
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
-SYSCONFDIR ?= /etc
+SYSCONFDIR ?= $(if $(filter /usr /usr/local,$(PREFIX)),/etc,$(PREFIX)/etc)
 
 ## install: into DESTDIR/PREFIX (default /usr/local): programs, library, headers, man pages, unit, example configuration
 install: all
@@ -25,9 +25,9 @@ install: all
 	$(INSTALL) -m 644 deploy/bkv.1 $(DESTDIR)$(PREFIX)/share/man/man1
 	$(INSTALL) -m 644 deploy/balancekvd.8 $(DESTDIR)$(PREFIX)/share/man/man8
 	$(INSTALL) -m 644 deploy/completion/bkv deploy/completion/balancekvd $(DESTDIR)$(PREFIX)/share/bash-completion/completions
-	$(INSTALL) -m 644 proto/balancekv.proto README.md LICENSE $(DESTDIR)$(PREFIX)/share/doc/balancekvd
+	$(INSTALL) -m 644 proto/balancekv.proto client/examples/put_get.c README.md LICENSE $(DESTDIR)$(PREFIX)/share/doc/balancekvd
 	$(INSTALL) -m 644 deploy/balancekvd.conf.example $(DESTDIR)$(SYSCONFDIR)/balancekv/balancekvd.conf.example
 	sed 's|/usr/bin/balancekvd|$(PREFIX)/bin/balancekvd|' deploy/balancekvd.service >$(DESTDIR)$(UNITDIR)/balancekvd.service
 	$(INSTALL) -m 644 deploy/balancekvd.sysusers $(DESTDIR)$(SYSUSERSDIR)/balancekvd.conf
 	$(INSTALL) -m 644 deploy/balancekvd.tmpfiles $(DESTDIR)$(TMPFILESDIR)/balancekvd.conf
-	@[ -n "$(DESTDIR)" ] || ldconfig 2>/dev/null || true
+	@[ -n "$(DESTDIR)" ] || [ "$(SYSCONFDIR)" != /etc ] || ldconfig 2>/dev/null || true
