@@ -333,7 +333,7 @@ class Tls(Case):
 
     def secure(self, ca="ca", own=None):
         chain = (self.read(own + ".key"), self.read(own + ".pem")) if own else (None, None)
-        client = Client(f"localhost:{self.daemon.port()}", grpc.ssl_channel_credentials(self.read(ca + ".pem"), *chain))
+        client = Client(f"127.0.0.1:{self.daemon.port()}", grpc.ssl_channel_credentials(self.read(ca + ".pem"), *chain))
         self.addCleanup(client.close)
         return client
 
