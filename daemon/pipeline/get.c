@@ -74,12 +74,12 @@ static bkv_status_t deliver_slice(bkv_pipeline_t *pipeline, const bkv_spec_id_t 
 bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
                          const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery, bkv_error_t *err) {
     *delivery = (bkv_delivery_t){0};
-    const bkv_model_t *model = bkv_model_table_find(pipeline->models, spec_id);
-    if (model == NULL) {
-        return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
-    }
+    const bkv_model_t *model;
     bkv_deliver_range_t wanted = *range;
-    bkv_status_t status = resolve_range(model, &wanted, err);
+    bkv_status_t status = bkv_model_table_require(pipeline->models, spec_id, &model, err);
+    if (status == BKV_OK) {
+        status = resolve_range(model, &wanted, err);
+    }
     if (status != BKV_OK) {
         return status;
     }

@@ -282,6 +282,18 @@ const bkv_model_t *bkv_model_table_find(const bkv_model_table_t *table, const bk
     return found;
 }
 
+bkv_status_t bkv_model_table_require(const bkv_model_table_t *table, const bkv_spec_id_t *id, const bkv_model_t **model,
+                                     bkv_error_t *err) {
+    const bkv_model_t *found = bkv_model_table_find(table, id);
+    if (found == NULL) {
+        return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
+    }
+    if (model != NULL) {
+        *model = found;
+    }
+    return BKV_OK;
+}
+
 uint32_t bkv_model_table_count(const bkv_model_table_t *table) {
     return atomic_load_explicit(&table->count, memory_order_relaxed);
 }

@@ -38,6 +38,10 @@ bkv_status_t bkv_model_table_add(bkv_model_table_t *table, const bkv_model_t *mo
 // The model of an id; lives as long as the table. NULL: never opened here. Thread-safe, wait-free for readers.
 const bkv_model_t *bkv_model_table_find(const bkv_model_table_t *table, const bkv_spec_id_t *id);
 
+// The same for a request that cannot go on without: NOT_FOUND says what to do. model may be NULL.
+bkv_status_t bkv_model_table_require(const bkv_model_table_t *table, const bkv_spec_id_t *id, const bkv_model_t **model,
+                                     bkv_error_t *err);
+
 uint32_t bkv_model_table_count(const bkv_model_table_t *table);
 
 // The tenant tag of a name.

@@ -87,11 +87,7 @@ bkv_status_t bkv_pipeline_admit(bkv_pipeline_t *pipeline, const bkv_spec_id_t *s
         bkv_count(&pipeline->counters.busy_total, 1);
         return bkv_fail(err, BKV_BUSY, "draining: this daemon is about to stop");
     }
-    *model = bkv_model_table_find(pipeline->models, spec_id);
-    if (*model == NULL) {
-        return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
-    }
-    return BKV_OK;
+    return bkv_model_table_require(pipeline->models, spec_id, model, err);
 }
 
 bkv_status_t bkv_pipeline_check_batch(const bkv_pipeline_t *pipeline, uint32_t count, bkv_error_t *err) {

@@ -102,9 +102,10 @@ static bkv_status_t attend_start(bkv_call_t *call, bkv_bump_t *bump, const Balan
     if (request->n_keys == 0) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: none given");
     }
-    const bkv_model_t *model = bkv_model_table_find(bkv_pipeline_models(config->pipeline), &spec_id);
-    if (model == NULL) {
-        return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
+    const bkv_model_t *model;
+    status = bkv_model_table_require(bkv_pipeline_models(config->pipeline), &spec_id, &model, err);
+    if (status != BKV_OK) {
+        return status;
     }
     attend_t *attend = calloc(1, sizeof(*attend));
     bkv_key_t *keys = bkv_bump_alloc(bump, request->n_keys * sizeof(keys[0]));

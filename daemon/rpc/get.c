@@ -207,11 +207,11 @@ static bkv_status_t get_begin(bkv_call_t *call, const Balancekv__V1__GetRequest 
     if (status == BKV_OK) {
         status = bkv_wire_check_keys(request->n_keys, request->keys, config->max_batch, err);
     }
+    if (status == BKV_OK) {
+        status = bkv_model_table_require(bkv_pipeline_models(config->pipeline), &spec_id, NULL, err);
+    }
     if (status != BKV_OK) {
         return status;
-    }
-    if (bkv_model_table_find(bkv_pipeline_models(config->pipeline), &spec_id) == NULL) {
-        return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
     }
     get_t *get = get_new(call, (uint32_t)request->n_keys);
     if (get == NULL) {

@@ -74,11 +74,11 @@ static bkv_status_t get_keyed(bkv_call_t *call, bkv_bump_t *bump, const Protobuf
     if (status == BKV_OK) {
         status = bkv_wire_check_keys(count, keys, config->max_batch, err);
     }
+    if (status == BKV_OK) {
+        status = bkv_model_table_require(bkv_pipeline_models(config->pipeline), &keyed->spec_id, NULL, err);
+    }
     if (status != BKV_OK) {
         return status;
-    }
-    if (bkv_model_table_find(bkv_pipeline_models(config->pipeline), &keyed->spec_id) == NULL) {
-        return bkv_fail(err, BKV_NOT_FOUND, "spec_id: not open here; Open the spec first (again after a restart)");
     }
     keyed->count = (uint32_t)count;
     keyed->keys = bkv_bump_alloc(bump, count * sizeof(keyed->keys[0]));
