@@ -4,7 +4,7 @@
 
 #include "summary.h"
 
-// Packs `n` codes (a multiple of 8, each below 2^bits) as a little-endian bit string of n * bits / 8 bytes, and back.
+// Packs `n` codes (a multiple of 8, each below 2^bits) into n * bits / 8 bytes as summary.h describes, and back.
 void bkv_codes_pack(const uint8_t *codes, uint32_t n, uint32_t bits, uint8_t *out);
 void bkv_codes_unpack(const uint8_t *packed, uint32_t n, uint32_t bits, uint8_t *codes);
 

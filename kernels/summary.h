@@ -24,8 +24,12 @@
 // Keys are quantised per channel over groups of consecutive kept tokens: groups = max(1, (m + 32) / 64) groups of
 // ceil(m / groups) tokens each, because key channels differ far more than tokens do. The last groups may be shorter, and in
 // a section of thousands of tokens empty (params 0). Values
-// are quantised per token over groups of 64 channels. value = zero + scale * code. A row of codes is a little-endian bit
-// string: code i occupies bits [i * bits, (i + 1) * bits); dims are multiples of 8, so a row is whole bytes.
+// are quantised per token over groups of 64 channels. value = zero + scale * code. A row of codes takes dim * bits / 8 bytes;
+// dims are multiples of 8, so these are whole bytes. With 2, 4 and 8 bits it is a little-endian bit string: code i occupies
+// bits [i * bits, (i + 1) * bits). With 3 bits, every 32 codes are six little-endian uint16: number h holds code 5 * h + p in
+// bits [3 * p, 3 * p + 3), p < 5, and in bit 15 bit h / 2 of code 30 + h % 2; what is left of a row whose dim is no multiple
+// of 32 is a little-endian bit string. So no code straddles two halves of a word, and equal places of both halves come
+// out by one mask.
 // Bits = BKV_BITS_NATIVE means that the plane holds the source dtype verbatim.
 //
 // This file describes and validates; codec.h makes records, seal.h sums them.
@@ -42,7 +46,7 @@ extern "C" {
 #endif
 
 #define BKV_RECORD_MAGIC   0x53564b42u // "BKVS"
-#define BKV_RECORD_VERSION 1
+#define BKV_RECORD_VERSION 2
 #define BKV_RECORD_ALIGN   16
 
 #define BKV_KEY_BYTES     32

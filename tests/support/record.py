@@ -11,7 +11,7 @@ HEADER = struct.Struct("<IHBBQQ32s16sQQIHHHHHHBB6sQQ")
 FIELDS = ("magic version codec flags length checksum key spec_id tenant position tokens layers heads first_layer first_head "
           "key_dim value_dim dtype rate reserved0 seed reserved1").split()
 SECTION = struct.Struct("<IIIBBBB")
-MAGIC, VERSION, NATIVE, ALIGN = 0x53564B42, 1, 0xFF, 16
+MAGIC, VERSION, NATIVE, ALIGN = 0x53564B42, 2, 0xFF, 16
 WEIGHTS, FOLD, SLICE = 1, 2, 4
 BF16, FP16, FP32 = 1, 2, 3
 RAW, DENSE8, DENSE4, BALANCE = 1, 2, 3, 4
@@ -108,8 +108,28 @@ class Record:
     def _codes(self, at, m, dim, bits):
         row = dim * bits // 8
         raw = np.frombuffer(self.data, np.uint8, m * row, at).reshape(m, row)
+        if bits == 3:
+            return self._three(raw, dim)
+        return self._bit_string(raw, dim, bits)
+
+    @staticmethod
+    def _bit_string(raw, dim, bits):
+        m = len(raw)
         single = np.unpackbits(raw, axis=1, bitorder="little").reshape(m, dim, bits)
         return (single * (1 << np.arange(bits))).sum(-1).astype(np.float32)
+
+    @classmethod
+    def _three(cls, raw, dim):
+        """Groups of 32 codes in six uint16: five codes each, and two more in the bits 15."""
+        m, groups = len(raw), dim // 32
+        half = np.ascontiguousarray(raw[:, :12 * groups]).view("<u2").reshape(m, groups, 6)
+        codes = np.empty((m, groups, 32), np.float32)
+        for p in range(5):
+            codes[..., p:30:5] = half >> 3 * p & 7
+        for spare in range(2):
+            codes[..., 30 + spare] = sum((half[..., 2 * bit + spare] >> 15) << bit for bit in range(3))
+        rest = cls._bit_string(raw[:, 12 * groups:], dim - 32 * groups, 3)
+        return np.concatenate([codes.reshape(m, 32 * groups), rest], 1)
 
     def _native(self, at, m, dim):
         size = ELEMENT[self.dtype] * m * dim

@@ -170,6 +170,22 @@ static uint32_t bits_at(const uint8_t *at, uint64_t first, uint32_t bits) {
     return code;
 }
 
+uint32_t oracle_code(const uint8_t *row, uint32_t dim, uint32_t bits, uint32_t i) {
+    uint32_t group = i / 32, place = i % 32;
+    if (bits != 3 || group == dim / 32) {
+        return bits_at(row, (uint64_t)i * bits, bits); // the rest of a row begins where the groups of 32 codes end
+    }
+    row += (size_t)group * 12;
+    if (place < 30) {
+        return u16_at(row + 2 * (size_t)(place / 5)) >> (place % 5 * 3) & 7u;
+    }
+    uint32_t code = 0;
+    for (uint32_t bit = 0; bit < 3; bit++) {
+        code |= (uint32_t)u16_at(row + 4 * (size_t)bit + 2 * (size_t)(place - 30)) >> 15 << bit;
+    }
+    return code;
+}
+
 static double native_at(const uint8_t *plane, uint8_t dtype, uint64_t number) {
     bkv_block_t one = {.shape = {.dtype = (bkv_dtype_t)dtype}, .keys = plane};
     return oracle_element(&one, false, 0, 0, 0, (uint32_t)number);
@@ -212,9 +228,11 @@ void oracle_read(const void *record, uint32_t layer, uint32_t head, oracle_secti
         for (uint32_t i = 0; i < key_dim; i++) {
             const uint8_t *param = at + 4 * ((size_t)(t / group_tokens) * key_dim + i);
             uint64_t number = (uint64_t)t * key_dim + i;
-            section->k[number] = key_bits == 255 ? native_at(codes, dtype, number)
-                                                 : oracle_half(u16_at(param + 2)) +
-                                                       oracle_half(u16_at(param)) * bits_at(codes, number * key_bits, key_bits);
+            section->k[number] = key_bits == 255
+                                     ? native_at(codes, dtype, number)
+                                     : oracle_half(u16_at(param + 2)) +
+                                           oracle_half(u16_at(param)) *
+                                               oracle_code(codes + (size_t)t * (key_dim * key_bits / 8), key_dim, key_bits, i);
         }
     }
     uint32_t value_groups = (value_dim + 63) / 64;
@@ -223,10 +241,11 @@ void oracle_read(const void *record, uint32_t layer, uint32_t head, oracle_secti
         for (uint32_t i = 0; i < value_dim; i++) {
             const uint8_t *param = values + 4 * ((size_t)t * value_groups + i / 64);
             uint64_t number = (uint64_t)t * value_dim + i;
-            section->v[number] = value_bits == 255
-                                     ? native_at(codes, dtype, number)
-                                     : oracle_half(u16_at(param + 2)) +
-                                           oracle_half(u16_at(param)) * bits_at(codes, number * value_bits, value_bits);
+            section->v[number] = value_bits == 255 ? native_at(codes, dtype, number)
+                                                   : oracle_half(u16_at(param + 2)) +
+                                                         oracle_half(u16_at(param)) *
+                                                             oracle_code(codes + (size_t)t * (value_dim * value_bits / 8),
+                                                                         value_dim, value_bits, i);
         }
     }
 }

@@ -45,4 +45,7 @@ void oracle_read(const void *record, uint32_t layer, uint32_t head, oracle_secti
 // Softmax attention of one query over `count` sections in one softmax: out [value_dim], returns the log-sum-exp.
 double oracle_attend(const oracle_section_t *sections, uint32_t count, const float *q, double scale, double *out);
 
+// Code i of a packed row of `dim` codes, bit by bit.
+uint32_t oracle_code(const uint8_t *row, uint32_t dim, uint32_t bits, uint32_t i);
+
 #endif

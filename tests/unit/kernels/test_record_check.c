@@ -86,7 +86,7 @@ Test(record_check, each_header_field_is_looked_at) {
     const bkv_record_header_t good = *header;
 #define BAD(change, name) *header = good, change, refused(header, length, name)
     BAD(header->magic ^= 1, "magic");
-    BAD(header->version = 2, "version");
+    BAD(header->version = BKV_RECORD_VERSION - 1, "version");
     BAD(header->codec = 0, "codec");
     BAD(header->codec = 5, "codec");
     BAD(header->flags |= 0x80, "flags");
