@@ -43,7 +43,7 @@ demo-run: all
 	@BUILD=$(BUILD) $(PYTHON) tests/demo.py
 
 # Benches are C programs over the library and the bare gRPC C core.
-BENCH_SRC := $(wildcard tests/bench/*.c)
+BENCH_SRC := $(addprefix tests/bench/,bench_rpc.c bare.c report.c)
 BENCH_OBJ := $(BENCH_SRC:%.c=$(BUILD)/obj/%.o)
 $(BENCH_OBJ): | $(PROTO_HDR)
 $(BUILD)/tests/bench_rpc: $(BENCH_OBJ) $(BUILD)/lib/libbalancekv.so $(PROTO_OBJ)
