@@ -1,7 +1,22 @@
 # kernels/: needs a C compiler only; seal.c also libxxhash, and is left out where that is missing (GPU hosts).
 HAVE_XXHASH := $(shell pkg-config --exists libxxhash 2>/dev/null && echo yes)
 KERNELS_SRC := $(filter-out $(if $(HAVE_XXHASH),,kernels/seal.c),$(wildcard kernels/*.c))
-KERNELS_OBJ := $(KERNELS_SRC:%.c=$(BUILD)/obj/%.o)
+
+# CUDA: *_cuda.cu where there is nvcc, absent_cuda.c elsewhere and in sanitizer builds. `make NVCC=` leaves it out too.
+ifeq ($(origin NVCC),undefined)
+NVCC := $(if $(SAN),,$(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
+endif
+CUDA_SRC := $(if $(NVCC),$(wildcard kernels/*_cuda.cu))
+CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/obj/%.cu.o)
+CUDA_ALL := $(if $(NVCC),$(BUILD)/obj/kernels/cuda_all.o)
+CUDA_HOME = $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+CUDA_RUNTIME = $(firstword $(wildcard $(CUDA_HOME)/lib64/libcudart_static.a $(CUDA_HOME)/targets/x86_64-linux/lib/libcudart_static.a \
+  /usr/lib/x86_64-linux-gnu/libcudart_static.a))
+CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
+NVCC_FLAGS = -std=c++17 -O3 $(CUDA_ARCH) -Werror all-warnings \
+  -Xcompiler -fPIC,-fno-exceptions,-fno-rtti,-fvisibility=hidden,-Wall,-Wextra,-Wshadow,-Werror
+
+KERNELS_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(if $(NVCC),$(filter-out kernels/absent_cuda.c,$(KERNELS_SRC)),$(KERNELS_SRC))) $(CUDA_ALL)
 KERNELS_LIB := $(BUILD)/lib/libbkvkernels.a
 KERNELS_LIBS = -lm $(if $(HAVE_XXHASH),$(call libs_of,libxxhash))
 
@@ -17,6 +32,16 @@ $(KERNELS_LIB): $(KERNELS_OBJ)
 	$(call say,AR ,$@)
 	$(Q)$(AR) rcs $@ $^
 
+$(BUILD)/obj/kernels/%.cu.o: kernels/%.cu
+	$(call say,NVCC,$<)
+	@mkdir -p $(@D)
+	$(Q)$(NVCC) $(NVCC_FLAGS) -MMD -MF $(@:.o=.d) -c $< -o $@
+# One object with the CUDA runtime inside, so that whoever links the kernels needs to know nothing of CUDA. The runtime finds
+# the driver by dlopen: the same binary runs where there is none.
+$(CUDA_ALL): $(CUDA_OBJ)
+	$(call say,LD ,$@)
+	$(Q)$(LD) -r -o $@ $^ $(CUDA_RUNTIME)
+
 .PHONY: cuda-note
 cuda-note:
-	@command -v nvcc >/dev/null 2>&1 || echo "note: nvcc not found, CUDA is left out; everything else works"
+	@$(if $(NVCC),true,echo "note: CUDA is left out$(if $(SAN), of sanitizer builds,: no nvcc); everything else works")

@@ -1,0 +1,59 @@
+// absent_cuda.c - gpu.h where there was no nvcc at build time: no devices, and nothing else is then ever called.
+#include "gpu.h"
+
+#define NO_NVCC 1
+
+uint32_t bkv_gpu_count(void) {
+    return 0;
+}
+
+const char *bkv_gpu_error(int error) {
+    (void)error;
+    return "this build has no CUDA: there was no nvcc";
+}
+
+int bkv_gpu_open(int device, bkv_gpu_traits_t *traits) {
+    (void)device;
+    *traits = (bkv_gpu_traits_t){0};
+    return NO_NVCC;
+}
+
+int bkv_gpu_enter(int device, int *before) {
+    (void)device;
+    *before = 0;
+    return NO_NVCC;
+}
+
+void bkv_gpu_leave(int before) {
+    (void)before;
+}
+
+void *bkv_gpu_own_stream(void) {
+    return NULL;
+}
+
+int bkv_gpu_alloc(void **memory, size_t bytes, void *stream) {
+    (void)bytes;
+    (void)stream;
+    *memory = NULL;
+    return NO_NVCC;
+}
+
+int bkv_gpu_free(void *memory, void *stream) {
+    (void)memory;
+    (void)stream;
+    return NO_NVCC;
+}
+
+int bkv_gpu_copy(void *to, const void *from, size_t bytes, void *stream) {
+    (void)to;
+    (void)from;
+    (void)bytes;
+    (void)stream;
+    return NO_NVCC;
+}
+
+int bkv_gpu_wait(void *stream) {
+    (void)stream;
+    return NO_NVCC;
+}
