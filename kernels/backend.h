@@ -2,6 +2,7 @@
 #ifndef BKV_BACKEND_H
 #define BKV_BACKEND_H
 
+#include "lanes.h"
 #include "record.h"
 
 // The reference backend: portable C, and the definition of the result.
@@ -17,21 +18,22 @@ bool bkv_balance_plan(const bkv_shape_t *shape, uint32_t available, bool weighte
                       bool *weights);
 
 // dense8 and dense4, every token of every section. scratch: bkv_dense_scratch bytes.
-void bkv_dense_compress(const bkv_block_t *block, const bkv_codec_params_t *params, const bkv_record_id_t *id, void *record,
-                        void *scratch);
+void bkv_dense_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
+                        const bkv_record_id_t *id, void *record, void *scratch);
 size_t bkv_dense_scratch(const bkv_shape_t *shape);
 
 // Rows [first, first + count) of one head's keys (or values) as contiguous floats.
-void bkv_block_read(const bkv_block_t *block, bool values, uint32_t layer, uint32_t head, uint32_t first, uint32_t count,
-                    float *out);
+void bkv_block_read(const bkv_lanes_t *lanes, const bkv_block_t *block, bool values, uint32_t layer, uint32_t head,
+                    uint32_t first, uint32_t count, float *out);
 
-bkv_status_t bkv_ref_compress_balance(const bkv_block_t *block, const bkv_codec_params_t *params, const bkv_record_id_t *id,
-                                      void *record, void *workspace, bkv_error_t *err);
-size_t bkv_ref_balance_workspace(const bkv_shape_t *shape, const bkv_codec_params_t *params);
+// The balance codec, and bkv_fold, over any table of inner loops.
+bkv_status_t bkv_balance_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
+                                  const bkv_record_id_t *id, void *record, void *workspace, bkv_error_t *err);
+size_t bkv_balance_workspace(const bkv_lanes_t *lanes, const bkv_shape_t *shape);
 
-bkv_status_t bkv_ref_fold(const void *const *records, uint32_t count, const bkv_record_id_t *id, uint64_t budget, uint64_t seed,
-                          void *record, void *workspace, size_t *length, bkv_error_t *err);
-size_t bkv_ref_fold_workspace(const void *const *records, uint32_t count, uint64_t budget);
+bkv_status_t bkv_fold_records(const bkv_lanes_t *lanes, const void *const *records, uint32_t count, const bkv_record_id_t *id,
+                              uint64_t budget, uint64_t seed, void *record, void *workspace, size_t *length, bkv_error_t *err);
+size_t bkv_fold_scratch(const bkv_lanes_t *lanes, const void *const *records, uint32_t count);
 
 bkv_status_t bkv_ref_attend(const void *const *records, uint32_t count, const bkv_attend_args_t *args, void *workspace,
                             bkv_error_t *err);

@@ -3,6 +3,7 @@
 #define BKV_BALANCE_H
 
 #include "backend.h"
+#include "lanes.h"
 #include "random.h"
 
 // The most tokens that one walk looks at: a leaf, or two merged halves, of the merge-and-reduce tree. Its cost per token grows
@@ -11,30 +12,41 @@
 
 // The tokens of one (layer, head), wherever they lie.
 typedef struct bkv_source {
+    const bkv_lanes_t *lanes;
     uint32_t tokens, key_dim, value_dim;
     // Rows [first, first + count) as floats; k or v may be NULL.
     void (*read)(const struct bkv_source *source, uint32_t first, uint32_t count, float *k, float *v);
     const void *from;
     uint32_t layer, head;
+    const float *k, *v; // every row, where bkv_source_hold has read them; else NULL
 } bkv_source_t;
+
+// Keys or values of tokens [first, first + count): those held, or read into `rows`.
+const float *bkv_source_keys(const bkv_source_t *source, uint32_t first, uint32_t count, float *rows);
+const float *bkv_source_values(const bkv_source_t *source, uint32_t first, uint32_t count, float *rows);
+
+// Copies the keys, the values or both (NULL: not these) of the listed tokens, ascending, into rows that follow one another.
+void bkv_source_gather(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, float *k, float *v);
 
 // What becomes of a token.
 typedef enum bkv_fate { BKV_DROPPED = 0, BKV_WALKED = 1, BKV_PROTECTED = 2 } bkv_fate_t;
 
 // Scratch of one walk over at most BKV_WALK_TOKENS tokens.
 typedef struct bkv_walk {
-    float *gram;    // [limit][limit]
-    float *columns; // [larger dim][limit]: rows transposed
-    float *row;     // [larger dim]
-    float *mean;    // [larger dim]
+    float *keys;    // [limit][limit]: inner products of centred keys
+    float *gram;    // [limit][limit]: the kernel
+    float *rows;    // [limit][larger dim]: keys, then values
+    float *mean;    // [key_dim]
+    void *products; // scratch of bkv_lanes_t.products
     float *weight;  // [limit]
     float *sum;     // [limit]: signed kernel sum at each token
     uint32_t *list; // [limit]: those still there
     uint8_t *sign;  // [limit]
-    uint32_t limit; // BKV_WALK_TOKENS, or fewer where there are fewer tokens; a multiple of 8
+    uint32_t limit; // BKV_WALK_TOKENS, or fewer where there are fewer tokens; a multiple of BKV_TILE
 } bkv_walk_t;
 
-void bkv_walk_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_dim, uint32_t value_dim, bkv_walk_t *walk);
+void bkv_walk_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint32_t tokens, uint32_t key_dim, uint32_t value_dim,
+                    bkv_walk_t *walk);
 
 // Reduces tokens[0..n) to exactly `target` of them, 1 <= target <= n <= limit, moved to the front in their old order.
 // weight[token] of those kept grows so that the sum over the n tokens stays.
@@ -49,18 +61,26 @@ typedef struct bkv_selection {
     float *score;         // [tokens]
     uint32_t *list;       // [tokens]
     float *mean;          // [key_dim]
+    float *panel_k;       // [limit of the walk][key_dim]: as many rows as are looked at together
+    float *panel_v;       // [limit of the walk][value_dim]
     bkv_walk_t walk;
     // One key group of kept tokens on its way into the record:
     float *k, *v;             // [BKV_KEY_GROUP_MAX][dim]
     uint32_t *token, *walked; // [BKV_KEY_GROUP_MAX]: which token a row is; which rows are walked ones
-    float *half_square;       // [BKV_KEY_GROUP_MAX]: |k|^2 / 2 of a walked row
-    float *share, *mass;      // [BKV_KEY_GROUP_MAX]: of one token, of all tokens, per walked row
+    float *anchors;           // [BKV_KEY_GROUP_MAX][key_dim]: centred keys of walked rows
+    float *half;              // [BKV_KEY_GROUP_MAX]: |k|^2 / 2 of a walked row
+    float *parts;             // [limit of the walk][BKV_KEY_GROUP_MAX]: of each token, what each walked row stands for
+    float *share;             // [limit of the walk]: weight of each token that the walked rows stand for
+    float *mass;              // [BKV_KEY_GROUP_MAX]: sum of parts of a walked row
     float *fit;               // [BKV_KEY_GROUP_MAX][value_dim]: new values of walked rows
     float *ranges;            // [4][key_dim]
 } bkv_selection_t;
 
-void bkv_selection_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_dim, uint32_t value_dim,
-                         bkv_selection_t *selection);
+void bkv_selection_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint32_t tokens, uint32_t key_dim,
+                         uint32_t value_dim, bkv_selection_t *selection);
+
+// Reads all of a source that is small enough into the selection's panel, so that nothing is converted twice.
+void bkv_source_hold(bkv_source_t *source, const bkv_selection_t *selection);
 
 // Chooses exactly m of the source's tokens: protects the first `sink` and the outliers, walks the rest.
 // selection->source_weight must be filled. All tokens are kept as they are when m is all of them.

@@ -19,18 +19,17 @@
 
 static void block_source_read(const bkv_source_t *source, uint32_t first, uint32_t count, float *k, float *v) {
     if (k) {
-        bkv_block_read(source->from, false, source->layer, source->head, first, count, k);
+        bkv_block_read(source->lanes, source->from, false, source->layer, source->head, first, count, k);
     }
     if (v) {
-        bkv_block_read(source->from, true, source->layer, source->head, first, count, v);
+        bkv_block_read(source->lanes, source->from, true, source->layer, source->head, first, count, v);
     }
 }
 
-size_t bkv_ref_balance_workspace(const bkv_shape_t *shape, const bkv_codec_params_t *params) {
-    (void)params;
+size_t bkv_balance_workspace(const bkv_lanes_t *lanes, const bkv_shape_t *shape) {
     bkv_scratch_t scratch = {0};
     bkv_selection_t selection;
-    bkv_selection_carve(&scratch, shape->tokens, shape->key_dim, shape->value_dim, &selection);
+    bkv_selection_carve(&scratch, lanes, shape->tokens, shape->key_dim, shape->value_dim, &selection);
     return scratch.used;
 }
 
@@ -40,8 +39,8 @@ static uint32_t sink_tokens(const bkv_block_t *block, const bkv_codec_params_t *
     return sink < block->shape.tokens ? (uint32_t)sink : block->shape.tokens;
 }
 
-bkv_status_t bkv_ref_compress_balance(const bkv_block_t *block, const bkv_codec_params_t *params, const bkv_record_id_t *id,
-                                      void *record, void *workspace, bkv_error_t *err) {
+bkv_status_t bkv_balance_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
+                                  const bkv_record_id_t *id, void *record, void *workspace, bkv_error_t *err) {
     const bkv_shape_t *shape = &block->shape;
     bkv_section_t section;
     bool weights;
@@ -60,9 +59,10 @@ bkv_status_t bkv_ref_compress_balance(const bkv_block_t *block, const bkv_codec_
 
     bkv_scratch_t scratch = {.base = workspace};
     bkv_selection_t selection;
-    bkv_selection_carve(&scratch, shape->tokens, shape->key_dim, shape->value_dim, &selection);
+    bkv_selection_carve(&scratch, lanes, shape->tokens, shape->key_dim, shape->value_dim, &selection);
     for (uint32_t i = 0; i < sections; i++) {
-        bkv_source_t source = {.tokens = shape->tokens,
+        bkv_source_t source = {.lanes = lanes,
+                               .tokens = shape->tokens,
                                .key_dim = shape->key_dim,
                                .value_dim = shape->value_dim,
                                .read = block_source_read,
@@ -75,6 +75,7 @@ bkv_status_t bkv_ref_compress_balance(const bkv_block_t *block, const bkv_codec_
         for (uint32_t t = 0; t < shape->tokens; t++) {
             selection.source_weight[t] = 1;
         }
+        bkv_source_hold(&source, &selection);
         bkv_select(&source, sink_tokens(block, params, id), section.tokens, &random, &selection);
         bkv_selection_write(&source, NULL, &selection, record);
     }

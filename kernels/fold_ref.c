@@ -70,7 +70,8 @@ static uint32_t tokens_available(const void *const *records, uint32_t count) {
     return most;
 }
 
-static size_t scratch_carve(const void *const *records, uint32_t count, void *base, fold_scratch_t *fold) {
+static size_t scratch_carve(const bkv_lanes_t *lanes, const void *const *records, uint32_t count, void *base,
+                            fold_scratch_t *fold) {
     const bkv_record_header_t *header = records[0];
     uint32_t tokens = tokens_available(records, count);
     bkv_scratch_t scratch = {.base = base};
@@ -78,14 +79,13 @@ static size_t scratch_carve(const void *const *records, uint32_t count, void *ba
     fold->source.views = bkv_scratch_take(&scratch, (uint64_t)count * sizeof(bkv_section_view_t));
     fold->source.starts = bkv_scratch_take(&scratch, ((uint64_t)count + 1) * sizeof(uint32_t));
     fold->position = bkv_scratch_take(&scratch, (uint64_t)tokens * sizeof(uint32_t));
-    bkv_selection_carve(&scratch, tokens, header->key_dim, header->value_dim, &fold->selection);
+    bkv_selection_carve(&scratch, lanes, tokens, header->key_dim, header->value_dim, &fold->selection);
     return scratch.used;
 }
 
-size_t bkv_ref_fold_workspace(const void *const *records, uint32_t count, uint64_t budget) {
-    (void)budget;
+size_t bkv_fold_scratch(const bkv_lanes_t *lanes, const void *const *records, uint32_t count) {
     fold_scratch_t fold;
-    return scratch_carve(records, count, NULL, &fold);
+    return scratch_carve(lanes, records, count, NULL, &fold);
 }
 
 // Refuses what the float16 scales of the result cannot hold. Only unquantised children can have it.
@@ -180,8 +180,8 @@ static uint32_t sink_tokens(const fold_scratch_t *fold, uint32_t tokens, uint64_
     return sink;
 }
 
-bkv_status_t bkv_ref_fold(const void *const *records, uint32_t count, const bkv_record_id_t *id, uint64_t budget, uint64_t seed,
-                          void *record, void *workspace, size_t *length, bkv_error_t *err) {
+bkv_status_t bkv_fold_records(const bkv_lanes_t *lanes, const void *const *records, uint32_t count, const bkv_record_id_t *id,
+                              uint64_t budget, uint64_t seed, void *record, void *workspace, size_t *length, bkv_error_t *err) {
     const bkv_record_header_t *first = records[0];
     if (!record_plan(records, count, id, budget, seed, record)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "budget: %llu bytes hold no record of %u layers and %u heads",
@@ -190,9 +190,10 @@ bkv_status_t bkv_ref_fold(const void *const *records, uint32_t count, const bkv_
     *length = (size_t)bkv_record_place(record);
     assert(*length <= budget);
     fold_scratch_t fold;
-    scratch_carve(records, count, workspace, &fold);
+    scratch_carve(lanes, records, count, workspace, &fold);
     for (uint32_t i = 0; i < (uint32_t)first->layers * first->heads; i++) {
-        bkv_source_t source = {.key_dim = first->key_dim,
+        bkv_source_t source = {.lanes = lanes,
+                               .key_dim = first->key_dim,
                                .value_dim = first->value_dim,
                                .read = fold_source_read,
                                .from = &fold.source,
@@ -206,6 +207,7 @@ bkv_status_t bkv_ref_fold(const void *const *records, uint32_t count, const bkv_
         bkv_random_mix(&random, first->position);
         bkv_random_mix(&random, i);
         uint32_t m = bkv_record_directory(record)[i].tokens;
+        bkv_source_hold(&source, &fold.selection);
         bkv_select(&source, sink_tokens(&fold, source.tokens, first->position), m, &random, &fold.selection);
         bkv_selection_write(&source, fold.position, &fold.selection, record);
     }

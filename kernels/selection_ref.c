@@ -1,26 +1,77 @@
-// select_ref.c - which tokens of one head are kept: protect the outliers, walk the rest down to what is left of m.
+// selection_ref.c - which tokens of one head are kept: protect the outliers, walk the rest down to what is left of m.
 #include "balance.h"
-
-#include "vector.h"
 
 #include <assert.h>
 #include <math.h>
 
-void bkv_selection_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_dim, uint32_t value_dim,
-                         bkv_selection_t *selection) {
+const float *bkv_source_keys(const bkv_source_t *source, uint32_t first, uint32_t count, float *rows) {
+    if (source->k) {
+        return source->k + (size_t)first * source->key_dim;
+    }
+    source->read(source, first, count, rows, NULL);
+    return rows;
+}
+
+const float *bkv_source_values(const bkv_source_t *source, uint32_t first, uint32_t count, float *rows) {
+    if (source->v) {
+        return source->v + (size_t)first * source->value_dim;
+    }
+    source->read(source, first, count, NULL, rows);
+    return rows;
+}
+
+static void rows_copy(const bkv_source_t *source, uint32_t first, uint32_t count, float *k, float *v) {
+    if (!source->k || !source->v) {
+        source->read(source, first, count, k, v);
+        return;
+    }
+    if (k) {
+        memcpy(k, source->k + (size_t)first * source->key_dim, (size_t)count * source->key_dim * sizeof(float));
+    }
+    if (v) {
+        memcpy(v, source->v + (size_t)first * source->value_dim, (size_t)count * source->value_dim * sizeof(float));
+    }
+}
+
+void bkv_source_gather(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, float *k, float *v) {
+    for (uint32_t i = 0, run; i < n; i += run) {
+        run = 1;
+        while (i + run < n && tokens[i + run] == tokens[i] + run) {
+            run++;
+        }
+        rows_copy(source, tokens[i], run, k ? k + (size_t)i * source->key_dim : NULL,
+                  v ? v + (size_t)i * source->value_dim : NULL);
+    }
+}
+
+void bkv_source_hold(bkv_source_t *source, const bkv_selection_t *selection) {
+    if (source->tokens <= selection->walk.limit) {
+        source->read(source, 0, source->tokens, selection->panel_k, selection->panel_v);
+        source->k = selection->panel_k;
+        source->v = selection->panel_v;
+    }
+}
+
+void bkv_selection_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint32_t tokens, uint32_t key_dim,
+                         uint32_t value_dim, bkv_selection_t *selection) {
     selection->source_weight = bkv_scratch_take(scratch, (uint64_t)tokens * sizeof(float));
     selection->weight = bkv_scratch_take(scratch, (uint64_t)tokens * sizeof(float));
     selection->fate = bkv_scratch_take(scratch, tokens);
     selection->score = bkv_scratch_take(scratch, (uint64_t)tokens * sizeof(float));
     selection->list = bkv_scratch_take(scratch, (uint64_t)tokens * sizeof(uint32_t));
     selection->mean = bkv_scratch_take(scratch, key_dim * sizeof(float));
-    bkv_walk_carve(scratch, tokens, key_dim, value_dim, &selection->walk);
+    bkv_walk_carve(scratch, lanes, tokens, key_dim, value_dim, &selection->walk);
+    uint64_t limit = selection->walk.limit;
+    selection->panel_k = bkv_scratch_take(scratch, limit * key_dim * sizeof(float));
+    selection->panel_v = bkv_scratch_take(scratch, limit * value_dim * sizeof(float));
     selection->k = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * key_dim * sizeof(float));
     selection->v = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * value_dim * sizeof(float));
     selection->token = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(uint32_t));
     selection->walked = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(uint32_t));
-    selection->half_square = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(float));
-    selection->share = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(float));
+    selection->anchors = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * key_dim * sizeof(float));
+    selection->half = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(float));
+    selection->parts = bkv_scratch_take(scratch, limit * BKV_KEY_GROUP_MAX * sizeof(float));
+    selection->share = bkv_scratch_take(scratch, limit * sizeof(float));
     selection->mass = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(float));
     selection->fit = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * value_dim * sizeof(float));
     selection->ranges = bkv_scratch_take(scratch, 4ull * key_dim * sizeof(float));
@@ -34,27 +85,28 @@ static uint32_t protect_count(uint32_t n, uint32_t m) {
 }
 
 // 1 / |row|, or 0 for a row of zeros, which has no direction.
-static float inverse_norm(const float *row, uint32_t dim) {
-    float square = bkv_dot(row, row, dim);
+static float inverse_norm(const bkv_lanes_t *lanes, const float *row, uint32_t dim) {
+    float square = lanes->dot(row, row, dim);
     return square > 0 ? 1.0f / sqrtf(square) : 0.0f;
 }
 
 // KeyDiff (arXiv 2504.15364): the cosine of each key with the mean direction of all. The smallest are the outliers, which
 // some query may single out; the others can stand for one another.
 static void score_keys(const bkv_source_t *source, bkv_selection_t *selection) {
-    uint32_t dim = source->key_dim;
+    const bkv_lanes_t *lanes = source->lanes;
+    uint32_t dim = source->key_dim, step = selection->walk.limit;
+    float *inverse = selection->score; // first 1 / |key|, then the score
     memset(selection->mean, 0, dim * sizeof(float));
     for (uint32_t pass = 0; pass < 2; pass++) {
-        for (uint32_t first = 0; first < source->tokens; first += BKV_KEY_GROUP_MAX) {
-            uint32_t count = source->tokens - first < BKV_KEY_GROUP_MAX ? source->tokens - first : BKV_KEY_GROUP_MAX;
-            source->read(source, first, count, selection->k, NULL);
-            for (uint32_t t = 0; t < count; t++) {
-                const float *row = selection->k + (size_t)t * dim;
-                float inverse = inverse_norm(row, dim);
+        for (uint32_t first = 0; first < source->tokens; first += step) {
+            uint32_t count = source->tokens - first < step ? source->tokens - first : step;
+            const float *row = bkv_source_keys(source, first, count, selection->panel_k);
+            for (uint32_t t = first; t < first + count; t++, row += dim) {
                 if (pass == 0) {
-                    bkv_axpy(selection->source_weight[first + t] * inverse, row, dim, selection->mean);
+                    inverse[t] = inverse_norm(lanes, row, dim);
+                    lanes->axpy(selection->source_weight[t] * inverse[t], row, dim, selection->mean);
                 } else {
-                    selection->score[first + t] = bkv_dot(row, selection->mean, dim) * inverse;
+                    selection->score[t] = lanes->dot(row, selection->mean, dim) * inverse[t];
                 }
             }
         }

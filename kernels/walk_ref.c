@@ -6,8 +6,6 @@
 // answers every query nearly as the whole does. The small constant keeps the denominator in balance as well.
 #include "balance.h"
 
-#include "vector.h"
-
 #include <assert.h>
 #include <math.h>
 
@@ -26,108 +24,49 @@ static uint32_t larger(uint32_t a, uint32_t b) {
     return a > b ? a : b;
 }
 
-void bkv_walk_carve(bkv_scratch_t *scratch, uint32_t tokens, uint32_t key_dim, uint32_t value_dim, bkv_walk_t *walk) {
-    uint32_t dim = larger(key_dim, value_dim), limit = tokens < BKV_WALK_TOKENS ? tokens : BKV_WALK_TOKENS;
-    limit = (limit + 7) / 8 * 8;
+void bkv_walk_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint32_t tokens, uint32_t key_dim, uint32_t value_dim,
+                    bkv_walk_t *walk) {
+    uint32_t limit = bkv_tile_pad(tokens < BKV_WALK_TOKENS ? tokens : BKV_WALK_TOKENS), dim = larger(key_dim, value_dim);
     walk->limit = limit;
+    walk->keys = bkv_scratch_take(scratch, (uint64_t)limit * limit * sizeof(float));
     walk->gram = bkv_scratch_take(scratch, (uint64_t)limit * limit * sizeof(float));
-    walk->columns = bkv_scratch_take(scratch, (uint64_t)limit * dim * sizeof(float));
-    walk->row = bkv_scratch_take(scratch, dim * sizeof(float));
-    walk->mean = bkv_scratch_take(scratch, dim * sizeof(float));
+    walk->rows = bkv_scratch_take(scratch, (uint64_t)limit * dim * sizeof(float));
+    walk->mean = bkv_scratch_take(scratch, key_dim * sizeof(float));
+    walk->products = bkv_scratch_take(scratch, lanes->products_scratch(limit, limit, dim));
     walk->weight = bkv_scratch_take(scratch, limit * sizeof(float));
     walk->sum = bkv_scratch_take(scratch, limit * sizeof(float));
     walk->list = bkv_scratch_take(scratch, limit * sizeof(uint32_t));
     walk->sign = bkv_scratch_take(scratch, limit);
 }
 
-// Inner products of a 4 x 8 tile of columns: small enough for the registers of any machine.
-static void tile_dot(const float *restrict columns, uint32_t stride, uint32_t dim, uint32_t i, uint32_t j, float tile[4][8]) {
-    float sum[4][8] = {{0}};
-    for (uint32_t d = 0; d < dim; d++) {
-        const float *a = columns + (size_t)d * stride + i, *b = columns + (size_t)d * stride + j;
-        for (uint32_t r = 0; r < 4; r++) {
-            for (uint32_t c = 0; c < 8; c++) {
-                sum[r][c] += a[r] * b[c];
-            }
-        }
-    }
-    memcpy(tile, sum, sizeof(sum));
-}
-
-// Upper triangle (by tiles) of the inner products of the columns, put into the gram or multiplied into it.
-static void gram_keys(bkv_walk_t *walk, uint32_t padded, uint32_t dim) {
-    for (uint32_t i = 0; i < padded; i += 4) {
-        for (uint32_t j = i / 8 * 8; j < padded; j += 8) {
-            float tile[4][8];
-            tile_dot(walk->columns, padded, dim, i, j, tile);
-            for (uint32_t r = 0; r < 4; r++) {
-                memcpy(walk->gram + (size_t)(i + r) * padded + j, tile[r], sizeof(tile[r]));
-            }
-        }
-    }
-}
-
-static void gram_values(bkv_walk_t *walk, uint32_t padded, uint32_t dim, float scale, float shift) {
-    for (uint32_t i = 0; i < padded; i += 4) {
-        for (uint32_t j = i / 8 * 8; j < padded; j += 8) {
-            float tile[4][8];
-            tile_dot(walk->columns, padded, dim, i, j, tile);
-            for (uint32_t r = 0; r < 4; r++) {
-                float *row = walk->gram + (size_t)(i + r) * padded + j;
-                for (uint32_t c = 0; c < 8; c++) {
-                    float exponent = row[c] * scale - shift;
-                    exponent = exponent < EXPONENT_TOP ? exponent : EXPONENT_TOP; // rounding of enormous keys may exceed it
-                    row[c] = expf(exponent) * (tile[r][c] + VALUE_FLOOR);
-                }
-            }
-        }
-    }
-    for (uint32_t i = 0; i < padded; i++) {
-        for (uint32_t j = 0; j < i / 8 * 8; j++) {
-            walk->gram[(size_t)i * padded + j] = walk->gram[(size_t)j * padded + i];
-        }
-    }
-}
-
-// Columns of the tokens' keys or values, zero up to `padded`; keys are centred, which leaves every softmax as it is and
-// keeps the exponents small.
-static void columns_load(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, uint32_t padded, bool values,
-                         bkv_walk_t *walk) {
-    uint32_t dim = values ? source->value_dim : source->key_dim;
+// Centring leaves every softmax as it is and keeps the exponents small.
+static void rows_centre(const bkv_lanes_t *lanes, uint32_t n, uint32_t dim, bkv_walk_t *walk) {
+    float total = 0;
+    memset(walk->mean, 0, dim * sizeof(float));
     for (uint32_t t = 0; t < n; t++) {
-        source->read(source, tokens[t], 1, values ? NULL : walk->row, values ? walk->row : NULL);
-        for (uint32_t d = 0; d < dim; d++) {
-            walk->columns[(size_t)d * padded + t] = walk->row[d];
-        }
+        lanes->axpy(walk->weight[t], walk->rows + (size_t)t * dim, dim, walk->mean);
+        total += walk->weight[t];
     }
-    for (uint32_t d = 0; d < dim; d++) {
-        float *column = walk->columns + (size_t)d * padded;
-        if (!values) {
-            float sum = 0, total = 0;
-            for (uint32_t t = 0; t < n; t++) {
-                sum += walk->weight[t] * column[t];
-                total += walk->weight[t];
-            }
-            for (uint32_t t = 0; t < n; t++) {
-                column[t] -= sum / total;
-            }
-        }
-        for (uint32_t t = n; t < padded; t++) {
-            column[t] = 0;
-        }
+    for (uint32_t t = 0; t < n; t++) {
+        lanes->axpy(-1.0f / total, walk->mean, dim, walk->rows + (size_t)t * dim);
     }
 }
 
 static void gram_build(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, uint32_t padded, bkv_walk_t *walk) {
-    columns_load(source, tokens, n, padded, false, walk);
-    gram_keys(walk, padded, source->key_dim);
-    float scale = 1.0f / sqrtf((float)source->key_dim), top = 0;
+    const bkv_lanes_t *lanes = source->lanes;
+    uint32_t key_dim = source->key_dim, value_dim = source->value_dim;
+    bkv_source_gather(source, tokens, n, walk->rows, NULL);
+    rows_centre(lanes, n, key_dim, walk);
+    lanes->products(walk->rows, n, walk->rows, n, key_dim, walk->keys, padded, walk->products);
+    float scale = 1.0f / sqrtf((float)key_dim), top = 0;
     for (uint32_t t = 0; t < n; t++) {
-        float own = walk->gram[(size_t)t * padded + t] * scale; // no inner product is larger than the largest square
+        float own = walk->keys[(size_t)t * padded + t] * scale; // no inner product is larger than the largest square
         top = own > top ? own : top;
     }
-    columns_load(source, tokens, n, padded, true, walk);
-    gram_values(walk, padded, source->value_dim, scale, top > EXPONENT_TOP ? top - EXPONENT_TOP : 0);
+    bkv_source_gather(source, tokens, n, NULL, walk->rows);
+    lanes->products(walk->rows, n, walk->rows, n, value_dim, walk->gram, padded, walk->products);
+    float shift = top > EXPONENT_TOP ? top - EXPONENT_TOP : 0;
+    lanes->kernel(walk->keys, walk->gram, padded, scale, shift, EXPONENT_TOP, VALUE_FLOOR); // rounding may exceed the top
 }
 
 static void shuffle(uint32_t *list, uint32_t n, bkv_random_t *random) {
@@ -140,7 +79,8 @@ static void shuffle(uint32_t *list, uint32_t n, bkv_random_t *random) {
 
 // Gives list[0..n), n even, signs of which exactly half are 1, by the walk: each token takes the sign that pulls the signed
 // sum back, at random where it does not matter. Once a sign has its half the rest take the other.
-static void walk_signs(const uint32_t *list, uint32_t n, uint32_t padded, bkv_random_t *random, bkv_walk_t *walk) {
+static void walk_signs(const bkv_lanes_t *lanes, const uint32_t *list, uint32_t n, uint32_t padded, bkv_random_t *random,
+                       bkv_walk_t *walk) {
     uint32_t left[2] = {n / 2, n / 2};
     for (uint32_t i = 0; i < n; i++) {
         uint32_t token = list[i];
@@ -151,7 +91,7 @@ static void walk_signs(const uint32_t *list, uint32_t n, uint32_t padded, bkv_ra
         sign = left[sign] > 0 ? sign : !sign;
         left[sign]--;
         walk->sign[token] = (uint8_t)sign;
-        bkv_axpy(sign ? walk->weight[token] : -walk->weight[token], row, padded, walk->sum);
+        lanes->axpy(sign ? walk->weight[token] : -walk->weight[token], row, padded, walk->sum);
     }
 }
 
@@ -159,9 +99,10 @@ static void walk_signs(const uint32_t *list, uint32_t n, uint32_t padded, bkv_ra
 // n - drop. A token of sign s and weight w counts (1 + s) w from now on, so walk->sum, signed sums of all halvings so far,
 // is the whole's distance from what is left of it: the next halving goes on where this one ends and mends what it left. For
 // 36 of 192 tokens that takes the squared distance, against as many at random, from 0.80 to 0.51.
-static void walk_halve(uint32_t *list, uint32_t n, uint32_t drop, uint32_t padded, bkv_random_t *random, bkv_walk_t *walk) {
+static void walk_halve(const bkv_lanes_t *lanes, uint32_t *list, uint32_t n, uint32_t drop, uint32_t padded,
+                       bkv_random_t *random, bkv_walk_t *walk) {
     shuffle(list, n, random);
-    walk_signs(list, 2 * drop, padded, random, walk);
+    walk_signs(lanes, list, 2 * drop, padded, random, walk);
     float total = 0, kept = 0;
     for (uint32_t i = 0; i < 2 * drop; i++) {
         total += walk->weight[list[i]];
@@ -176,7 +117,7 @@ static void walk_halve(uint32_t *list, uint32_t n, uint32_t drop, uint32_t padde
                 continue;
             }
             if (growth != 2.0f) {
-                bkv_axpy((growth - 2.0f) * walk->weight[token], walk->gram + (size_t)token * padded, padded, walk->sum);
+                lanes->axpy((growth - 2.0f) * walk->weight[token], walk->gram + (size_t)token * padded, padded, walk->sum);
             }
             walk->weight[token] *= growth;
         }
@@ -188,7 +129,7 @@ static void walk_halve(uint32_t *list, uint32_t n, uint32_t drop, uint32_t padde
 void bkv_walk_reduce(const bkv_source_t *source, uint32_t *tokens, uint32_t n, uint32_t target, float *weight,
                      bkv_random_t *random, bkv_walk_t *walk) {
     assert(target >= 1 && target <= n && n <= walk->limit);
-    uint32_t padded = (n + 7) / 8 * 8;
+    uint32_t padded = bkv_tile_pad(n);
     for (uint32_t t = 0; t < n; t++) {
         walk->weight[t] = weight[tokens[t]];
         walk->list[t] = t;
@@ -200,7 +141,7 @@ void bkv_walk_reduce(const bkv_source_t *source, uint32_t *tokens, uint32_t n, u
     uint32_t left = n;
     while (left > target) {
         uint32_t drop = left - target < left / 2 ? left - target : left / 2;
-        walk_halve(walk->list, left, drop, padded, random, walk);
+        walk_halve(source->lanes, walk->list, left, drop, padded, random, walk);
         left -= drop;
     }
     memset(walk->sign, 0, n);

@@ -2,8 +2,6 @@
 #include "balance.h"
 
 #include "convert.h"
-#include "quant.h"
-#include "vector.h"
 
 #include <math.h>
 
@@ -58,30 +56,50 @@ static void write_weights(const bkv_selection_t *selection, uint32_t tokens, uin
 static uint32_t rows_gather(const bkv_source_t *source, uint32_t token, uint32_t count, const bkv_selection_t *selection) {
     for (uint32_t row = 0; row < count; token++) {
         if (selection->fate[token] != BKV_DROPPED) {
-            selection->token[row] = token;
-            source->read(source, token, 1, selection->k + (size_t)row * source->key_dim,
-                         selection->v + (size_t)row * source->value_dim);
-            row++;
+            selection->token[row++] = token;
         }
     }
+    bkv_source_gather(source, selection->token, count, selection->k, selection->v);
     return token;
 }
 
-// How much of `key` each walked row answers for: a softmax of exp(-|key - row|^2 / (2 sqrt d)), |key|^2 cancelled.
-static void responsibilities(const float *key, uint32_t dim, uint32_t rows, const bkv_selection_t *selection, float *share) {
-    float scale = 1.0f / sqrtf((float)dim), top = -INFINITY, sum = 0;
-    for (uint32_t r = 0; r < rows; r++) {
-        const float *row = selection->k + (size_t)selection->walked[r] * dim;
-        share[r] = (bkv_dot(key, row, dim) - selection->half_square[r]) * scale;
-        top = share[r] > top ? share[r] : top;
+// The walked rows of a group: their keys about a common centre, which no softmax below notices and rounding does, and half
+// their squared norms. Returns how many.
+static uint32_t anchors_load(const bkv_source_t *source, uint32_t count, const bkv_selection_t *selection) {
+    const bkv_lanes_t *lanes = source->lanes;
+    uint32_t rows = 0, dim = source->key_dim;
+    float *centre = selection->walk.mean;
+    memset(centre, 0, dim * sizeof(float));
+    for (uint32_t r = 0; r < count; r++) {
+        if (selection->fate[selection->token[r]] == BKV_WALKED) {
+            const float *row = selection->k + (size_t)r * dim;
+            memcpy(selection->anchors + (size_t)rows * dim, row, dim * sizeof(float));
+            lanes->axpy(1, row, dim, centre);
+            selection->half[rows] = 0.5f * lanes->dot(row, row, dim);
+            selection->walked[rows++] = r;
+        }
     }
     for (uint32_t r = 0; r < rows; r++) {
-        share[r] = expf(share[r] - top);
-        sum += share[r];
+        lanes->axpy(-1.0f / (float)rows, centre, dim, selection->anchors + (size_t)r * dim);
     }
-    for (uint32_t r = 0; r < rows; r++) {
-        share[r] /= sum;
+    return rows;
+}
+
+// Hands tokens [first, first + count) out to the walked rows: each by a softmax of exp(-|key - row|^2 / (2 sqrt d)), whose
+// |key|^2 and the anchors' centre cancel; a protected token stands for itself and is not handed out.
+static void tokens_share(const bkv_source_t *source, uint32_t first, uint32_t count, uint32_t rows,
+                         const bkv_selection_t *selection) {
+    const bkv_lanes_t *lanes = source->lanes;
+    const float *k = bkv_source_keys(source, first, count, selection->panel_k);
+    const float *v = bkv_source_values(source, first, count, selection->panel_v);
+    uint32_t stride = bkv_tile_pad(rows);
+    for (uint32_t t = 0; t < count; t++) {
+        selection->share[t] = selection->fate[first + t] == BKV_PROTECTED ? 0.0f : selection->source_weight[first + t];
     }
+    lanes->products(k, count, selection->anchors, rows, source->key_dim, selection->parts, stride, selection->walk.products);
+    lanes->shares(selection->parts, count, rows, stride, selection->half, 1.0f / sqrtf((float)source->key_dim),
+                  selection->share, selection->mass);
+    lanes->mix(selection->parts, count, rows, stride, v, source->value_dim, selection->fit);
 }
 
 // Refit: each walked row's value becomes the mean of all values it stands for, those of [first, end) that are not
@@ -89,38 +107,23 @@ static void responsibilities(const float *key, uint32_t dim, uint32_t rows, cons
 // changed little (16x: error 0.238 for 0.247, NLL 0.058 for 0.050), mean keys made both worse (0.274, 0.071).
 static void rows_refit(const bkv_source_t *source, uint32_t first, uint32_t end, uint32_t count,
                        const bkv_selection_t *selection) {
-    uint32_t rows = 0, key_dim = source->key_dim, value_dim = source->value_dim;
-    for (uint32_t r = 0; r < count; r++) {
-        if (selection->fate[selection->token[r]] == BKV_WALKED) {
-            const float *row = selection->k + (size_t)r * key_dim;
-            selection->half_square[rows] = 0.5f * bkv_dot(row, row, key_dim);
-            selection->walked[rows++] = r;
-        }
-    }
+    uint32_t rows = anchors_load(source, count, selection), value_dim = source->value_dim, step = selection->walk.limit;
     if (rows == 0) {
         return;
     }
-    memset(selection->fit, 0, (size_t)rows * value_dim * sizeof(float));
-    memset(selection->mass, 0, rows * sizeof(float));
-    for (uint32_t t = first; t < end; t++) {
-        if (selection->fate[t] == BKV_PROTECTED) {
-            continue;
-        }
-        source->read(source, t, 1, selection->walk.row, selection->walk.mean);
-        responsibilities(selection->walk.row, key_dim, rows, selection, selection->share);
-        for (uint32_t r = 0; r < rows; r++) {
-            float part = selection->share[r] * selection->source_weight[t];
-            selection->mass[r] += part;
-            bkv_axpy(part, selection->walk.mean, value_dim, selection->fit + (size_t)r * value_dim);
-        }
+    memset(selection->fit, 0, (size_t)bkv_tile_pad(rows) * value_dim * sizeof(float));
+    memset(selection->mass, 0, bkv_tile_pad(rows) * sizeof(float));
+    for (uint32_t t = first; t < end; t += step) {
+        tokens_share(source, t, end - t < step ? end - t : step, rows, selection);
     }
     for (uint32_t r = 0; r < rows; r++) {
         float *value = selection->v + (size_t)selection->walked[r] * value_dim;
         if (!(selection->mass[r] > MASS_MIN)) {
             continue; // only where keys are so large that a row is not its own nearest: the value stays its own
         }
+        float inverse = 1.0f / selection->mass[r];
         for (uint32_t i = 0; i < value_dim; i++) {
-            value[i] = selection->fit[(size_t)r * value_dim + i] / selection->mass[r];
+            value[i] = selection->fit[(size_t)r * value_dim + i] * inverse;
         }
     }
 }
@@ -129,6 +132,7 @@ static void rows_refit(const bkv_source_t *source, uint32_t first, uint32_t end,
 // the next one's, so that the cost stays linear in the tokens.
 static void write_rows(const bkv_source_t *source, const bkv_selection_t *selection, const bkv_section_view_t *view,
                        uint8_t *key_plane, uint8_t *value_plane) {
+    const bkv_lanes_t *lanes = source->lanes;
     const bkv_plane_layout_t *layout = &view->layout;
     uint32_t done = 0;
     for (uint32_t group = 0; group < layout->key_groups; group++) {
@@ -139,14 +143,12 @@ static void write_rows(const bkv_source_t *source, const bkv_selection_t *select
         }
         rows_refit(source, done, end, count, selection);
         done = end;
-        bkv_quant_key_group(selection->k, count, view->key_dim, view->key_bits,
-                            key_plane + layout->key_params + 4ull * group * view->key_dim,
-                            key_plane + layout->key_codes + (size_t)first * layout->key_row, selection->ranges);
-        for (uint32_t t = 0; t < count; t++) {
-            bkv_quant_value_row(selection->v + (size_t)t * view->value_dim, view->value_dim, view->value_bits,
-                                value_plane + 4ull * (first + t) * layout->value_groups,
-                                value_plane + layout->value_codes + (size_t)(first + t) * layout->value_row);
-        }
+        lanes->quant_keys(selection->k, count, view->key_dim, view->key_bits,
+                          key_plane + layout->key_params + 4ull * group * view->key_dim,
+                          key_plane + layout->key_codes + (size_t)first * layout->key_row, selection->ranges);
+        lanes->quant_values(selection->v, count, view->value_dim, view->value_bits,
+                            value_plane + 4ull * first * layout->value_groups,
+                            value_plane + layout->value_codes + (size_t)first * layout->value_row);
     }
 }
 

@@ -45,7 +45,12 @@ static rows_t rows_make(uint32_t n, uint32_t dim, uint64_t seed) {
 }
 
 static bkv_source_t source_of(const rows_t *rows) {
-    return (bkv_source_t){.tokens = rows->n, .key_dim = rows->dim, .value_dim = rows->dim, .read = rows_read, .from = rows};
+    return (bkv_source_t){.lanes = &bkv_lanes_ref,
+                          .tokens = rows->n,
+                          .key_dim = rows->dim,
+                          .value_dim = rows->dim,
+                          .read = rows_read,
+                          .from = rows};
 }
 
 // |sum of (before - after) u|^2 over the walk's kernel, by its definition.
@@ -75,9 +80,9 @@ static void walk(const rows_t *rows, uint32_t target, float *weight, uint64_t se
     bkv_source_t source = source_of(rows);
     bkv_scratch_t size = {0};
     bkv_walk_t scratch;
-    bkv_walk_carve(&size, n, rows->dim, rows->dim, &scratch);
+    bkv_walk_carve(&size, &bkv_lanes_ref, n, rows->dim, rows->dim, &scratch);
     bkv_scratch_t memory = {.base = oracle_exact(size.used)};
-    bkv_walk_carve(&memory, n, rows->dim, rows->dim, &scratch);
+    bkv_walk_carve(&memory, &bkv_lanes_ref, n, rows->dim, rows->dim, &scratch);
     uint32_t *tokens = oracle_alloc(n * sizeof(uint32_t));
     for (uint32_t t = 0; t < n; t++) {
         tokens[t] = t;
@@ -192,9 +197,9 @@ static const uint8_t *select_from(const rows_t *rows, uint32_t sink, uint32_t m,
     bkv_source_t source = source_of(rows);
     bkv_scratch_t size = {0};
     bkv_selection_t selection;
-    bkv_selection_carve(&size, rows->n, rows->dim, rows->dim, &selection);
+    bkv_selection_carve(&size, &bkv_lanes_ref, rows->n, rows->dim, rows->dim, &selection);
     bkv_scratch_t memory = {.base = oracle_exact(size.used)};
-    bkv_selection_carve(&memory, rows->n, rows->dim, rows->dim, &selection);
+    bkv_selection_carve(&memory, &bkv_lanes_ref, rows->n, rows->dim, rows->dim, &selection);
     for (uint32_t t = 0; t < rows->n; t++) {
         selection.source_weight[t] = 1;
     }

@@ -1,0 +1,56 @@
+// backend_cpu.c - the tables of the backends that run on a CPU: one driver over the inner loops of an instruction set. codec.h
+// says what each entry does.
+#include "backend.h"
+
+#include "cpu.h"
+
+static size_t compress_workspace(const bkv_lanes_t *lanes, const bkv_shape_t *shape, const bkv_codec_params_t *params) {
+    return params->codec == BKV_CODEC_BALANCE ? bkv_balance_workspace(lanes, shape) : bkv_dense_scratch(shape);
+}
+
+static bkv_status_t compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
+                             const bkv_record_id_t *id, void *record, void *workspace, size_t *length, bkv_error_t *err) {
+    bkv_status_t status = BKV_OK;
+    if (params->codec == BKV_CODEC_BALANCE) {
+        status = bkv_balance_compress(lanes, block, params, id, record, workspace, err);
+    } else {
+        bkv_dense_compress(lanes, block, params, id, record, workspace);
+    }
+    *length = (size_t)((bkv_record_header_t *)record)->length;
+    return status;
+}
+
+// A backend of the given name over bkv_lanes_<name>. Capacity and arguments were checked in codec.c.
+#define CPU_BACKEND(isa, can_run)                                                                                              \
+    static bkv_status_t isa##_compress(const bkv_block_t *block, const bkv_codec_params_t *params, const bkv_record_id_t *id,  \
+                                       void *record, size_t capacity, void *workspace, size_t *length, bkv_error_t *err) {     \
+        (void)capacity;                                                                                                        \
+        return compress(&bkv_lanes_##isa, block, params, id, record, workspace, length, err);                                  \
+    }                                                                                                                          \
+    static size_t isa##_compress_workspace(const bkv_shape_t *shape, const bkv_codec_params_t *params) {                       \
+        return compress_workspace(&bkv_lanes_##isa, shape, params);                                                            \
+    }                                                                                                                          \
+    static bkv_status_t isa##_fold(const void *const *records, uint32_t count, const bkv_record_id_t *id, uint64_t budget,     \
+                                   uint64_t seed, void *record, void *workspace, size_t *length, bkv_error_t *err) {           \
+        return bkv_fold_records(&bkv_lanes_##isa, records, count, id, budget, seed, record, workspace, length, err);           \
+    }                                                                                                                          \
+    static size_t isa##_fold_workspace(const void *const *records, uint32_t count, uint64_t budget) {                          \
+        (void)budget;                                                                                                          \
+        return bkv_fold_scratch(&bkv_lanes_##isa, records, count);                                                             \
+    }                                                                                                                          \
+    const bkv_backend_t bkv_backend_##isa = {                                                                                  \
+        .name = #isa,                                                                                                          \
+        .available = can_run,                                                                                                  \
+        .compress = isa##_compress,                                                                                            \
+        .fold = isa##_fold,                                                                                                    \
+        .attend = bkv_ref_attend,                                                                                              \
+        .compress_workspace = isa##_compress_workspace,                                                                        \
+        .fold_workspace = isa##_fold_workspace,                                                                                \
+        .attend_workspace = bkv_ref_attend_workspace,                                                                          \
+    }
+
+static bool always(void) {
+    return true; // portable C
+}
+
+CPU_BACKEND(ref, always);

@@ -1,0 +1,62 @@
+// lanes.h - internal: the inner loops of compression and folding, one table for each instruction set. balance_ref.c and its
+// neighbours and dense.c are the one driver over them: they say what is computed, a table how fast.
+//
+// lanes_ref.c defines each operation in plain C. lanes_avx2.c and lanes_avx512.c are the vector code of lanes_vector.h in two
+// widths; lanes_amx.c takes that of AVX-512 and multiplies matrices with tiles. Another table may round differently (sums in
+// another order, exp to 1e-6, with AMX the factors of products to bfloat16), and always rounds the same way.
+//
+// Rows are contiguous floats; dims are multiples of 8. Memory that is read or written belongs to the caller and does not
+// overlap unless said so. All of it is re-entrant.
+#ifndef BKV_LANES_H
+#define BKV_LANES_H
+
+#include "summary.h"
+
+// Rows and columns of matrices are padded to this: the tile of AMX, one register of AVX-512, two of AVX2.
+#define BKV_TILE 16
+
+static inline uint32_t bkv_tile_pad(uint32_t n) {
+    return (n + BKV_TILE - 1) / BKV_TILE * BKV_TILE;
+}
+
+typedef struct bkv_lanes {
+    // Inner product of n elements.
+    float (*dot)(const float *a, const float *b, uint32_t n);
+
+    // y += a * x
+    void (*axpy)(float a, const float *x, uint32_t n, float *y);
+
+    // n elements of a dtype, at any address, to float.
+    void (*to_float)(bkv_dtype_t dtype, const void *src, size_t n, float *out);
+
+    // out[i][j] = <a_i, b_j>, rows of `stride` floats, for i < na and j < nb. Where a == b and na == nb only j >= i / 16 * 16 are
+    // sure to be written. Up to i < pad(na), j < pad(nb) more may be written, and is finite: out has pad(na) rows and
+    // stride >= pad(nb). scratch: products_scratch bytes, 64-byte aligned.
+    void (*products)(const float *a, uint32_t na, const float *b, uint32_t nb, uint32_t dim, float *out, uint32_t stride,
+                     void *scratch);
+    size_t (*products_scratch)(uint32_t na, uint32_t nb, uint32_t dim);
+
+    // The walk's kernel from the products of keys and of values, both [padded][padded] with at least j >= i / 16 * 16 there:
+    //   values[i][j] = exp(min(keys[i][j] * scale - shift, top)) * (values[i][j] + lift) for all i, j < padded
+    // padded is a multiple of BKV_TILE.
+    void (*kernel)(const float *keys, float *values, uint32_t padded, float scale, float shift, float top, float lift);
+
+    // Softmax over rows, for each token t < tokens: parts[t][r] = weight[t] * softmax_r(scale * (parts[t][r] - half[r])), and
+    // mass[r] += parts[t][r]. stride, a multiple of BKV_TILE, is the length of a row of parts; r >= rows may be overwritten.
+    void (*shares)(float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *half, float scale,
+                   const float *weight, float *mass);
+
+    // fit[r][i] += sum over t of parts[t][r] * values[t][i], r < rows, i < dim. stride is that of parts, a multiple of BKV_TILE,
+    // and parts are finite up to pad(rows); fit has pad(rows) rows.
+    void (*mix)(const float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *values, uint32_t dim,
+                float *fit);
+
+    // bkv_quant_key_group of quant.h, and bkv_quant_value_row over `count` rows.
+    void (*quant_keys)(const float *rows, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes,
+                       float *scratch);
+    void (*quant_values)(const float *rows, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes);
+} bkv_lanes_t;
+
+extern const bkv_lanes_t bkv_lanes_ref;
+
+#endif

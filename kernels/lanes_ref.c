@@ -1,0 +1,131 @@
+// lanes_ref.c - the inner loops in plain C: what every other table is held against. Sums run in fixed lanes, which the compiler
+// may keep in whatever registers it has: the result does not depend on it.
+#include "lanes.h"
+
+#include "convert.h"
+#include "quant.h"
+#include "record.h"
+#include "vector.h"
+
+#include <math.h>
+
+static float ref_dot(const float *a, const float *b, uint32_t n) {
+    return bkv_dot(a, b, n);
+}
+
+static void ref_axpy(float a, const float *x, uint32_t n, float *y) {
+    bkv_axpy(a, x, n, y);
+}
+
+static size_t ref_products_scratch(uint32_t na, uint32_t nb, uint32_t dim) {
+    return ((size_t)bkv_tile_pad(na) + bkv_tile_pad(nb)) * dim * sizeof(float);
+}
+
+// Rows as columns, zero up to `padded`.
+static void columns_load(const float *rows, uint32_t n, uint32_t dim, uint32_t padded, float *columns) {
+    for (uint32_t d = 0; d < dim; d++) {
+        for (uint32_t t = 0; t < n; t++) {
+            columns[(size_t)d * padded + t] = rows[(size_t)t * dim + d];
+        }
+        for (uint32_t t = n; t < padded; t++) {
+            columns[(size_t)d * padded + t] = 0;
+        }
+    }
+}
+
+// Inner products of a 4 x 8 tile of columns: small enough for the registers of any machine.
+static void tile_dot(const float *restrict a, uint32_t a_stride, const float *restrict b, uint32_t b_stride, uint32_t dim,
+                     float *restrict out, uint32_t stride) {
+    float sum[4][8] = {{0}};
+    for (uint32_t d = 0; d < dim; d++) {
+        const float *x = a + (size_t)d * a_stride, *y = b + (size_t)d * b_stride;
+        for (uint32_t r = 0; r < 4; r++) {
+            for (uint32_t c = 0; c < 8; c++) {
+                sum[r][c] += x[r] * y[c];
+            }
+        }
+    }
+    for (uint32_t r = 0; r < 4; r++) {
+        memcpy(out + (size_t)r * stride, sum[r], sizeof(sum[r]));
+    }
+}
+
+static void ref_products(const float *a, uint32_t na, const float *b, uint32_t nb, uint32_t dim, float *out, uint32_t stride,
+                         void *scratch) {
+    bool same = a == b && na == nb;
+    uint32_t rows = bkv_tile_pad(na), columns = bkv_tile_pad(nb);
+    float *left = scratch, *right = same ? left : left + (size_t)rows * dim;
+    columns_load(a, na, dim, rows, left);
+    if (!same) {
+        columns_load(b, nb, dim, columns, right);
+    }
+    for (uint32_t i = 0; i < rows; i += 4) {
+        for (uint32_t j = same ? i / BKV_TILE * BKV_TILE : 0; j < columns; j += 8) {
+            tile_dot(left + i, rows, right + j, columns, dim, out + (size_t)i * stride + j, stride);
+        }
+    }
+}
+
+static void ref_kernel(const float *keys, float *values, uint32_t padded, float scale, float shift, float top, float lift) {
+    for (uint32_t i = 0; i < padded; i++) {
+        for (uint32_t j = i / BKV_TILE * BKV_TILE; j < padded; j++) {
+            size_t at = (size_t)i * padded + j;
+            float exponent = keys[at] * scale - shift;
+            values[at] = expf(exponent < top ? exponent : top) * (values[at] + lift);
+        }
+    }
+    for (uint32_t i = 0; i < padded; i++) {
+        for (uint32_t j = 0; j < i / BKV_TILE * BKV_TILE; j++) {
+            values[(size_t)i * padded + j] = values[(size_t)j * padded + i];
+        }
+    }
+}
+
+static void ref_shares(float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *half, float scale,
+                       const float *weight, float *mass) {
+    for (uint32_t t = 0; t < tokens; t++, parts += stride) {
+        float top = -INFINITY, sum = 0;
+        for (uint32_t r = 0; r < rows; r++) {
+            parts[r] = (parts[r] - half[r]) * scale;
+            top = parts[r] > top ? parts[r] : top;
+        }
+        for (uint32_t r = 0; r < rows; r++) {
+            parts[r] = expf(parts[r] - top);
+            sum += parts[r];
+        }
+        for (uint32_t r = 0; r < rows; r++) {
+            parts[r] *= weight[t] / sum;
+            mass[r] += parts[r];
+        }
+    }
+}
+
+static void ref_mix(const float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *values, uint32_t dim,
+                    float *fit) {
+    for (uint32_t t = 0; t < tokens; t++) {
+        for (uint32_t r = 0; r < rows; r++) {
+            bkv_axpy(parts[(size_t)t * stride + r], values + (size_t)t * dim, dim, fit + (size_t)r * dim);
+        }
+    }
+}
+
+static void ref_quant_values(const float *rows, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes) {
+    uint32_t groups = (dim + BKV_VALUE_GROUP_DIMS - 1) / BKV_VALUE_GROUP_DIMS;
+    for (uint32_t t = 0; t < count; t++) {
+        bkv_quant_value_row(rows + (size_t)t * dim, dim, bits, params + 4ull * t * groups,
+                            codes + (size_t)t * (dim * bits / 8));
+    }
+}
+
+const bkv_lanes_t bkv_lanes_ref = {
+    .dot = ref_dot,
+    .axpy = ref_axpy,
+    .to_float = bkv_row_to_float,
+    .products = ref_products,
+    .products_scratch = ref_products_scratch,
+    .kernel = ref_kernel,
+    .shares = ref_shares,
+    .mix = ref_mix,
+    .quant_keys = bkv_quant_key_group,
+    .quant_values = ref_quant_values,
+};
