@@ -40,7 +40,7 @@ bool bkv_cpu_avx512(void) {
     uint32_t a, b, c, d;
     const uint32_t wide = BIT(16) | BIT(17) | BIT(30) | BIT(31); // F, DQ, BW, VL
     return bkv_cpu_avx2() && saves(STATE_AVX512) && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & wide) == wide &&
-           (c & BIT(1)); // VBMI
+           (c & BIT(1)) && (c & BIT(11)); // VBMI, VNNI
 }
 
 bool bkv_cpu_amx(void) {

@@ -14,14 +14,20 @@ CUDA_RUNTIME = $(firstword $(wildcard $(CUDA_HOME)/lib64/libcudart_static.a $(CU
   /usr/lib/x86_64-linux-gnu/libcudart_static.a))
 CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
 NVCC_FLAGS = -std=c++17 -O3 $(CUDA_ARCH) -Werror all-warnings \
-  -Xcompiler -fPIC,-fno-exceptions,-fno-rtti,-fvisibility=hidden,-Wall,-Wextra,-Wshadow,-Werror
+  -Xcompiler -fPIC,-fno-exceptions,-fno-rtti,-fvisibility=hidden,-Wall,-Wextra,-Werror
 
 KERNELS_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(if $(NVCC),$(filter-out kernels/absent_cuda.c,$(KERNELS_SRC)),$(KERNELS_SRC))) $(CUDA_ALL)
 KERNELS_LIB := $(BUILD)/lib/libbkvkernels.a
 KERNELS_LIBS = -lm $(if $(HAVE_XXHASH),$(call libs_of,libxxhash))
 
 # Kernels are arithmetic: -O3, and no errno from math functions, so that loops vectorise. Results stay deterministic: no -ffast-math.
-$(BUILD)/obj/kernels/%.o: FILE_CFLAGS = -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off
+# A file named for an instruction set is compiled for it, and the library runs it only where cpu.c finds that.
+ISA_avx2 := -mavx2 -mfma -mf16c
+ISA_avx512 := $(ISA_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mprefer-vector-width=512
+ISA_amx := $(ISA_avx512) -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8
+isa_flags = $(if $(filter x86_64,$(MACHINE)),$(ISA_$(lastword $(subst _, ,$(1)))))
+MACHINE := $(firstword $(subst -, ,$(shell $(CC) -dumpmachine)))
+$(BUILD)/obj/kernels/%.o: FILE_CFLAGS = -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off $(call isa_flags,$(*F))
 
 .PHONY: kernels
 ## kernels: the kernel library alone (no gRPC needed)
