@@ -57,6 +57,15 @@ bench: setup
 bench-run: all $(BUILD)/tests/bench_rpc
 	@mkdir -p $(BUILD)/bench
 	$(BUILD)/tests/bench_rpc --daemon $(BUILD)/bin/balancekvd --out $(BUILD)/bench/bench.json
+# Quality on a real model: the kernels alone, so that it runs where there is no gRPC. QUALITY: its options, as "--quick".
+$(BUILD)/lib/libbkvkernels.so: $(KERNELS_OBJ)
+	@mkdir -p $(@D)
+	$(call say,LD ,$@)
+	$(Q)$(CC) $(filter-out -pie,$(LDFLAGS)) -shared -o $@ $^ $(KERNELS_LIBS)
+.PHONY: bench-quality
+## bench-quality: what a real model still knows from our summaries and from others', at equal bytes (needs BKV_MODEL_DIR)
+bench-quality: $(BUILD)/lib/libbkvkernels.so
+	@BUILD=$(BUILD) PYTHONPATH=tests $(PYTHON) -m bench.quality $(QUALITY)
 ## soak: mixed load for SECONDS (default 3600); memory must return to its level
 soak: all
 	@BUILD=$(BUILD) $(PYTHON) tests/integration/soak.py --seconds $(or $(SECONDS),3600)
