@@ -7,6 +7,9 @@
 
 // The reference backend: portable C, and the definition of the result.
 extern const bkv_backend_t bkv_backend_ref;
+#if defined(__x86_64__)
+extern const bkv_backend_t bkv_backend_avx2, bkv_backend_avx512, bkv_backend_amx;
+#endif
 
 // The bytes that a balance record of this shape may have: bf16 bytes / rate, rounded down to whole 16 bytes.
 uint64_t bkv_balance_budget(const bkv_shape_t *shape, uint32_t rate);
@@ -38,5 +41,18 @@ size_t bkv_fold_scratch(const bkv_lanes_t *lanes, const void *const *records, ui
 bkv_status_t bkv_ref_attend(const void *const *records, uint32_t count, const bkv_attend_args_t *args, void *workspace,
                             bkv_error_t *err);
 size_t bkv_ref_attend_workspace(const void *const *records, uint32_t count, const bkv_attend_args_t *args);
+
+#if defined(__x86_64__)
+// Attention in each instruction set; amx wants tiles, the others what cpu.h says of their names.
+bkv_status_t bkv_avx2_attend(const void *const *records, uint32_t count, const bkv_attend_args_t *args, void *workspace,
+                             bkv_error_t *err);
+bkv_status_t bkv_avx512_attend(const void *const *records, uint32_t count, const bkv_attend_args_t *args, void *workspace,
+                               bkv_error_t *err);
+bkv_status_t bkv_amx_attend(const void *const *records, uint32_t count, const bkv_attend_args_t *args, void *workspace,
+                            bkv_error_t *err);
+size_t bkv_avx2_attend_workspace(const void *const *records, uint32_t count, const bkv_attend_args_t *args);
+size_t bkv_avx512_attend_workspace(const void *const *records, uint32_t count, const bkv_attend_args_t *args);
+size_t bkv_amx_attend_workspace(const void *const *records, uint32_t count, const bkv_attend_args_t *args);
+#endif
 
 #endif

@@ -54,3 +54,8 @@ static bool always(void) {
 }
 
 CPU_BACKEND(ref, always);
+#if defined(__x86_64__)
+CPU_BACKEND(avx2, bkv_cpu_avx2);
+CPU_BACKEND(avx512, bkv_cpu_avx512);
+CPU_BACKEND(amx, bkv_cpu_amx);
+#endif

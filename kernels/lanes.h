@@ -42,7 +42,8 @@ typedef struct bkv_lanes {
     void (*kernel)(const float *keys, float *values, uint32_t padded, float scale, float shift, float top, float lift);
 
     // Softmax over rows, for each token t < tokens: parts[t][r] = weight[t] * softmax_r(scale * (parts[t][r] - half[r])), and
-    // mass[r] += parts[t][r]. stride, a multiple of BKV_TILE, is the length of a row of parts; r >= rows may be overwritten.
+    // mass[r] += parts[t][r]. stride, a multiple of BKV_TILE, is the length of a row of parts; half[r] is INFINITY for r in
+    // [rows, pad(rows)), where parts are finite and may be overwritten, and so may mass.
     void (*shares)(float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *half, float scale,
                    const float *weight, float *mass);
 
@@ -58,5 +59,8 @@ typedef struct bkv_lanes {
 } bkv_lanes_t;
 
 extern const bkv_lanes_t bkv_lanes_ref;
+#if defined(__x86_64__)
+extern const bkv_lanes_t bkv_lanes_avx2, bkv_lanes_avx512, bkv_lanes_amx;
+#endif
 
 #endif

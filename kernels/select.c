@@ -1,7 +1,11 @@
 // select.c - which backends this build has, and which one to use.
 #include "backend.h"
 
-static const bkv_backend_t *const backends[] = {&bkv_backend_ref, NULL};
+static const bkv_backend_t *const backends[] = {
+#if defined(__x86_64__)
+    &bkv_backend_amx, &bkv_backend_avx512, &bkv_backend_avx2,
+#endif
+    &bkv_backend_ref, NULL};
 
 const bkv_backend_t *const *bkv_backend_list(void) {
     return backends;

@@ -79,6 +79,9 @@ static uint32_t anchors_load(const bkv_source_t *source, uint32_t count, const b
             selection->walked[rows++] = r;
         }
     }
+    for (uint32_t r = rows; r < bkv_tile_pad(rows); r++) {
+        selection->half[r] = INFINITY;
+    }
     for (uint32_t r = 0; r < rows; r++) {
         lanes->axpy(-1.0f / (float)rows, centre, dim, selection->anchors + (size_t)r * dim);
     }
