@@ -45,7 +45,7 @@ demo-run: all
 # Benches are C programs over the library and the bare gRPC C core.
 BENCH_SRC := $(addprefix tests/bench/,bench_rpc.c bare.c report.c)
 BENCH_OBJ := $(BENCH_SRC:%.c=$(BUILD)/obj/%.o)
-$(BENCH_OBJ): | $(PROTO_HDR)
+$(filter-out %/report.o,$(BENCH_OBJ)): | $(PROTO_HDR)
 $(BUILD)/tests/bench_rpc: $(BENCH_OBJ) $(BUILD)/lib/libbalancekv.so $(PROTO_OBJ)
 	@mkdir -p $(@D)
 	$(call say,LD ,$@)
@@ -66,6 +66,19 @@ $(BUILD)/lib/libbkvkernels.so: $(KERNELS_OBJ)
 ## bench-quality: what a real model still knows from our summaries and from others', at equal bytes (needs BKV_MODEL_DIR)
 bench-quality: $(BUILD)/lib/libbkvkernels.so
 	@BUILD=$(BUILD) PYTHONPATH=tests $(PYTHON) -m bench.quality $(QUALITY)
+# Benches of the kernels need a C compiler only, as the kernels do.
+BENCH_KERNELS_SRC := $(wildcard tests/bench/bench_kernels*.c) tests/bench/report.c
+BENCH_KERNELS_OBJ := $(BENCH_KERNELS_SRC:%.c=$(BUILD)/obj/%.o)
+$(BENCH_KERNELS_OBJ): DEPS_CFLAGS =
+$(BUILD)/tests/bench_kernels: $(BENCH_KERNELS_OBJ) $(KERNELS_LIB)
+	@mkdir -p $(@D)
+	$(call say,LD ,$@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $(BENCH_KERNELS_OBJ) $(KERNELS_LIB) $(KERNELS_LIBS) -ldl
+.PHONY: bench-kernels
+## bench-kernels: CPU backends on one core, each against ref or the machine; writes build/bench/kernels.json
+bench-kernels: $(BUILD)/tests/bench_kernels
+	@mkdir -p $(BUILD)/bench
+	$(BUILD)/tests/bench_kernels --out $(BUILD)/bench/kernels.json
 ## soak: mixed load for SECONDS (default 3600); memory must return to its level
 soak: all
 	@BUILD=$(BUILD) $(PYTHON) tests/integration/soak.py --seconds $(or $(SECONDS),3600)

@@ -2,9 +2,10 @@
 #include "tests/bench/report.h"
 
 #include <assert.h>
-#include <jansson.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 void bkv_report_add(bkv_report_t *report, const char *name, double value, const char *unit, const char *against_name,
                     double against, bkv_bar_t kind, double bar) {
@@ -55,21 +56,40 @@ void bkv_report_print(const bkv_report_t *report) {
     }
 }
 
-static json_t *row_json(const bkv_report_row_t *row) {
+// A number, or null where there is none.
+static void write_number(FILE *file, const char *key, bool there, double value) {
+    if (there) {
+        fprintf(file, ", \"%s\": %.6g", key, value);
+    } else {
+        fprintf(file, ", \"%s\": null", key);
+    }
+}
+
+// Names and units are ours and need no escapes.
+static void write_row(FILE *file, const bkv_report_row_t *row) {
     bool compared = row->against > 0, judged = row->kind != BKV_BAR_NONE;
-    return json_pack("{s:s, s:f, s:s, s:o, s:o, s:o, s:o}", "name", row->name, "value", row->value, "unit", row->unit,
-                     "against", compared ? json_real(row->against) : json_null(), "ratio",
-                     compared ? json_real(ratio_of(row)) : json_null(), "bar", judged ? json_real(row->bar) : json_null(),
-                     "met", judged ? json_boolean(met(row)) : json_null());
+    assert(strpbrk(row->name, "\"\\") == NULL && strpbrk(row->unit, "\"\\") == NULL);
+    fprintf(file, " {\"name\": \"%s\", \"value\": %.6g, \"unit\": \"%s\"", row->name, row->value, row->unit);
+    write_number(file, "against", compared, row->against);
+    write_number(file, "ratio", compared, ratio_of(row));
+    write_number(file, "bar", judged, row->bar);
+    fprintf(file, ", \"met\": %s}", !judged ? "null" : met(row) ? "true" : "false");
 }
 
 bool bkv_report_write(const bkv_report_t *report, const char *path) {
-    json_t *rows = json_array();
-    for (size_t i = 0; i < report->count; i++) {
-        json_array_append_new(rows, row_json(&report->rows[i]));
+    FILE *file = fopen(path, "w");
+    if (!file) {
+        fprintf(stderr, "cannot write %s: %s\n", path, strerror(errno));
+        return false;
     }
-    bool written = json_dump_file(rows, path, JSON_INDENT(1) | JSON_REAL_PRECISION(6)) == 0;
-    json_decref(rows);
+    fprintf(file, "[\n");
+    for (size_t i = 0; i < report->count; i++) {
+        write_row(file, &report->rows[i]);
+        fprintf(file, i + 1 < report->count ? ",\n" : "\n");
+    }
+    fprintf(file, "]\n");
+    bool written = !ferror(file);
+    written = fclose(file) == 0 && written;
     if (!written) {
         fprintf(stderr, "cannot write %s\n", path);
     }
