@@ -57,3 +57,34 @@ int bkv_gpu_wait(void *stream) {
     (void)stream;
     return NO_NVCC;
 }
+
+int bkv_gpu_setup(const bkv_gpu_job_t *job, const bkv_gpu_block_t *blocks, uint32_t first, uint32_t count, void *stream) {
+    (void)job;
+    (void)blocks;
+    (void)first;
+    (void)count;
+    (void)stream;
+    return NO_NVCC;
+}
+
+#define NO_KERNEL(name)                                                                                                        \
+    int name(const bkv_gpu_job_t *job, void *stream) {                                                                         \
+        (void)job;                                                                                                             \
+        (void)stream;                                                                                                          \
+        return NO_NVCC;                                                                                                        \
+    }
+
+NO_KERNEL(bkv_gpu_raw)
+NO_KERNEL(bkv_gpu_dense)
+NO_KERNEL(bkv_gpu_balance)
+NO_KERNEL(bkv_gpu_general)
+
+bool bkv_gpu_balance_fits(const bkv_gpu_job_t *job) {
+    (void)job;
+    return false;
+}
+
+uint64_t bkv_gpu_general_scratch(const bkv_gpu_job_t *job) {
+    (void)job;
+    return 0;
+}

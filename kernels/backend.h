@@ -11,6 +11,9 @@ extern const bkv_backend_t bkv_backend_ref;
 extern const bkv_backend_t bkv_backend_avx2, bkv_backend_avx512, bkv_backend_amx;
 #endif
 
+// Compression on an NVIDIA GPU; see backend_cuda.c.
+extern const bkv_backend_t bkv_backend_cuda;
+
 // The bytes that a balance record of this shape may have: bf16 bytes / rate, rounded down to whole 16 bytes.
 uint64_t bkv_balance_budget(const bkv_shape_t *shape, uint32_t rate);
 

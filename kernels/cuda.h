@@ -27,6 +27,47 @@ BKV_API void bkv_cuda_close(bkv_cuda_t *cuda);
 // Streaming multiprocessors of the device.
 BKV_API uint32_t bkv_cuda_processors(const bkv_cuda_t *cuda);
 
+// Blocks of one shape to records, as bkv_compress does it (same codecs, same stored format, same meaning of params), all by the
+// GPU. The result of a block depends on that block, its id and the params alone, not on the rest of the batch; raw, dense8
+// and dense4 are byte for byte what every other backend writes.
+//
+//   blocks    [count] in host memory, of one shape; their keys and values are addresses on the device, 16-byte aligned with
+//             strides that are multiples of 16 bytes: any order of [layer][head][block][token][dim], K and V in one tensor or
+//             in two, V a view of K's first dims
+//   ids       [count] in host memory
+//   records   device memory, or host memory that the device can write: record i at records + i * record_stride, 16-byte
+//             aligned; record_stride is a multiple of 16 and at least bkv_codec_bound
+//   status    [count] device memory: what bkv_cuda_compress_check reads once the stream has come this far
+//   workspace device memory, 256-byte aligned, bkv_cuda_compress_workspace bytes
+//   stream    cudaStream_t
+// The host arrays are read during the call; device memory is the caller's until the stream has done the work.
+typedef struct bkv_cuda_compress_args {
+    const bkv_block_t *blocks;
+    const bkv_record_id_t *ids;
+    uint32_t count;
+    bkv_codec_params_t params;
+    void *records;
+    size_t record_stride;
+    uint64_t *status;
+    void *workspace;
+    size_t workspace_bytes;
+    void *stream;
+} bkv_cuda_compress_args_t;
+
+// Enqueues the work. Every record gets *length bytes (NULL: not wanted); their checksums are 0 (seal them on the host).
+// INVALID_ARGUMENT names the field. Values are looked at on the device: see bkv_cuda_compress_check.
+BKV_API bkv_status_t bkv_cuda_compress(const bkv_cuda_t *cuda, const bkv_cuda_compress_args_t *args, size_t *length,
+                                       bkv_error_t *err);
+
+// Bytes of workspace for `count` blocks of a checked shape with checked params.
+BKV_API size_t bkv_cuda_compress_workspace(const bkv_cuda_t *cuda, const bkv_shape_t *shape, const bkv_codec_params_t *params,
+                                           uint32_t count);
+
+// What one block's status says, copied to the host after its stream was synchronised: BKV_OK, or INVALID_ARGUMENT naming the
+// tensor, layer, head and token of the first value that no record may hold (NaN, infinity, beyond 65504 with any codec but
+// raw). Such a block's record must not be used.
+BKV_API bkv_status_t bkv_cuda_compress_check(const bkv_shape_t *shape, uint64_t status, bkv_error_t *err);
+
 // ---- attention (attend_cuda.cu) ----
 // ---- end of attention ----
 

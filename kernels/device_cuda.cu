@@ -51,6 +51,12 @@ extern "C" int bkv_gpu_open(int device, bkv_gpu_traits_t *traits) {
         error = attribute(cudaDevAttrComputeCapabilityMinor, device, &minor);
     }
     traits->capability = 10 * major + minor;
+    int before;
+    if (error != cudaSuccess || bkv_gpu_enter(device, &before) != 0) {
+        return (int)(error != cudaSuccess ? error : cudaErrorInvalidDevice);
+    }
+    error = (cudaError_t)bkv_gpu_balance_allow(traits->shared_memory);
+    bkv_gpu_leave(before);
     return (int)error;
 }
 

@@ -5,8 +5,10 @@
 #ifndef BKV_GPU_H
 #define BKV_GPU_H
 
-#include <stddef.h>
-#include <stdint.h>
+#if defined(__cplusplus) && !defined(_Static_assert)
+#define _Static_assert static_assert // the same in C++, as far as the headers use it
+#endif
+#include "summary.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -34,6 +36,63 @@ int bkv_gpu_alloc(void **memory, size_t bytes, void *stream);
 int bkv_gpu_free(void *memory, void *stream);
 int bkv_gpu_copy(void *to, const void *from, size_t bytes, void *stream);
 int bkv_gpu_wait(void *stream);
+
+// One block of a batch: where its K and V lie (strides in bytes) and what names its record.
+typedef struct bkv_gpu_block {
+    const uint8_t *keys, *values;
+    int64_t key_layer, key_head, key_token;
+    int64_t value_layer, value_head, value_token;
+    bkv_key_t key;
+    bkv_spec_id_t spec_id;
+    uint64_t tenant, position;
+} bkv_gpu_block_t;
+
+// One call of bkv_cuda_compress: blocks of one shape, and the same section for every (layer, head).
+typedef struct bkv_gpu_job {
+    bkv_gpu_block_t *blocks; // [count], in the workspace
+    uint8_t *records;        // [count] records, record_stride bytes apart
+    uint64_t record_stride;
+    unsigned long long *status; // [count]: BKV_GPU_CLEAN, or what was found first (see bkv_gpu_finding)
+    uint8_t *scratch;           // of the general kernel: scratch_stride bytes for each of scratch_count thread blocks
+    uint64_t scratch_stride;
+    uint64_t seed;
+    uint32_t count, scratch_count;
+    bkv_shape_t shape;
+    bkv_section_t section;              // but for its offsets
+    uint32_t protect;                   // of section.tokens, kept for being outliers
+    uint32_t sink;                      // sequence positions below this are kept
+    uint32_t shared_memory, processors; // of the device
+    uint8_t codec, flags, rate;
+} bkv_gpu_job_t;
+
+// A value that no record may hold: the order of these numbers is the order in which a block is scanned.
+#define BKV_GPU_CLEAN UINT64_MAX
+static inline
+#ifdef __CUDACC__
+    __device__ __host__
+#endif
+        uint64_t
+        bkv_gpu_finding(uint32_t layer, bool value, uint32_t heads, uint32_t head, uint32_t token, bool finite) {
+    return ((((uint64_t)layer * 2 + value) * heads + head) << 24 | token) << 1 | finite;
+}
+
+// How many blocks one launch of bkv_gpu_setup describes: they travel as kernel arguments, which are copied at the call.
+#define BKV_GPU_SETUP_BLOCKS 28
+
+// Writes blocks [first, first + count) of the job to its workspace, and their records' headers, directories and status.
+int bkv_gpu_setup(const bkv_gpu_job_t *job, const bkv_gpu_block_t *blocks, uint32_t first, uint32_t count, void *stream);
+
+// Each of these fills every plane of every record of the job.
+int bkv_gpu_raw(const bkv_gpu_job_t *job, void *stream);
+int bkv_gpu_dense(const bkv_gpu_job_t *job, void *stream); // all tokens, quantised
+int bkv_gpu_balance(const bkv_gpu_job_t *job, void *stream);
+int bkv_gpu_general(const bkv_gpu_job_t *job, void *stream);
+
+// Whether bkv_gpu_balance takes this job: 16-bit elements, dims of whole 64 channels and a head that fits the
+// shared memory. bkv_gpu_general takes any, slower, and needs scratch for each of its thread blocks.
+int bkv_gpu_balance_allow(uint32_t shared_memory); // once for each device: how much there is
+bool bkv_gpu_balance_fits(const bkv_gpu_job_t *job);
+uint64_t bkv_gpu_general_scratch(const bkv_gpu_job_t *job);
 
 #ifdef __cplusplus
 }

@@ -5,7 +5,9 @@ static const bkv_backend_t *const backends[] = {
 #if defined(__x86_64__)
     &bkv_backend_amx, &bkv_backend_avx512, &bkv_backend_avx2,
 #endif
-    &bkv_backend_ref, NULL};
+    &bkv_backend_ref,
+    // Never chosen by itself: the device is the engine's, and a daemon takes time on it only when told to.
+    &bkv_backend_cuda, NULL};
 
 const bkv_backend_t *const *bkv_backend_list(void) {
     return backends;
