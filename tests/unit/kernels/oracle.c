@@ -118,9 +118,8 @@ void oracle_block(const bkv_shape_t *shape, uint64_t seed, double scale, bkv_blo
     }
 }
 
-static bkv_status_t compress(const bkv_block_t *block, const bkv_codec_params_t *params, uint64_t position, void **record,
-                             size_t *length, bkv_error_t *err) {
-    const bkv_backend_t *backend = bkv_backend_get("ref");
+static bkv_status_t compress(const bkv_backend_t *backend, const bkv_block_t *block, const bkv_codec_params_t *params,
+                             uint64_t position, void **record, size_t *length, bkv_error_t *err) {
     bkv_record_id_t id = {.tenant = 7, .position = position};
     for (uint32_t i = 0; i < BKV_KEY_BYTES; i++) {
         id.key.bytes[i] = (uint8_t)(i + position);
@@ -129,26 +128,33 @@ static bkv_status_t compress(const bkv_block_t *block, const bkv_codec_params_t 
     size_t capacity = (size_t)bkv_codec_bound(&block->shape, params);
     // Exactly as much room as was promised to be enough, so that AddressSanitizer sees a byte more.
     *record = oracle_exact(capacity);
-    void *workspace = oracle_exact(bkv_compress_workspace(backend, &block->shape, params));
+    size_t scratch = bkv_compress_workspace(backend, &block->shape, params);
+    void *workspace = oracle_exact(scratch);
+    memset(workspace, 0xff, scratch); // NaN, should anybody read it before writing
     bkv_status_t status = bkv_compress(backend, block, params, &id, *record, capacity, workspace, length, err);
     free(workspace);
     return status;
 }
 
-void *oracle_compress(const bkv_block_t *block, const bkv_codec_params_t *params, uint64_t position, size_t *length) {
+void *oracle_compress_by(const bkv_backend_t *backend, const bkv_block_t *block, const bkv_codec_params_t *params,
+                         uint64_t position, size_t *length) {
     void *record;
     bkv_error_t err = {0};
-    bkv_status_t status = compress(block, params, position, &record, length, &err);
+    bkv_status_t status = compress(backend, block, params, position, &record, length, &err);
     cr_assert_eq(status, BKV_OK, "%s", err.message);
     status = bkv_record_check(record, *length, &err);
     cr_assert_eq(status, BKV_OK, "%s", err.message);
     return record;
 }
 
+void *oracle_compress(const bkv_block_t *block, const bkv_codec_params_t *params, uint64_t position, size_t *length) {
+    return oracle_compress_by(bkv_backend_get("ref"), block, params, position, length);
+}
+
 bkv_status_t oracle_try(const bkv_block_t *block, const bkv_codec_params_t *params, uint64_t position, bkv_error_t *err) {
     void *record;
     size_t length;
-    bkv_status_t status = compress(block, params, position, &record, &length, err);
+    bkv_status_t status = compress(bkv_backend_get("ref"), block, params, position, &record, &length, err);
     free(record);
     return status;
 }

@@ -30,7 +30,10 @@ void oracle_put(const bkv_block_t *block, bool values, uint32_t layer, uint32_t 
 
 // Compresses with the reference backend; aborts the test when that fails. The record is sealed by nobody.
 void *oracle_compress(const bkv_block_t *block, const bkv_codec_params_t *params, uint64_t position, size_t *length);
-// Likewise, but returns the status and leaves the message in *err.
+// Likewise with any backend.
+void *oracle_compress_by(const bkv_backend_t *backend, const bkv_block_t *block, const bkv_codec_params_t *params,
+                         uint64_t position, size_t *length);
+// As oracle_compress, but returns the status and leaves the message in *err.
 bkv_status_t oracle_try(const bkv_block_t *block, const bkv_codec_params_t *params, uint64_t position, bkv_error_t *err);
 
 typedef struct oracle_section {

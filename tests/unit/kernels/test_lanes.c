@@ -1,0 +1,305 @@
+// test_lanes.c - kernels/lanes_*.c: every table of inner loops that this machine can run, against float64 and, where results are
+// the same to the bit, against ref. What the machine lacks is said.
+#include "lanes.h"
+
+#include "convert.h"
+#include "cpu.h"
+#include "oracle.h"
+#include "quant.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct level {
+    const char *name;
+    const bkv_lanes_t *lanes;
+    bool here, rounds; // rounds: factors of products are bfloat16
+} level_t;
+
+enum { LEVELS = 4 };
+
+static void levels_find(level_t levels[LEVELS]) {
+    memset(levels, 0, LEVELS * sizeof(*levels));
+    levels[0] = (level_t){"ref", &bkv_lanes_ref, true, false};
+#if defined(__x86_64__)
+    levels[1] = (level_t){"avx2", &bkv_lanes_avx2, bkv_cpu_avx2(), false};
+    levels[2] = (level_t){"avx512", &bkv_lanes_avx512, bkv_cpu_avx512(), false};
+    levels[3] = (level_t){"amx", &bkv_lanes_amx, bkv_cpu_amx(), true};
+#endif
+    for (int i = 1; i < LEVELS; i++) {
+        if (!levels[i].here) {
+            fprintf(stderr, "SKIPPED: %s, which this machine does not have\n", levels[i].name ? levels[i].name : "a level");
+        }
+    }
+}
+
+// Runs a check on every level.
+static void on_every_level(void (*check)(const level_t *level)) {
+    level_t levels[LEVELS];
+    levels_find(levels);
+    for (int i = 0; i < LEVELS; i++) {
+        if (levels[i].here) {
+            check(&levels[i]);
+        }
+    }
+}
+
+// Exactly n floats, so that AddressSanitizer sees one too many.
+static float *gauss(size_t n, double scale, uint64_t seed) {
+    oracle_random_t random = {seed};
+    float *values = oracle_exact(n * sizeof(float));
+    for (size_t i = 0; i < n; i++) {
+        values[i] = (float)(scale * oracle_gauss(&random));
+    }
+    return values;
+}
+
+static void check_vectors(const level_t *level) {
+    for (uint32_t n = 8; n <= 1024; n = n < 80 ? n + 8 : n * 2 + 8) {
+        float *a = gauss(n, 1, n), *b = gauss(n, 1, n + 1), *y = oracle_exact(n * sizeof(float));
+        double sum = 0;
+        memcpy(y, b, n * sizeof(float));
+        level->lanes->axpy(-1.5f, a, n, y);
+        for (uint32_t i = 0; i < n; i++) {
+            sum += (double)a[i] * (double)b[i];
+            cr_assert(fabs((double)y[i] - ((double)b[i] - 1.5 * (double)a[i])) < 2e-6, "%s, %u", level->name, n);
+        }
+        cr_assert(fabs((double)level->lanes->dot(a, b, n) - sum) < 1e-5 * n, "%s, %u", level->name, n);
+        free(a), free(b), free(y);
+    }
+}
+
+Test(lanes, dot_and_axpy) {
+    on_every_level(check_vectors);
+}
+
+static void check_to_float(const level_t *level) {
+    for (uint32_t type = BKV_BF16; type <= BKV_FP32; type++) {
+        bkv_dtype_t dtype = (bkv_dtype_t)type;
+        size_t bytes = bkv_dtype_bytes(dtype), n = 65536 + 7;
+        uint8_t *source = (uint8_t *)oracle_exact(n * bytes + 1) + 1; // at an odd address
+        for (size_t i = 0; i < n; i++) {
+            uint32_t bits = dtype == BKV_FP32 ? (uint32_t)i * 2654435761u : (uint32_t)i;
+            memcpy(source + i * bytes, &bits, bytes);
+        }
+        float *want = oracle_exact(n * sizeof(float)), *got = oracle_exact(n * sizeof(float));
+        bkv_row_to_float(dtype, source, n, want);
+        level->lanes->to_float(dtype, source, n, got);
+        for (size_t i = 0; i < n; i++) {
+            cr_assert(memcmp(&want[i], &got[i], 4) == 0 || (isnan(want[i]) && isnan(got[i])), "%s, %s: element %zu",
+                      level->name, bkv_dtype_name(dtype), i);
+        }
+        free(source - 1), free(want), free(got);
+    }
+}
+
+Test(lanes, to_float_is_exact) {
+    on_every_level(check_to_float);
+}
+
+static double product(const float *a, const float *b, uint32_t dim) {
+    double sum = 0;
+    for (uint32_t i = 0; i < dim; i++) {
+        sum += (double)a[i] * (double)b[i];
+    }
+    return sum;
+}
+
+static void products_of(const level_t *level, uint32_t na, uint32_t nb, uint32_t dim, bool same) {
+    float *a = gauss((size_t)na * dim, 1, na), *b = same ? a : gauss((size_t)nb * dim, 1, nb + 1000);
+    if (level->rounds) { // to numbers that bfloat16 holds: then its products are exact too
+        for (size_t i = 0; i < (size_t)na * dim; i++) {
+            a[i] = bkv_bf16_to_float(bkv_float_to_bf16(a[i]));
+        }
+        for (size_t i = 0; !same && i < (size_t)nb * dim; i++) {
+            b[i] = bkv_bf16_to_float(bkv_float_to_bf16(b[i]));
+        }
+    }
+    uint32_t stride = bkv_tile_pad(nb);
+    size_t size = (size_t)bkv_tile_pad(na) * stride;
+    float *out = oracle_exact(size * sizeof(float));
+    memset(out, 0xff, size * sizeof(float)); // NaN
+    void *scratch = oracle_exact(level->lanes->products_scratch(na, nb, dim));
+    memset(scratch, 0xff, level->lanes->products_scratch(na, nb, dim));
+    level->lanes->products(a, na, b, nb, dim, out, stride, scratch);
+    for (uint32_t i = 0; i < na; i++) {
+        for (uint32_t j = same ? i / BKV_TILE * BKV_TILE : 0; j < nb; j++) {
+            double want = product(a + (size_t)i * dim, b + (size_t)j * dim, dim), got = (double)out[(size_t)i * stride + j];
+            cr_assert(fabs(got - want) < 2e-5 * sqrt(dim), "%s: %u x %u x %u at %u, %u: %g for %g", level->name, na, nb, dim, i,
+                      j, got, want);
+        }
+    }
+    for (uint32_t i = 0; i < bkv_tile_pad(na); i++) {
+        for (uint32_t j = same ? i / BKV_TILE * BKV_TILE : 0; j < stride; j++) {
+            cr_assert(isfinite(out[(size_t)i * stride + j]), "%s: %u, %u", level->name, i, j);
+        }
+    }
+    free(a), free(out), free(scratch);
+    if (!same) {
+        free(b);
+    }
+}
+
+static void check_products(const level_t *level) {
+    static const uint32_t dims[] = {8, 24, 32, 40, 64, 72, 128, 136, 576};
+    static const uint32_t counts[][2] = {{1, 1}, {5, 96}, {16, 17}, {33, 40}, {211, 27}, {256, 16}};
+    for (size_t d = 0; d < sizeof(dims) / sizeof(dims[0]); d++) {
+        for (size_t c = 0; c < sizeof(counts) / sizeof(counts[0]); c++) {
+            products_of(level, counts[c][0], counts[c][1], dims[d], false);
+        }
+        products_of(level, counts[d % 6][0], counts[d % 6][0], dims[d], true);
+    }
+    products_of(level, 211, 211, 128, true);
+}
+
+Test(lanes, products) {
+    on_every_level(check_products);
+}
+
+// Rounding to bfloat16 is off by 2^-9 of an element: a product is within twice that, and much nearer on average.
+static void check_rounded_products(const level_t *level) {
+    uint32_t n = 64, dim = 128;
+    float *a = gauss((size_t)n * dim, 1, 5), *out = oracle_exact(n * n * sizeof(float));
+    void *scratch = oracle_exact(level->lanes->products_scratch(n, n, dim));
+    level->lanes->products(a, n, a, n, dim, out, n, scratch);
+    for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t j = i; j < n; j++) {
+            double off = (double)out[i * n + j] - product(a + (size_t)i * dim, a + (size_t)j * dim, dim);
+            cr_assert(fabs(off) < (i == j ? 0.5 : 0.2), "%s: %g", level->name, off);
+        }
+    }
+    free(a), free(out), free(scratch);
+}
+
+Test(lanes, products_of_any_floats) {
+    on_every_level(check_rounded_products);
+}
+
+static void check_kernel(const level_t *level) {
+    for (uint32_t n = 16; n <= 80; n += 16) {
+        float *keys = gauss((size_t)n * n, 60, n), *values = gauss((size_t)n * n, 3, n + 1);
+        float *out = oracle_exact((size_t)n * n * sizeof(float));
+        memcpy(out, values, (size_t)n * n * sizeof(float));
+        level->lanes->kernel(keys, out, n, 0.25f, 2.0f, 20.0f, 0.025f);
+        for (uint32_t i = 0; i < n; i++) {
+            for (uint32_t j = 0; j < n; j++) {
+                bool upper = j >= i / BKV_TILE * BKV_TILE; // what is below comes from above
+                size_t at = upper ? (size_t)i * n + j : (size_t)j * n + i;
+                double exponent = fmin(20, (double)keys[at] * 0.25 - 2);
+                double want = exp(exponent) * ((double)values[at] + (double)0.025f), got = (double)out[(size_t)i * n + j];
+                cr_assert(fabs(got - want) <= 1e-5 * fabs(want) + 1e-30, "%s: %u, %u: %g for %g (e^%g)", level->name, i, j, got,
+                          want, exponent);
+            }
+        }
+        free(keys), free(values), free(out);
+    }
+}
+
+Test(lanes, kernel) {
+    on_every_level(check_kernel);
+}
+
+static void refit_of(const level_t *level, uint32_t tokens, uint32_t rows, uint32_t dim) {
+    uint32_t stride = bkv_tile_pad(rows);
+    float *parts = gauss((size_t)tokens * stride, 10, tokens + rows), *half = gauss(stride, 10, 3),
+          *weight = gauss(tokens, 1, 4);
+    float *values = gauss((size_t)tokens * dim, 1, 5), *mass = oracle_exact(stride * sizeof(float));
+    float *fit = oracle_exact((size_t)stride * dim * sizeof(float));
+    memset(mass, 0, stride * sizeof(float));
+    memset(fit, 0, (size_t)stride * dim * sizeof(float));
+    double *want = oracle_alloc((size_t)rows * (dim + 1) * sizeof(double));
+    for (uint32_t r = rows; r < stride; r++) {
+        half[r] = INFINITY;
+    }
+    for (uint32_t t = 0; t < tokens; t++) {
+        weight[t] = t % 5 == 0 ? 0 : fabsf(weight[t]);
+        double sum = 0, top = -INFINITY;
+        for (uint32_t r = 0; r < rows; r++) {
+            top = fmax(top, ((double)parts[t * stride + r] - (double)half[r]) * 0.3);
+        }
+        for (uint32_t r = 0; r < rows; r++) {
+            sum += exp(((double)parts[t * stride + r] - (double)half[r]) * 0.3 - top);
+        }
+        for (uint32_t r = 0; r < rows; r++) {
+            double part = (double)weight[t] * exp(((double)parts[t * stride + r] - (double)half[r]) * 0.3 - top) / sum;
+            want[r * (dim + 1) + dim] += part;
+            for (uint32_t i = 0; i < dim; i++) {
+                want[r * (dim + 1) + i] += part * (double)values[t * dim + i];
+            }
+        }
+    }
+    level->lanes->shares(parts, tokens, rows, stride, half, 0.3f, weight, mass);
+    level->lanes->mix(parts, tokens, rows, stride, values, dim, fit);
+    for (uint32_t r = 0; r < rows; r++) {
+        cr_assert(fabs((double)mass[r] - want[r * (dim + 1) + dim]) < 2e-5 * tokens, "%s: mass %u of %u", level->name, r, rows);
+        for (uint32_t i = 0; i < dim; i++) {
+            double off = (double)fit[(size_t)r * dim + i] - want[r * (dim + 1) + i];
+            cr_assert(fabs(off) < (level->rounds ? 1e-3 : 2e-5) * tokens, "%s: fit %u, %u of %u x %u: %g", level->name, r, i,
+                      rows, dim, off);
+        }
+    }
+    free(parts), free(half), free(weight), free(values), free(mass), free(fit), free(want);
+}
+
+static void check_refit(const level_t *level) {
+    static const uint32_t dims[] = {8, 16, 24, 40, 64, 128, 136}, rows[] = {1, 9, 16, 27, 96};
+    for (uint32_t d = 0; d < 7; d++) {
+        for (uint32_t r = 0; r < 5; r++) {
+            refit_of(level, 1 + 61 * ((d + r) % 5), rows[r], dims[d]);
+        }
+    }
+}
+
+Test(lanes, shares_and_mix) {
+    on_every_level(check_refit);
+}
+
+static void quantised(const level_t *level, uint32_t count, uint32_t dim, uint32_t bits, double scale, bool keys) {
+    float *rows = gauss((size_t)count * dim, scale, count + dim), *scratch = oracle_exact(4 * (size_t)dim * sizeof(float));
+    memset(rows, 0, sizeof(float) * 8); // a value group or a channel of nothing
+    for (uint32_t t = 0; t < count; t++) {
+        rows[(size_t)t * dim + 5] = -2.5f; // a channel without a range
+    }
+    uint32_t groups = (dim + 63) / 64;
+    size_t params = keys ? 4 * (size_t)dim : 4 * (size_t)count * groups, codes = (size_t)count * dim * bits / 8;
+    uint8_t *want = oracle_exact(params + codes), *got_params = oracle_exact(params), *got_codes = oracle_exact(codes);
+    const bkv_lanes_t *ref = &bkv_lanes_ref;
+    if (keys) {
+        ref->quant_keys(rows, count, dim, bits, want, want + params, scratch);
+        level->lanes->quant_keys(rows, count, dim, bits, got_params, got_codes, scratch);
+    } else {
+        ref->quant_values(rows, count, dim, bits, want, want + params);
+        level->lanes->quant_values(rows, count, dim, bits, got_params, got_codes);
+    }
+    cr_assert(memcmp(want, got_params, params) == 0, "%s: params, %u x %u, %u bits, keys %d", level->name, count, dim, bits,
+              keys);
+    cr_assert(memcmp(want + params, got_codes, codes) == 0, "%s: codes, %u x %u, %u bits, keys %d", level->name, count, dim,
+              bits, keys);
+    free(rows), free(scratch), free(want), free(got_params), free(got_codes);
+}
+
+static void check_quant(const level_t *level) {
+    static const uint32_t dims[] = {8, 24, 32, 64, 72, 104, 128, 200, 256, 1024}, widths[] = {2, 3, 4, 8};
+    static const double scales[] = {1, 1e-7, 30000, 1e6}; // subnormal scales; beyond what float16 holds
+    for (uint32_t d = 0; d < 10; d++) {
+        for (uint32_t w = 0; w < 4; w++) {
+            for (uint32_t count = 1; count <= 96; count = count * 3 - count / 2) {
+                quantised(level, count, dims[d], widths[w], scales[(count + w) % 4], true);
+                quantised(level, count, dims[d], widths[w], scales[(count + w) % 4], false);
+            }
+        }
+    }
+    uint8_t params[32];
+    memset(params, 0xff, sizeof(params));
+    level->lanes->quant_keys(NULL, 0, 8, 4, params, NULL, NULL);
+    for (uint32_t i = 0; i < sizeof(params); i++) {
+        cr_assert_eq(params[i], 0);
+    }
+}
+
+Test(lanes, quantising_is_the_same_to_the_bit) {
+    on_every_level(check_quant);
+}
