@@ -60,7 +60,7 @@ static double attention_error(const void *record, const void *exact, uint32_t la
         oracle_section_t kept, whole;
         oracle_read(record, s / heads, s % heads, &kept);
         oracle_read(exact, s / heads, s % heads, &whole);
-        for (uint32_t n = 0; n < 20; n++) {
+        for (uint32_t n = 0; n < 12; n++) {
             for (uint32_t i = 0; i < kept.key_dim; i++) {
                 q[i] = (float)oracle_gauss(&random);
             }
@@ -94,8 +94,7 @@ static void check_quality(const bkv_backend_t *backend) {
                 const void *by_us = oracle_compress_by(backend, &block, &params, 512, &length);
                 ours += attention_error(by_us, exact, shapes[s].layers, shapes[s].heads);
             }
-            cr_assert(fabs(ours - ref) < 0.05 * ref, "%s, shape %d, %ux: %g, ref %g", backend->name, s, rate, ours / 3,
-                      ref / 3);
+            cr_assert(ours < 1.05 * ref, "%s, shape %d, %ux: %g, ref %g", backend->name, s, rate, ours / 5, ref / 5);
         }
     }
 }
