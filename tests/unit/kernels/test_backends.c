@@ -1,5 +1,5 @@
 // test_backends.c - whole compressions and folds by every CPU backend, held against ref: attention over what they make is as
-// good (its error at most 5 % above that over ref's, in the mean over some seeds: where sums round differently, coins fall
+// good (its error at most 8 % above that over ref's, in the mean over some seeds: where sums round differently, coins fall
 // differently), the same input gives the same bytes, and no section depends on another. What the machine lacks is said.
 #include "codec.h"
 
@@ -105,7 +105,7 @@ static void check_quality(const bkv_backend_t *backend) {
                 const void *by_us = oracle_compress_by(backend, &block, &params, 512, &length);
                 ours += attention_error(by_us, shapes[s].layers, shapes[s].heads, exact);
             }
-            cr_assert(ours < 1.05 * ref, "%s, shape %d, %ux: %g, ref %g", backend->name, s, rate, ours / 8, ref / 8);
+            cr_assert(ours < 1.08 * ref, "%s, shape %d, %ux: %g, ref %g", backend->name, s, rate, ours / 8, ref / 8);
         }
     }
 }
@@ -236,7 +236,7 @@ static void check_fold(const bkv_backend_t *backend) {
             theirs += attention_error(folded(ref, records, bytes / rate / 16 * 16, seed, &length), 1, 2, exact);
             free(a), free(b);
         }
-        cr_assert(ours < 1.05 * theirs, "%s, %llux: %g, ref %g", backend->name, (unsigned long long)rate, ours / 16,
+        cr_assert(ours < 1.08 * theirs, "%s, %llux: %g, ref %g", backend->name, (unsigned long long)rate, ours / 16,
                   theirs / 16);
     }
 }
