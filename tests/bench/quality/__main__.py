@@ -1,0 +1,80 @@
+"""The command line: contexts are spread over processes, results summed up, judged, printed and drawn."""
+import argparse
+import multiprocessing
+import os
+import sys
+from concurrent import futures
+
+from support import BUILD
+
+from . import context, picture, results, worker
+
+QUICK = {"lengths": "4096:2", "windows": "64", "bits": "4", "questions": 8}
+FULL = {"lengths": "4096:13,16384:7", "windows": "64,512", "bits": "4,3", "questions": 0}
+
+def numbers(text):
+    return [int(word) for word in text.split(",")]
+
+
+def parse():
+    parser = argparse.ArgumentParser(prog="bench.quality", description="How much a compressed KV cache still knows.")
+    add = parser.add_argument
+    add("--texts", default=os.environ.get("BKV_TEXTS"), help="folder of .txt files (BKV_TEXTS; default BKV_MODEL_DIR/../books)")
+    add("--quick", action="store_true", help=f"a few minutes on two cores: --lengths {QUICK['lengths']} and less of the rest")
+    add("--lengths", help=f"tokens:contexts,... (default {FULL['lengths']})")
+    add("--windows", help=f"newest tokens that stay exact (default {FULL['windows']}); baselines with the first one alone")
+    add("--rates", default="8,16,32", help="bytes as bf16 / bytes stored")
+    add("--bits", help=f"of the baselines' elements (default {FULL['bits']})")
+    add("--questions", type=int, help="codes, and people, hidden in each context (default 8; 16 beyond 8,192 tokens)")
+    add("--seeds", default="7,101,202", help="dealt to the contexts in turn")
+    add("--only", help="families of ours, comma-separated, and/or \"baselines\"")
+    add("--backend", default="ref", help="of the kernels")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the model and WildCat compute; cuda needs CuPy")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes")
+    add("--no-cache", action="store_true", help="do not keep prefilled caches in the build folder")
+    options = parser.parse_args()
+    for name, value in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.model = os.environ.get("BKV_MODEL_DIR")
+    if not options.model:
+        parser.error("BKV_MODEL_DIR must name a folder with lm.py and its weights")
+    options.texts = options.texts or os.path.join(options.model, "..", "books")
+    options.windows, options.rates, options.bits = numbers(options.windows), numbers(options.rates), numbers(options.bits)
+    options.seeds, options.only = numbers(options.seeds), options.only and options.only.split(",")
+    return options
+
+
+def plan(options):
+    """[(tokens, text, seed)], longest contexts first, so that no process is left with one at the end."""
+    jobs = []
+    for word in options.lengths.split(","):
+        tokens, _, count = word.partition(":")
+        texts = context.find_texts(options.texts, int(tokens))
+        for i in range(int(count or 1)):
+            jobs.append((int(tokens), texts[i % len(texts)], options.seeds[i % len(options.seeds)] * 1000 + i))
+    return sorted(jobs, key=lambda job: -job[0])
+
+
+def main():
+    options = parse()
+    jobs = plan(options)
+    count = max(1, min(options.jobs, len(jobs)))
+    if count > 1:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before the processes load NumPy
+    done = []
+    spawn = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(count, spawn, worker.start, (options,)) as pool:
+        for future in futures.as_completed([pool.submit(worker.run, job) for job in jobs]):
+            job, base, rows, seconds = future.result()
+            done.append((job, base, rows))
+            print(f"  {os.path.basename(job[1])}, {job[0]:,} tokens, seed {job[2]}: {seconds:.0f} s", flush=True)
+    done.sort(key=lambda item: jobs.index(item[0]))
+    sums = results.sum_up(done)
+    met = results.report_all(sums, options.rates)
+    picture.draw(sums, os.path.join(BUILD, "bench", "quality.svg"))
+    sys.exit(0 if met else 1)
+
+
+if __name__ == "__main__":
+    main()

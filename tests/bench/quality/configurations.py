@@ -1,0 +1,114 @@
+"""The columns of the bench: every way to store a cache that is compared. One line adds one."""
+import numpy as np
+
+from . import storage
+from .baselines import BASELINES, Source, integers
+from .kernels import Kernels
+from .model import ABSENT, Summary
+from .wildcat import WildCat
+
+BLOCK_TOKENS = 256
+RATES = (8, 16, 32)
+TAU = {4096: 1.0}  # see wildcat.py
+
+
+class Ours:
+    """A configuration of ours. `store` is called with (kernels, k, v, budget in bytes, seed) and returns records."""
+
+    def __init__(self, family, rate, store):
+        self.family, self.rate, self.store = family, rate, store
+        self.name = f"{family} {rate}x" if rate else family
+
+    def __call__(self, kernels, k, v, seed):
+        records = self.store(kernels, k, v, (k.size + v.size) * 2 // (self.rate or 1), seed)
+        return summary_of(kernels, records)
+
+
+def blocks(codec, rate=0):
+    """Each block of BLOCK_TOKENS compressed by itself, as a Put does it."""
+    return lambda kernels, k, v, budget, seed: kernels.compress_blocks(k, v, BLOCK_TOKENS, codec, rate=rate, seed=seed)
+
+
+def one_piece(rate):
+    """The whole prefix as one block."""
+    return lambda kernels, k, v, budget, seed: [kernels.compress(k, v, "balance", rate=rate, seed=seed)]
+
+
+def fold(profile=None):
+    """dense4 blocks, folded under a budget: to one record, or to one for each age of a profile ("auto:RATE" is ours for a rate)."""
+    def store(kernels, k, v, budget, seed):
+        records = kernels.compress_blocks(k, v, BLOCK_TOKENS, "dense4", seed=seed)
+        return kernels.fold_prefix(records, budget, profile, seed)
+    return store
+
+
+OURS = [Ours("raw", 0, blocks("raw")), Ours("dense8", 0, blocks("dense8")), Ours("dense4", 0, blocks("dense4")),
+        *(Ours("balance", rate, blocks("balance", rate)) for rate in RATES),
+        Ours("balance in one piece", 16, one_piece(16)),
+        *(Ours("fold", rate, fold()) for rate in RATES),
+        *(Ours("cooled fold", rate, fold(f"auto:{rate}")) for rate in RATES)]
+JUDGED = ("balance", "cooled fold")  # families that must keep the bars
+
+
+def summary_of(kernels, records):
+    """What the records hold, heads of unequal length padded."""
+    parts = [kernels.sections(record) for record in records]
+    layers, heads = len(parts[0]), len(parts[0][0])
+    lengths = [[sum(len(part[layer][head][2]) for part in parts) for head in range(heads)] for layer in range(layers)]
+    dims = [parts[0][0][0][i].shape[1] for i in range(2)]
+    n = max(max(row) for row in lengths)
+    k, v = (np.zeros((layers, heads, n, dim), np.float32) for dim in dims)
+    logw, den = np.full((layers, heads, n), ABSENT, np.float32), np.zeros((layers, heads, n), np.float32)
+    for layer in range(layers):
+        for head in range(heads):
+            at = 0
+            for part in parts:
+                section_k, section_v, section_w = part[layer][head]
+                end = at + len(section_w)
+                k[layer, head, at:end], v[layer, head, at:end] = section_k, section_v
+                logw[layer, head, at:end], den[layer, head, at:end] = section_w, 1
+                at = end
+    return Summary(k, v, logw, den, sum(len(record) for record in records))
+
+
+class Others:
+    """The baselines of one context, at equal bytes."""
+
+    def __init__(self, source, rates, bits):
+        self.source, self.rates, self.bits = source, rates, bits
+
+    def __iter__(self):
+        """(family, bits, rate or 0, summary)."""
+        source = self.source
+        for bits in (4, 2):
+            yield f"int{bits} alone", bits, 0, integers(source, bits)
+        raw = 2 * source.n * source.dim * 2  # of a section
+        for rate in self.rates:
+            for bits in self.bits:
+                for family, method in BASELINES.items():
+                    yield family, bits, rate, method(source, bits, raw // rate)
+        most = storage.most_tokens(source.n, source.dim, min(self.bits), raw // min(self.rates))
+        wildcat = WildCat(source, most, TAU.get(source.n, 1.0))
+        for rate in self.rates:
+            for bits in self.bits:
+                yield "WildCat", bits, rate, wildcat(bits, raw // rate)
+
+
+def columns(context, judge, windows, rates, bits, backend, only=None):
+    """Every column of a context: [{family, bits, rate, window, ours, ...judgement}]. only: families, or None for all."""
+    kernels, rows = Kernels(backend), []
+
+    def add(family, bits, rate, window, ours, summary):
+        rows.append({"family": family, "bits": bits, "nominal": rate, "window": window, "ours": ours,
+                     **judge.judge(summary, window)})
+
+    for window in windows:
+        k, v = (array[:, :, :array.shape[2] - window] for array in (context.k, context.v))
+        for config in OURS:
+            if (config.rate in (0, *rates)) and (only is None or config.family in only):
+                add(config.family, 0, config.rate, window, True, config(kernels, k, v, context.seed))
+    if only is None or "baselines" in only:
+        source = Source(context.k, context.v, context.q, windows[0], context.seed, judge.model.xp)
+        for family, bits, rate, summary in Others(source, rates, bits):
+            add(family, bits, rate, windows[0], False, summary)
+    return rows

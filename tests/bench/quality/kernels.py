@@ -1,0 +1,154 @@
+"""Our kernels through ctypes: blocks of a cache compressed, folded and read back. No daemon, no gRPC.
+
+The library is build/lib/libbkvkernels.so (`make bench-quality` builds it), or libbalancekv.so where only that is built; the
+structures are those of tests/support/native.py.
+"""
+import ctypes as c
+import os
+
+import numpy as np
+
+from support import BUILD, built
+from support.native import BALANCE, DENSE4, DENSE8, FP16, RAW, Block, Error, Params, RecordId, Shape, Stride, View
+
+MAX_BANDS = 8
+
+
+class Profile(c.Structure):
+    class Band(c.Structure):
+        _fields_ = [("age", c.c_uint32), ("rate", c.c_uint32)]
+    _fields_ = [("count", c.c_uint32), ("bands", Band * MAX_BANDS)]
+
+
+class CoolBlock(c.Structure):
+    _fields_ = [("tokens", c.c_uint32), ("bytes", c.c_uint64)]
+
+
+class CoolBand(c.Structure):
+    _fields_ = [("first", c.c_uint32), ("count", c.c_uint32), ("tokens", c.c_uint64), ("budget", c.c_uint64)]
+
+
+class CoolPart(c.Structure):
+    _fields_ = [("first", c.c_uint32), ("count", c.c_uint32)]
+
+
+CODECS = {"raw": RAW, "dense8": DENSE8, "dense4": DENSE4, "balance": BALANCE}
+ALIGN = 64
+
+
+class KernelError(Exception):
+    """What the kernels refused, in their words."""
+
+
+def aligned(size):
+    """`size` bytes at a multiple of 64, as records and workspaces want them."""
+    space = np.empty(size + ALIGN, np.uint8)
+    start = -space.ctypes.data % ALIGN
+    return space[start:start + size]
+
+
+def address(array):
+    return c.c_void_p(array.ctypes.data)
+
+
+class Kernels:
+    """One backend. Records are NumPy arrays of bytes; keys and values float16 [layers, heads, tokens, dim]."""
+
+    def __init__(self, backend="ref"):
+        alone = os.path.join(BUILD, "lib", "libbkvkernels.so")
+        self.library = c.CDLL(alone if os.path.exists(alone) else built("lib", "libbalancekv.so"))
+        self.library.bkv_backend_get.restype = c.c_void_p
+        for name in ("bkv_codec_bound", "bkv_compress_workspace", "bkv_fold_workspace", "bkv_cool_node_bytes"):
+            getattr(self.library, name).restype = c.c_size_t
+        self.backend = c.c_void_p(self.library.bkv_backend_get(backend.encode()))
+        if not self.backend:
+            raise KernelError(f"there is no backend {backend} here")
+
+    def check(self, status, error):
+        if status != 0:
+            raise KernelError(error.message.decode(errors="replace"))
+
+    def compress(self, k, v, codec, rate=0, sink=32, seed=0, position=0):
+        """One block's record."""
+        layers, heads, tokens, dim = k.shape
+        shape = Shape(layers, heads, tokens, dim, v.shape[3], FP16)
+        params = Params(CODECS[codec], rate, sink, seed)
+        ident, error, length = RecordId(position=position), Error(), c.c_size_t()
+        block = Block(shape, k.ctypes.data, v.ctypes.data, Stride(*k.strides[:3]), Stride(*v.strides[:3]))
+        room = self.library.bkv_codec_bound(c.byref(shape), c.byref(params))
+        record = aligned(room)
+        workspace = aligned(self.library.bkv_compress_workspace(self.backend, c.byref(shape), c.byref(params)))
+        self.check(self.library.bkv_compress(self.backend, c.byref(block), c.byref(params), c.byref(ident), address(record),
+                                             c.c_size_t(room), address(workspace), c.byref(length), c.byref(error)), error)
+        return record[:length.value]
+
+    def compress_blocks(self, k, v, block_tokens, codec, **params):
+        """Records of consecutive blocks; a last block of fewer than half the tokens joins the one before it."""
+        tokens = k.shape[2]
+        starts = list(range(0, max(1, tokens - block_tokens // 2), block_tokens))
+        ends = starts[1:] + [tokens]
+        return [self.compress(k[:, :, a:b], v[:, :, a:b], codec, position=a, **params) for a, b in zip(starts, ends)]
+
+    def fold(self, records, budget, seed=0):
+        """One record of at most `budget` bytes for consecutive ones."""
+        pointers = (c.c_void_p * len(records))(*[record.ctypes.data for record in records])
+        ident, error, length = RecordId(), Error(), c.c_size_t()
+        count, budget = c.c_uint32(len(records)), c.c_uint64(budget)
+        workspace = aligned(self.library.bkv_fold_workspace(self.backend, pointers, count, budget))
+        record = aligned(budget.value)
+        self.check(self.library.bkv_fold(self.backend, pointers, count, c.byref(ident), budget, c.c_uint64(seed),
+                                         address(record), address(workspace), c.byref(length), c.byref(error)), error)
+        return record[:length.value]
+
+    def fold_tree(self, records, first, count, budget, seed):
+        """The run [first, first + count) of records merged as kernels/cool.h says: by nodes of bounded size."""
+        before = np.concatenate(([0], np.cumsum([len(record) for record in records]))).astype(np.uint64)
+        node_bytes = self.library.bkv_cool_node_bytes(c.c_uint64(budget))
+
+        def children(first, count):
+            parts = (CoolPart * count)()
+            used = self.library.bkv_cool_parts(address(before), c.c_uint32(first), c.c_uint32(count), c.c_uint64(node_bytes),
+                                               parts)
+            return [records[part.first] if part.count == 1 else self.fold(children(part.first, part.count), node_bytes, seed)
+                    for part in parts[:used]]
+        return self.fold(children(first, count), budget, seed)
+
+    def fold_prefix(self, records, budget, profile, seed):
+        """[records] of a fold: one without a profile; with one ("512:4,2048:8,:16", or "auto:RATE") a record for each age."""
+        if not profile:
+            return [self.fold_tree(records, 0, len(records), budget, seed)]
+        ages, error, count, bands = Profile(), Error(), c.c_uint32(), (CoolBand * MAX_BANDS)()
+        kind, _, rate = profile.partition(":")
+        if kind == "auto":
+            self.library.bkv_profile_for_rate(c.c_uint32(int(rate)), c.byref(ages))
+        else:
+            self.check(self.library.bkv_profile_parse(profile.encode(), c.byref(ages), c.byref(error)), error)
+        shape = Shape()
+        self.library.bkv_record_shape(address(records[0]), c.byref(shape))
+        blocks = (CoolBlock * len(records))(*[(self.tokens(record), len(record)) for record in records])
+        self.check(self.library.bkv_cool_plan(c.byref(shape), blocks, c.c_uint32(len(records)), c.byref(ages),
+                                              c.c_uint64(budget), bands, c.byref(count), c.byref(error)), error)
+        return [self.fold_tree(records, band.first, band.count, band.budget, seed) for band in bands[:count.value]]
+
+    def tokens(self, record):
+        """Source tokens of a record."""
+        shape = Shape()
+        self.library.bkv_record_shape(address(record), c.byref(shape))
+        return shape.tokens
+
+    def sections(self, record):
+        """[layer][head] of (k [m, dim], v [m, dim], logw [m]) float32, validated first."""
+        error, shape, view = Error(), Shape(), View()
+        self.check(self.library.bkv_record_check(address(record), c.c_size_t(len(record)), c.byref(error)), error)
+        self.library.bkv_record_shape(address(record), c.byref(shape))
+        result = []
+        for layer in range(shape.layers):
+            heads = []
+            for head in range(shape.heads):
+                self.library.bkv_record_section(address(record), layer, head, c.byref(view))
+                parts = (np.empty((view.tokens, view.key_dim), np.float32), np.empty((view.tokens, view.value_dim), np.float32),
+                         np.empty(view.tokens, np.float32))
+                self.library.bkv_section_read(c.byref(view), *(address(part) for part in parts), None)
+                heads.append(parts)
+            result.append(heads)
+        return result

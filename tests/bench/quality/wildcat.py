@@ -1,0 +1,109 @@
+"""WildCat (arXiv 2602.10056): a coreset by randomly pivoted Cholesky, weighted so that it stands for all keys.
+
+The kernel is exp(beta / tau^2 <k, k'>) of centred keys, beta = 1 / sqrt(dim). Pivots are drawn in proportion to the residual of
+its diagonal; W = K_SS^-1 K_S: then gives stored values W V and, for the denominator, W 1. Outputs are clipped to the range of
+the values. Pivots are drawn in blocks with rejection, which draws from the same distribution as one at a time (accelerated
+RPCholesky, arXiv 2410.03969). They are nested: one run serves every budget.
+"""
+import numpy as np
+
+from . import storage
+from .baselines import SINK
+
+BLOCK = 128
+JITTER = 1e-7
+
+
+def draw(rng, gram, residual):
+    """Which of a block of proposals are accepted: gram [b, b] is the residual kernel among them, residual [b] its diagonal."""
+    gram, accepted = gram.astype(np.float64), []
+    chance = rng.random(len(residual))
+    for i in range(len(residual)):
+        if gram[i, i] > chance[i] * residual[i] and gram[i, i] > 1e-5 * residual[i]:
+            accepted.append(i)
+            column = gram[:, i] / np.sqrt(gram[i, i])
+            gram -= np.outer(column, column)
+    return accepted
+
+
+def pivots(xp, rng, k, most, scale):
+    """Up to `most` pivots of the kernel exp(scale <k, k'>) over k [n, dim], in the order drawn."""
+    n = len(k)
+    squares = (k * k).sum(-1)
+    shift = scale * squares.max()
+    diagonal = xp.exp(scale * squares - shift)
+    residual, factor, chosen = diagonal.copy(), xp.empty((n, most), np.float32), []
+    while len(chosen) < most:
+        left = residual.astype(np.float64)
+        total = float(left.sum())
+        if total <= 0:
+            break
+        cumulated = xp.cumsum(left)
+        at = xp.searchsorted(cumulated, xp.asarray(rng.random(BLOCK) * total))
+        at = xp.clip(at, 0, n - 1)
+        done = len(chosen)
+        gram = xp.exp(scale * (k[at] @ k[at].T) - shift) - factor[at, :done] @ factor[at, :done].T
+        host = (lambda a: a) if xp is np else xp.asnumpy
+        accepted = draw(rng, host(gram), host(residual[at]))[:most - done]
+        if not accepted:
+            continue
+        accepted = xp.asarray(accepted)
+        new, gram = at[accepted], gram[accepted][:, accepted].astype(np.float64)
+        lower = xp.linalg.cholesky(gram + JITTER * xp.diag(xp.diag(gram)))
+        columns = xp.exp(scale * (k @ k[new].T) - shift) - factor[:, :done] @ factor[new, :done].T
+        columns = xp.linalg.solve(lower, columns.T.astype(np.float64)).T.astype(np.float32)
+        factor[:, done:done + len(new)] = columns
+        residual = xp.maximum(residual - (columns * columns).sum(-1), 0)
+        residual[new] = 0
+        chosen += [int(i) for i in new]
+    return chosen
+
+
+def weights(xp, k, v, index, scale):
+    """(W V [m, dim], W 1 [m]) for pivots index: the best stand-ins for all keys in the kernel's feature space.
+
+    Solved on the Gaussian form exp(-scale |k - k'|^2 / 2) of the kernel, whose diagonal is 1."""
+    k, v = k.astype(np.float64), v.astype(np.float64)
+    squares = scale * (k * k).sum(-1) / 2
+    pivot, heavy = k[index], xp.exp(squares)
+
+    def gauss(other, other_squares):
+        return xp.exp(scale * (pivot @ other.T) - squares[index][:, None] - other_squares[None])
+
+    right = xp.concatenate((v, xp.ones((len(v), 1))), 1) * heavy[:, None]
+    sums = sum(gauss(k[a:a + 2048], squares[a:a + 2048]) @ right[a:a + 2048] for a in range(0, len(k), 2048))
+    solved = xp.linalg.solve(gauss(pivot, squares[index]) + JITTER * xp.eye(len(pivot)), sums)
+    solved /= heavy[index][:, None]
+    return solved[:, :-1], solved[:, -1]
+
+
+class WildCat:
+    """Pivots of one context's source, drawn once for the largest budget that is asked for."""
+
+    TOKEN_EXTRA = 2  # a float16 weight for the denominator
+
+    def __init__(self, source, most, tau):
+        xp = source.xp
+        self.source, self.scale = source, float(source.dim ** -0.5 / tau ** 2)
+        inner = source.k[:, SINK:]
+        self.k = xp.asarray(inner - inner.mean(1, keepdims=True))
+        self.v = xp.asarray(source.v[:, SINK:])
+        self.order = [pivots(xp, source.rng, k, most - SINK, self.scale) for k in self.k]
+
+    def __call__(self, bits, budget):
+        source, xp = self.source, self.source.xp
+        head_extra = 2 * source.dim * 2  # the range that outputs are clipped to
+        m = storage.most_tokens(source.n, source.dim, bits, budget, self.TOKEN_EXTRA, head_extra)
+        m = min(m, SINK + min(len(order) for order in self.order))
+        shape = (source.sections, m, source.dim)
+        k, v, den = np.empty(shape, np.float32), np.empty(shape, np.float32), np.ones(shape[:2], np.float32)
+        k[:, :SINK], v[:, :SINK] = source.k[:, :SINK], source.v[:, :SINK]
+        for s, order in enumerate(self.order):
+            index = np.sort(order[:m - SINK])
+            mixed, weight = weights(xp, self.k[s], self.v[s], xp.asarray(index), self.scale)
+            k[s, SINK:] = source.k[s, SINK + index]
+            v[s, SINK:], den[s, SINK:] = (mixed, weight) if xp is np else (xp.asnumpy(mixed), xp.asnumpy(weight))
+        k, v = storage.round_keys(k, bits), storage.round_values(v, bits)
+        clip = storage.half(np.stack((source.v.min(1), source.v.max(1))))
+        stored = storage.section_bytes(source.n, m, source.dim, bits, self.TOKEN_EXTRA, head_extra)
+        return source.summary(k, v, np.zeros(shape[:2], np.float32), storage.half(den), stored, clip)
