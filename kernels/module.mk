@@ -14,7 +14,7 @@ CUDA_RUNTIME = $(firstword $(wildcard $(CUDA_HOME)/lib64/libcudart_static.a $(CU
   /usr/lib/x86_64-linux-gnu/libcudart_static.a))
 CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
 NVCC_FLAGS = -std=c++17 -O3 $(CUDA_ARCH) -Werror all-warnings \
-  -Xcompiler -fPIC,-fno-exceptions,-fno-rtti,-fvisibility=hidden,-Wall,-Wextra,-Werror
+  -Xcompiler -fPIC,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics,-fvisibility=hidden,-Wall,-Wextra,-Werror
 
 KERNELS_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(if $(NVCC),$(filter-out kernels/absent_cuda.c,$(KERNELS_SRC)),$(KERNELS_SRC))) $(CUDA_ALL)
 KERNELS_LIB := $(BUILD)/lib/libbkvkernels.a

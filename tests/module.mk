@@ -130,3 +130,5 @@ tidy-run: $(PROTO_HDR)
 ## format: format the C sources in place
 format: setup
 	clang-format -i $$(git ls-files '*.c' '*.h')
+
+include tests/gpu/module.mk
