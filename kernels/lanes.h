@@ -19,6 +19,18 @@ static inline uint32_t bkv_tile_pad(uint32_t n) {
     return (n + BKV_TILE - 1) / BKV_TILE * BKV_TILE;
 }
 
+// Rows of a matrix, perhaps picked from a larger one, perhaps about a centre.
+typedef struct bkv_rows {
+    const float *rows;
+    const uint32_t *list; // row i is rows[list[i]]; NULL: rows[i]
+    const float *centre;  // [dim], subtracted from each; NULL: nothing is
+    uint32_t n, dim;
+} bkv_rows_t;
+
+static inline const float *bkv_rows_at(const bkv_rows_t *rows, uint32_t i) {
+    return rows->rows + (size_t)(rows->list ? rows->list[i] : i) * rows->dim;
+}
+
 typedef struct bkv_lanes {
     // Inner product of n elements.
     float (*dot)(const float *a, const float *b, uint32_t n);
@@ -29,12 +41,11 @@ typedef struct bkv_lanes {
     // n elements of a dtype, at any address, to float.
     void (*to_float)(bkv_dtype_t dtype, const void *src, size_t n, float *out);
 
-    // out[i][j] = <a_i, b_j>, rows of `stride` floats, for i < na and j < nb. Where a == b and na == nb only j >= i / 16 * 16 are
-    // sure to be written. Up to i < pad(na), j < pad(nb) more may be written, and is finite: out has pad(na) rows and
-    // stride >= pad(nb). scratch: products_scratch bytes, 64-byte aligned.
-    void (*products)(const float *a, uint32_t na, const float *b, uint32_t nb, uint32_t dim, float *out, uint32_t stride,
-                     void *scratch);
-    size_t (*products_scratch)(uint32_t na, uint32_t nb, uint32_t dim);
+    // out[i][j] = <a_i, b_j>, rows of `stride` floats, for i < pad(a->n) and j < pad(b->n), where what is not there counts as 0.
+    // b NULL means a itself, and then only j >= i / 16 * 16 are sure to be written. a and b have the same dim; stride is at
+    // least pad(b->n); scratch: products_scratch bytes, 64-byte aligned.
+    void (*products)(const bkv_rows_t *a, const bkv_rows_t *b, float *out, uint32_t stride, void *scratch);
+    size_t (*products_scratch)(uint32_t na, uint32_t nb, uint32_t dim); // where b is NULL, nb is na
 
     // The walk's kernel from the products of keys and of values, both [padded][padded] with at least j >= i / 16 * 16 there:
     //   values[i][j] = exp(min(keys[i][j] * scale - shift, top)) * (values[i][j] + lift) for all i, j < padded

@@ -30,26 +30,28 @@ static uint8_t *tile_at(const operand_t *operand, uint32_t tile, uint32_t step) 
 }
 
 size_t bkv_amx_products_scratch(uint32_t na, uint32_t nb, uint32_t dim) {
-    // Both orders of a where a is b; else a in one and b in the other.
-    uint32_t larger = na > nb ? na : nb;
-    return (size_t)bkv_tile_pad(larger) / BKV_TILE * steps_of(dim) * TILE_BYTES * 2;
+    return (size_t)(bkv_tile_pad(na) + bkv_tile_pad(nb)) / BKV_TILE * steps_of(dim) * TILE_BYTES;
 }
 
-// 32 elements of a row from d on, as bfloat16.
-static inline vec_t row_load(const float *row, uint32_t d, uint32_t dim) {
-    vec_t low = vec_load_part(row + d, dim - d);
-    vec_t high = dim - d > BKV_VEC ? vec_load_part(row + d + BKV_VEC, dim - d - BKV_VEC) : vec_set(0);
+// 32 elements of a row, about the centre, from d on, as bfloat16.
+static inline vec_t row_load(const float *row, const float *centre, uint32_t d, uint32_t dim) {
+    vec_t low = vec_load_part(row + d, dim - d), high = vec_set(0);
+    low = centre ? low - vec_load_part(centre + d, dim - d) : low;
+    if (dim - d > BKV_VEC) {
+        high = vec_load_part(row + d + BKV_VEC, dim - d - BKV_VEC);
+        high = centre ? high - vec_load_part(centre + d + BKV_VEC, dim - d - BKV_VEC) : high;
+    }
     return (vec_t)_mm512_cvtne2ps_pbh(high, low);
 }
 
 // Either order may be NULL.
-static void operand_load(const float *rows, uint32_t n, uint32_t dim, const operand_t *by_rows, const operand_t *by_pairs) {
-    for (uint32_t tile = 0; tile * BKV_TILE < n; tile++) {
-        for (uint32_t d = 0; d < dim; d += TILE_DIMS) {
+static void operand_load(const bkv_rows_t *rows, const operand_t *by_rows, const operand_t *by_pairs) {
+    for (uint32_t tile = 0; tile * BKV_TILE < rows->n; tile++) {
+        for (uint32_t d = 0; d < rows->dim; d += TILE_DIMS) {
             vec_t block[BKV_TILE];
             for (uint32_t r = 0; r < BKV_TILE; r++) {
                 uint32_t t = tile * BKV_TILE + r;
-                block[r] = t < n ? row_load(rows + (size_t)t * dim, d, dim) : vec_set(0);
+                block[r] = t < rows->n ? row_load(bkv_rows_at(rows, t), rows->centre, d, rows->dim) : vec_set(0);
             }
             if (by_rows) {
                 memcpy(tile_at(by_rows, tile, d / TILE_DIMS), block, TILE_BYTES);
@@ -116,20 +118,17 @@ static void block_product(const operand_t *a, const operand_t *b, uint32_t i, ui
     }
 }
 
-void bkv_amx_products(const float *a, uint32_t na, const float *b, uint32_t nb, uint32_t dim, float *out, uint32_t stride,
-                      void *scratch) {
-    bool same = a == b && na == nb;
-    uint32_t rows = bkv_tile_pad(na) / BKV_TILE, columns = bkv_tile_pad(nb) / BKV_TILE, steps = steps_of(dim);
-    operand_t left = {scratch, steps}, right = {left.tiles + (size_t)rows * steps * TILE_BYTES, steps};
-    if (same) {
-        operand_load(a, na, dim, &left, &right);
-    } else {
-        operand_load(a, na, dim, &left, NULL);
-        operand_load(b, nb, dim, NULL, &right);
+void bkv_amx_products(const bkv_rows_t *a, const bkv_rows_t *b, float *out, uint32_t stride, void *scratch) {
+    uint32_t rows = bkv_tile_pad(a->n) / BKV_TILE, columns = b ? bkv_tile_pad(b->n) / BKV_TILE : rows;
+    operand_t left = {scratch, steps_of(a->dim)}, right = left;
+    right.tiles += (size_t)rows * left.steps * TILE_BYTES;
+    operand_load(a, &left, b ? NULL : &right);
+    if (b) {
+        operand_load(b, NULL, &right);
     }
     tiles_begin();
     for (uint32_t i = 0; i < rows; i += 2) {
-        for (uint32_t j = same ? i : 0; j < columns; j += 2) {
+        for (uint32_t j = b ? 0 : i; j < columns; j += 2) {
             block_product(&left, &right, i, j, i + 1 < rows, j + 1 < columns, out, stride);
         }
     }

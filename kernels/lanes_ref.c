@@ -22,12 +22,15 @@ static size_t ref_products_scratch(uint32_t na, uint32_t nb, uint32_t dim) {
 }
 
 // Rows as columns, zero up to `padded`.
-static void columns_load(const float *rows, uint32_t n, uint32_t dim, uint32_t padded, float *columns) {
-    for (uint32_t d = 0; d < dim; d++) {
-        for (uint32_t t = 0; t < n; t++) {
-            columns[(size_t)d * padded + t] = rows[(size_t)t * dim + d];
+static void columns_load(const bkv_rows_t *rows, uint32_t padded, float *columns) {
+    for (uint32_t t = 0; t < rows->n; t++) {
+        const float *row = bkv_rows_at(rows, t);
+        for (uint32_t d = 0; d < rows->dim; d++) {
+            columns[(size_t)d * padded + t] = row[d] - (rows->centre ? rows->centre[d] : 0.0f);
         }
-        for (uint32_t t = n; t < padded; t++) {
+    }
+    for (uint32_t d = 0; d < rows->dim; d++) {
+        for (uint32_t t = rows->n; t < padded; t++) {
             columns[(size_t)d * padded + t] = 0;
         }
     }
@@ -50,18 +53,16 @@ static void tile_dot(const float *restrict a, uint32_t a_stride, const float *re
     }
 }
 
-static void ref_products(const float *a, uint32_t na, const float *b, uint32_t nb, uint32_t dim, float *out, uint32_t stride,
-                         void *scratch) {
-    bool same = a == b && na == nb;
-    uint32_t rows = bkv_tile_pad(na), columns = bkv_tile_pad(nb);
-    float *left = scratch, *right = same ? left : left + (size_t)rows * dim;
-    columns_load(a, na, dim, rows, left);
-    if (!same) {
-        columns_load(b, nb, dim, columns, right);
+static void ref_products(const bkv_rows_t *a, const bkv_rows_t *b, float *out, uint32_t stride, void *scratch) {
+    uint32_t rows = bkv_tile_pad(a->n), columns = b ? bkv_tile_pad(b->n) : rows;
+    float *left = scratch, *right = b ? left + (size_t)rows * a->dim : left;
+    columns_load(a, rows, left);
+    if (b) {
+        columns_load(b, columns, right);
     }
     for (uint32_t i = 0; i < rows; i += 4) {
-        for (uint32_t j = same ? i / BKV_TILE * BKV_TILE : 0; j < columns; j += 8) {
-            tile_dot(left + i, rows, right + j, columns, dim, out + (size_t)i * stride + j, stride);
+        for (uint32_t j = b ? 0 : i / BKV_TILE * BKV_TILE; j < columns; j += 8) {
+            tile_dot(left + i, rows, right + j, columns, a->dim, out + (size_t)i * stride + j, stride);
         }
     }
 }

@@ -65,25 +65,24 @@ static void vector_to_float(bkv_dtype_t dtype, const void *src, size_t n, float 
 // -- products
 
 // Strips of BKV_TILE rows as columns: strip s has at [d][c] element d of row 16 s + c, 0 where there is no such row.
-static void strips_load(const float *rows, uint32_t n, uint32_t dim, float *strips) {
-    for (uint32_t first = 0; first < n; first += BKV_VEC) {
+static void strips_load(const bkv_rows_t *rows, float *strips) {
+    uint32_t dim = rows->dim;
+    for (uint32_t first = 0; first < bkv_tile_pad(rows->n); first += BKV_VEC) {
         float *strip = strips + (size_t)(first / BKV_TILE) * BKV_TILE * dim + first % BKV_TILE;
+        const float *row[BKV_VEC] = {NULL};
+        for (uint32_t r = 0; r < BKV_VEC && first + r < rows->n; r++) {
+            row[r] = bkv_rows_at(rows, first + r);
+        }
         for (uint32_t d = 0; d < dim; d += BKV_VEC) {
-            vec_t block[BKV_VEC];
+            vec_t block[BKV_VEC], centre = rows->centre ? vec_load_part(rows->centre + d, dim - d) : vec_set(0);
             for (uint32_t r = 0; r < BKV_VEC; r++) {
-                block[r] = first + r < n ? vec_load_part(rows + (size_t)(first + r) * dim + d, dim - d) : vec_set(0);
+                block[r] = row[r] ? vec_load_part(row[r] + d, dim - d) - centre : vec_set(0);
             }
             vec_transpose(block);
             uint32_t columns = dim - d < BKV_VEC ? dim - d : BKV_VEC;
             for (uint32_t c = 0; c < columns; c++) {
                 vec_store(strip + (size_t)(d + c) * BKV_TILE, block[c]);
             }
-        }
-    }
-    for (uint32_t first = (n + BKV_VEC - 1) / BKV_VEC * BKV_VEC; first < bkv_tile_pad(n); first += BKV_VEC) {
-        float *strip = strips + (size_t)(first / BKV_TILE) * BKV_TILE * dim + first % BKV_TILE;
-        for (uint32_t d = 0; d < dim; d++) {
-            vec_store(strip + (size_t)d * BKV_TILE, vec_set(0));
         }
     }
 }
@@ -133,22 +132,20 @@ static size_t vector_products_scratch(uint32_t na, uint32_t nb, uint32_t dim) {
     return ((size_t)bkv_tile_pad(na) + bkv_tile_pad(nb)) * dim * sizeof(float);
 }
 
-static void vector_products(const float *a, uint32_t na, const float *b, uint32_t nb, uint32_t dim, float *out, uint32_t stride,
-                            void *scratch) {
-    bool same = a == b && na == nb;
-    uint32_t rows = bkv_tile_pad(na), columns = bkv_tile_pad(nb);
-    float *left = scratch, *right = same ? left : left + (size_t)rows * dim;
-    strips_load(a, na, dim, left);
-    if (!same) {
-        strips_load(b, nb, dim, right);
+static void vector_products(const bkv_rows_t *a, const bkv_rows_t *b, float *out, uint32_t stride, void *scratch) {
+    uint32_t rows = bkv_tile_pad(a->n), columns = b ? bkv_tile_pad(b->n) : rows;
+    float *left = scratch, *right = b ? left + (size_t)rows * a->dim : left;
+    strips_load(a, left);
+    if (b) {
+        strips_load(b, right);
     }
     for (uint32_t i = 0; i < rows; i += BKV_VEC_ROWS) {
-        uint32_t j = same ? i / BKV_TILE * BKV_TILE : 0;
+        uint32_t j = b ? 0 : i / BKV_TILE * BKV_TILE;
         for (; j + 2 * BKV_VEC <= columns; j += 2 * BKV_VEC) {
-            products_tile(left, right, i, j, dim, 2, out, stride);
+            products_tile(left, right, i, j, a->dim, 2, out, stride);
         }
         if (j < columns) {
-            products_tile(left, right, i, j, dim, 1, out, stride);
+            products_tile(left, right, i, j, a->dim, 1, out, stride);
         }
     }
 }

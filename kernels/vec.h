@@ -10,11 +10,10 @@
 
 #ifdef __AVX512F__
 #define BKV_VEC 16
-typedef __m512 vec_t;
 #else
 #define BKV_VEC 8
-typedef __m256 vec_t;
 #endif
+typedef float vec_t __attribute__((vector_size(BKV_VEC * 4)));
 typedef int32_t vec_int_t __attribute__((vector_size(BKV_VEC * 4)));
 
 #ifdef __AVX512F__

@@ -39,32 +39,42 @@ void bkv_walk_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint32_t t
     walk->sign = bkv_scratch_take(scratch, limit);
 }
 
-// Centring leaves every softmax as it is and keeps the exponents small.
-static void rows_centre(const bkv_lanes_t *lanes, uint32_t n, uint32_t dim, bkv_walk_t *walk) {
-    float total = 0;
-    memset(walk->mean, 0, dim * sizeof(float));
-    for (uint32_t t = 0; t < n; t++) {
-        lanes->axpy(walk->weight[t], walk->rows + (size_t)t * dim, dim, walk->mean);
-        total += walk->weight[t];
+// Keys, or values, of the listed tokens: picked where they lie, or read.
+static bkv_rows_t rows_of(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, bool values, bkv_walk_t *walk) {
+    const float *held = values ? source->v : source->k;
+    if (!held) {
+        bkv_source_gather(source, tokens, n, values ? NULL : walk->rows, values ? walk->rows : NULL);
     }
-    for (uint32_t t = 0; t < n; t++) {
-        lanes->axpy(-1.0f / total, walk->mean, dim, walk->rows + (size_t)t * dim);
+    return (bkv_rows_t){.rows = held ? held : walk->rows,
+                        .list = held ? tokens : NULL,
+                        .n = n,
+                        .dim = values ? source->value_dim : source->key_dim};
+}
+
+static void rows_mean(const bkv_lanes_t *lanes, const bkv_rows_t *rows, const float *weight, float *mean) {
+    float total = 0;
+    memset(mean, 0, rows->dim * sizeof(float));
+    for (uint32_t t = 0; t < rows->n; t++) {
+        total += weight[t];
+    }
+    for (uint32_t t = 0; t < rows->n; t++) {
+        lanes->axpy(weight[t] / total, bkv_rows_at(rows, t), rows->dim, mean);
     }
 }
 
 static void gram_build(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, uint32_t padded, bkv_walk_t *walk) {
     const bkv_lanes_t *lanes = source->lanes;
-    uint32_t key_dim = source->key_dim, value_dim = source->value_dim;
-    bkv_source_gather(source, tokens, n, walk->rows, NULL);
-    rows_centre(lanes, n, key_dim, walk);
-    lanes->products(walk->rows, n, walk->rows, n, key_dim, walk->keys, padded, walk->products);
-    float scale = 1.0f / sqrtf((float)key_dim), top = 0;
+    bkv_rows_t keys = rows_of(source, tokens, n, false, walk);
+    rows_mean(lanes, &keys, walk->weight, walk->mean);
+    keys.centre = walk->mean; // leaves every softmax as it is and keeps the exponents small
+    lanes->products(&keys, NULL, walk->keys, padded, walk->products);
+    float scale = 1.0f / sqrtf((float)source->key_dim), top = 0;
     for (uint32_t t = 0; t < n; t++) {
         float own = walk->keys[(size_t)t * padded + t] * scale; // no inner product is larger than the largest square
         top = own > top ? own : top;
     }
-    bkv_source_gather(source, tokens, n, NULL, walk->rows);
-    lanes->products(walk->rows, n, walk->rows, n, value_dim, walk->gram, padded, walk->products);
+    bkv_rows_t values = rows_of(source, tokens, n, true, walk);
+    lanes->products(&values, NULL, walk->gram, padded, walk->products);
     float shift = top > EXPONENT_TOP ? top - EXPONENT_TOP : 0;
     lanes->kernel(walk->keys, walk->gram, padded, scale, shift, EXPONENT_TOP, VALUE_FLOOR); // rounding may exceed the top
 }

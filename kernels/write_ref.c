@@ -99,7 +99,9 @@ static void tokens_share(const bkv_source_t *source, uint32_t first, uint32_t co
     for (uint32_t t = 0; t < count; t++) {
         selection->share[t] = selection->fate[first + t] == BKV_PROTECTED ? 0.0f : selection->source_weight[first + t];
     }
-    lanes->products(k, count, selection->anchors, rows, source->key_dim, selection->parts, stride, selection->walk.products);
+    const bkv_rows_t tokens = {.rows = k, .n = count, .dim = source->key_dim};
+    const bkv_rows_t anchors = {.rows = selection->anchors, .n = rows, .dim = source->key_dim};
+    lanes->products(&tokens, &anchors, selection->parts, stride, selection->walk.products);
     lanes->shares(selection->parts, count, rows, stride, selection->half, 1.0f / sqrtf((float)source->key_dim),
                   selection->share, selection->mass);
     lanes->mix(selection->parts, count, rows, stride, v, source->value_dim, selection->fit);

@@ -124,7 +124,8 @@ static void products_of(const level_t *level, uint32_t na, uint32_t nb, uint32_t
     memset(out, 0xff, size * sizeof(float)); // NaN
     void *scratch = oracle_exact(level->lanes->products_scratch(na, nb, dim));
     memset(scratch, 0xff, level->lanes->products_scratch(na, nb, dim));
-    level->lanes->products(a, na, b, nb, dim, out, stride, scratch);
+    bkv_rows_t left = {.rows = a, .n = na, .dim = dim}, right = {.rows = b, .n = nb, .dim = dim};
+    level->lanes->products(&left, same ? NULL : &right, out, stride, scratch);
     for (uint32_t i = 0; i < na; i++) {
         for (uint32_t j = same ? i / BKV_TILE * BKV_TILE : 0; j < nb; j++) {
             double want = product(a + (size_t)i * dim, b + (size_t)j * dim, dim), got = (double)out[(size_t)i * stride + j];
@@ -164,7 +165,8 @@ static void check_rounded_products(const level_t *level) {
     uint32_t n = 64, dim = 128;
     float *a = gauss((size_t)n * dim, 1, 5), *out = oracle_exact(n * n * sizeof(float));
     void *scratch = oracle_exact(level->lanes->products_scratch(n, n, dim));
-    level->lanes->products(a, n, a, n, dim, out, n, scratch);
+    bkv_rows_t rows = {.rows = a, .n = n, .dim = dim};
+    level->lanes->products(&rows, NULL, out, n, scratch);
     for (uint32_t i = 0; i < n; i++) {
         for (uint32_t j = i; j < n; j++) {
             double off = (double)out[i * n + j] - product(a + (size_t)i * dim, a + (size_t)j * dim, dim);
@@ -176,6 +178,38 @@ static void check_rounded_products(const level_t *level) {
 
 Test(lanes, products_of_any_floats) {
     on_every_level(check_rounded_products);
+}
+
+// Rows picked by a list, about a centre; every other row is NaN.
+static void check_picked_products(const level_t *level) {
+    enum { N = 21, DIM = 40 };
+    float *rows = gauss((size_t)2 * N * DIM, 1, 6), *centre = gauss(DIM, 1, 7), *out = oracle_exact(32 * 32 * sizeof(float));
+    float *picked = oracle_exact(sizeof(float) * N * DIM);
+    uint32_t list[N];
+    for (uint32_t i = 0; i < N; i++) {
+        list[i] = 2 * i + 1;
+        for (uint32_t d = 0; d < DIM; d++) {
+            rows[(size_t)2 * i * DIM + d] = NAN;
+            picked[i * DIM + d] = rows[(size_t)list[i] * DIM + d] - centre[d];
+        }
+    }
+    void *scratch = oracle_exact(level->lanes->products_scratch(N, N, DIM));
+    bkv_rows_t all = {.rows = rows, .list = list, .centre = centre, .n = N, .dim = DIM};
+    for (int same = 0; same < 2; same++) {
+        level->lanes->products(&all, same ? NULL : &all, out, 32, scratch);
+        for (uint32_t i = 0; i < N; i++) {
+            for (uint32_t j = i; j < N; j++) {
+                double want = product(picked + (size_t)i * DIM, picked + (size_t)j * DIM, DIM), got = (double)out[i * 32 + j];
+                cr_assert(fabs(got - want) < (level->rounds ? 0.5 : 1e-4), "%s: %u, %u: %g for %g", level->name, i, j, got,
+                          want);
+            }
+        }
+    }
+    free(rows), free(centre), free(out), free(picked), free(scratch);
+}
+
+Test(lanes, products_of_picked_rows) {
+    on_every_level(check_picked_products);
 }
 
 static void check_kernel(const level_t *level) {
