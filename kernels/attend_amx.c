@@ -11,6 +11,7 @@
 
 #define LINE 64
 #define TILE 1024
+#define SUMS 256 // int32 of a tile
 
 typedef struct tile_config {
     uint8_t palette, start_row, reserved[14];
@@ -20,91 +21,110 @@ typedef struct tile_config {
 
 _Static_assert(sizeof(tile_config_t) == 64, "what ldtilecfg reads");
 
-static const tile_config_t whole_tiles = {
-    .palette = 1, .row_bytes = {LINE, LINE, LINE, LINE, LINE, LINE, LINE, LINE}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+// For values, registers 0 to 5 are the sums of two sets and 6 their digits: eight rows for one quad of queries. 7 is codes.
+#define WHOLE                                                                                                                  \
+    { LINE, LINE, LINE, LINE, LINE, LINE, LINE, LINE }
+static const tile_config_t eight = {.palette = 1, .row_bytes = WHOLE, .rows = {8, 8, 8, 8, 8, 8, 8, 16}};
+static const tile_config_t sixteen = {.palette = 1, .row_bytes = WHOLE, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
 
-static void tiles_begin(void) {
-    _tile_loadconfig(&whole_tiles);
+static void tile_scores_begin(void) {
+    _tile_loadconfig(&sixteen);
 }
 
-static void tiles_end(void) {
-    _tile_release();
-}
-
-static void score_one_quad(const uint8_t *codes, const uint8_t *digits, uint32_t steps, int32_t *sums) {
-    _tile_zero(0);
-    for (uint32_t step = 0; step < steps; step++) {
-        _tile_loadd(2, codes + (size_t)step * TILE, LINE);
-        _tile_loadd(4, digits + (size_t)step * TILE, LINE);
-        _tile_dpbusd(0, 2, 4);
-    }
-    _tile_stored(0, sums, LINE);
-}
-
-static void score_two_quads(const uint8_t *codes, const uint8_t *digits, uint32_t steps, int32_t *sums) {
+static void tile_scores(const uint8_t *codes, const uint8_t *digits, uint32_t steps, uint32_t quads, int32_t *sums) {
     _tile_zero(0);
     _tile_zero(1);
     for (uint32_t step = 0; step < steps; step++) {
         _tile_loadd(2, codes + (size_t)step * TILE, LINE);
-        _tile_loadd(4, digits + (size_t)(2 * step) * TILE, LINE);
-        _tile_dpbusd(0, 2, 4);
-        _tile_loadd(5, digits + (size_t)(2 * step + 1) * TILE, LINE);
-        _tile_dpbusd(1, 2, 5);
-    }
-    _tile_stored(0, sums, LINE);
-    _tile_stored(1, sums + 256, LINE);
-}
-
-static void tile_scores(const uint8_t *codes, const uint8_t *digits, uint32_t tiles, uint32_t steps, uint32_t quads,
-                        int32_t *sums) {
-    for (uint32_t tile = 0; tile < tiles; tile++) {
-        const uint8_t *tokens = codes + (size_t)tile * steps * TILE;
-        if (quads == 1) {
-            score_one_quad(tokens, digits, steps, sums + (size_t)tile * 256);
-        } else {
-            score_two_quads(tokens, digits, steps, sums + (size_t)tile * 512);
+        _tile_loadd(3, digits + (size_t)(quads * step) * TILE, LINE);
+        _tile_dpbusd(0, 2, 3);
+        if (quads > 1) {
+            _tile_loadd(4, digits + (size_t)(2 * step + 1) * TILE, LINE);
+            _tile_dpbusd(1, 2, 4);
         }
     }
+    _tile_stored(0, sums, LINE);
+    if (quads > 1) {
+        _tile_stored(1, sums + SUMS, LINE);
+    }
 }
 
-static void tile_values(const uint8_t *digits, size_t stride, const uint8_t *codes, uint32_t chunks, uint32_t phases,
-                        uint32_t rows, int32_t *sums) {
-    (void)rows; // sixteen cost hardly more than eight
+static void tile_values_begin(uint32_t quads) {
+    _tile_loadconfig(quads == 1 ? &eight : &sixteen);
+}
+
+static void tile_clear(uint32_t sets, uint32_t phases, int32_t *sums) {
+    (void)sets, (void)phases, (void)sums; // which stay in registers
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (uint32_t chunk = 0; chunk < chunks; chunk++, codes += (size_t)phases * TILE) {
-        _tile_loadd(4, digits + chunk * stride, LINE);
-        _tile_loadd(5, codes, LINE);
-        _tile_dpbsud(0, 4, 5);
-        if (phases > 1) {
-            _tile_loadd(6, codes + TILE, LINE);
-            _tile_dpbsud(1, 4, 6);
-        }
-        if (phases > 2) {
-            _tile_loadd(5, codes + (size_t)2 * TILE, LINE);
-            _tile_dpbsud(2, 4, 5);
-        }
-        if (phases > 3) {
-            _tile_loadd(6, codes + (size_t)3 * TILE, LINE);
-            _tile_dpbsud(3, 4, 6);
-        }
-    }
-    _tile_stored(0, sums, LINE);
+    _tile_zero(4);
+    _tile_zero(5);
+}
+
+// Phase i of set 0 is register i; there are two sets only where there are three phases.
+static void take_first(const uint8_t *codes, uint32_t phases) {
+    _tile_loadd(7, codes, LINE);
+    _tile_dpbsud(0, 6, 7);
     if (phases > 1) {
-        _tile_stored(1, sums + 256, LINE);
+        _tile_loadd(7, codes + TILE, LINE);
+        _tile_dpbsud(1, 6, 7);
     }
     if (phases > 2) {
-        _tile_stored(2, sums + 512, LINE);
+        _tile_loadd(7, codes + (size_t)2 * TILE, LINE);
+        _tile_dpbsud(2, 6, 7);
     }
     if (phases > 3) {
-        _tile_stored(3, sums + 768, LINE);
+        _tile_loadd(7, codes + (size_t)3 * TILE, LINE);
+        _tile_dpbsud(3, 6, 7);
     }
 }
 
-static const bkv_products_t tile_products = {
-    .begin = tiles_begin, .end = tiles_end, .scores = tile_scores, .values = tile_values};
+static void tile_take(uint32_t set, const uint8_t *digits, const uint8_t *codes, uint32_t phases, uint32_t quads,
+                      int32_t *sums) {
+    (void)quads, (void)sums;
+    _tile_loadd(6, digits, LINE);
+    if (set == 0) {
+        take_first(codes, phases);
+        return;
+    }
+    _tile_loadd(7, codes, LINE);
+    _tile_dpbsud(3, 6, 7);
+    _tile_loadd(7, codes + TILE, LINE);
+    _tile_dpbsud(4, 6, 7);
+    _tile_loadd(7, codes + (size_t)2 * TILE, LINE);
+    _tile_dpbsud(5, 6, 7);
+}
+
+static void tile_give(uint32_t sets, uint32_t phases, int32_t *sums) {
+    _tile_stored(0, sums, LINE);
+    if (phases > 1) {
+        _tile_stored(1, sums + SUMS, LINE);
+    }
+    if (phases > 2) {
+        _tile_stored(2, sums + 2 * SUMS, LINE);
+    }
+    if (sets * phases > 3) {
+        _tile_stored(3, sums + 3 * SUMS, LINE);
+    }
+    if (sets > 1) {
+        _tile_stored(4, sums + 4 * SUMS, LINE);
+        _tile_stored(5, sums + 5 * SUMS, LINE);
+    }
+}
+
+static void tile_end(void) {
+    _tile_release();
+}
+
+static const bkv_products_t tile_products = {.scores_begin = tile_scores_begin,
+                                             .scores = tile_scores,
+                                             .values_begin = tile_values_begin,
+                                             .clear = tile_clear,
+                                             .take = tile_take,
+                                             .give = tile_give,
+                                             .end = tile_end};
 
 bkv_status_t bkv_amx_attend(const void *const *records, uint32_t count, const bkv_attend_args_t *args, void *workspace,
                             bkv_error_t *err) {

@@ -79,11 +79,25 @@ static void piece_cut(const bkv_section_view_t *view, uint32_t first, bkv_piece_
     piece->values_ahead = first == 0 ? view->value_plane : piece->values;
 }
 
+// How many records ahead their directories are fetched: more than a batch takes of sections of usual size.
+#define DIRECTORY_AHEAD 16
+
+static void directory_fetch(const attend_t *attend, uint32_t record) {
+    if (record < attend->count) {
+        const bkv_record_header_t *header = attend->records[record];
+        const bkv_record_header_t *alike = attend->records[0];
+        __builtin_prefetch(header);
+        __builtin_prefetch((const uint8_t *)header + 64);
+        __builtin_prefetch(&bkv_record_directory_const(header)[(size_t)attend->layer * alike->heads + attend->head]);
+    }
+}
+
 // As many pieces as fit, all of one value width. None when the records are at their end.
 static void batch_gather(const attend_t *attend, place_t *place, bkv_batch_t *batch) {
     batch->count = batch->tokens = 0;
     for (; place->record < attend->count; place->record++, place->token = 0) {
         bkv_section_view_t view;
+        directory_fetch(attend, place->record + DIRECTORY_AHEAD);
         bkv_record_section(attend->records[place->record], attend->layer, attend->head, &view);
         if (batch->count > 0 && view.value_bits != batch->pieces[0].value_bits) {
             return;
@@ -133,16 +147,20 @@ static bool rows_attend(attend_t *attend, const float *q, uint32_t rows, float s
     for (uint32_t turn = 0; attend->batch[turn]->count > 0; turn ^= 1) {
         const bkv_batch_t *batch = attend->batch[turn];
         bkv_ahead_t ahead = {.batch = batch, .values = true};
+        products->scores_begin();
         for (uint32_t i = 0; i < batch->count; i++) {
             if (!bkv_keys_score(&attend->keys, products, &batch->pieces[i], attend->logits, STRIDE, &ahead)) {
+                products->end();
                 return false;
             }
         }
         batch_gather(attend, &place, attend->batch[turn ^ 1]);
         softmax_step(batch, rows, attend->logits, max, sum, shrink);
         ahead = (bkv_ahead_t){.batch = attend->batch[turn ^ 1]};
+        products->values_begin((rows + QUAD - 1) / QUAD);
         bkv_values_add(&attend->values, products, batch, attend->logits, STRIDE, shrink, &ahead);
     }
+    products->end();
     float inverse[BKV_ATTEND_ROWS];
     for (uint32_t r = 0; r < rows; r++) {
         inverse[r] = 1.0f / sum[r]; // every section has a token, whose largest term is 1
@@ -172,7 +190,6 @@ bkv_status_t bkv_wide_attend(const bkv_products_t *products, const void *const *
     attend_t attend = {.records = records, .count = count};
     attend_carve(records, workspace, &attend);
     bkv_status_t status = BKV_OK;
-    products->begin();
     for (uint32_t i = 0; status == BKV_OK && i < args->layers * header->heads; i++) {
         attend.layer = args->first_layer + i / header->heads;
         attend.head = i % header->heads;
@@ -182,69 +199,80 @@ bkv_status_t bkv_wide_attend(const bkv_products_t *products, const void *const *
                               attend.layer, attend.head);
         }
     }
-    products->end();
     return status;
 }
 
 static void nothing(void) {}
 
+static void vnni_values_begin(uint32_t quads) {
+    (void)quads;
+}
+
 // The digits of four slots, beside a broadcast of one token's four codes: sixteen columns at once.
-static void vnni_scores(const uint8_t *codes, const uint8_t *digits, uint32_t tiles, uint32_t steps, uint32_t quads,
-                        int32_t *sums) {
-    for (uint32_t i = 0; i < tiles * quads * 2; i++) { // eight tokens at a time
-        uint32_t tile = i / (2 * quads), quad = i / 2 % quads, first = i % 2 * 8;
-        const uint8_t *tokens = codes + ((size_t)tile * steps * 16 + first) * LINE;
+static void vnni_scores(const uint8_t *codes, const uint8_t *digits, uint32_t steps, uint32_t quads, int32_t *sums) {
+    for (uint32_t i = 0; i < quads * 2; i++) { // eight tokens at a time
+        uint32_t quad = i / 2, first = i % 2 * 8;
         __m512i sum[8];
         for (uint32_t t = 0; t < 8; t++) {
             sum[t] = _mm512_setzero_si512();
         }
-        for (uint32_t step = 0; step < steps; step++, tokens += (size_t)16 * LINE) {
+        for (uint32_t step = 0; step < steps; step++) {
+            const uint8_t *left = codes + ((size_t)step * 16 + first) * LINE;
             const uint8_t *right = digits + (size_t)(step * quads + quad) * 16 * LINE;
             for (uint32_t slot = 0; slot < LINE; slot += 4) {
                 __m512i columns = _mm512_load_si512(right + (size_t)slot * 16);
                 for (uint32_t t = 0; t < 8; t++) {
                     int32_t four;
-                    memcpy(&four, tokens + (size_t)t * LINE + slot, sizeof(four));
+                    memcpy(&four, left + (size_t)t * LINE + slot, sizeof(four));
                     sum[t] = _mm512_dpbusd_epi32(sum[t], _mm512_set1_epi32(four), columns);
                 }
             }
         }
-        int32_t *out = sums + ((size_t)(tile * quads + quad) * 16 + first) * COLUMNS;
         for (uint32_t t = 0; t < 8; t++) {
-            _mm512_store_si512(out + (size_t)t * COLUMNS, sum[t]);
+            _mm512_store_si512(sums + ((size_t)quad * 16 + first + t) * COLUMNS, sum[t]);
         }
     }
 }
 
+static void vnni_clear(uint32_t sets, uint32_t phases, int32_t *sums) {
+    memset(sums, 0, (size_t)sets * phases * 256 * sizeof(int32_t));
+}
+
 // The codes of sixteen slots and four tokens, beside a broadcast of one row's digits for those tokens.
-static void vnni_values(const uint8_t *digits, size_t stride, const uint8_t *codes, uint32_t chunks, uint32_t phases,
-                        uint32_t rows, int32_t *sums) {
-    for (uint32_t i = 0; i < phases * ((rows + 7) / 8); i++) { // eight rows at a time
-        uint32_t phase = i % phases, first = i / phases * 8;
+static void vnni_take(uint32_t set, const uint8_t *digits, const uint8_t *codes, uint32_t phases, uint32_t quads,
+                      int32_t *sums) {
+    for (uint32_t i = 0; i < phases * quads; i++) { // eight rows at a time
+        uint32_t phase = i / quads, first = i % quads * 8;
+        int32_t *out = sums + ((size_t)(set * phases + phase) * 16 + first) * 16;
         __m512i sum[8];
         for (uint32_t r = 0; r < 8; r++) {
-            sum[r] = _mm512_setzero_si512();
+            sum[r] = _mm512_load_si512(out + (size_t)r * 16);
         }
-        for (uint32_t chunk = 0; chunk < chunks; chunk++) {
-            const uint8_t *left = digits + chunk * stride + (size_t)first * LINE;
-            const uint8_t *right = codes + (size_t)(chunk * phases + phase) * 16 * LINE;
-            for (uint32_t token = 0; token < LINE; token += 4) {
-                __m512i slots = _mm512_load_si512(right + (size_t)token * 16);
-                for (uint32_t r = 0; r < 8; r++) {
-                    int32_t four;
-                    memcpy(&four, left + (size_t)r * LINE + token, sizeof(four));
-                    sum[r] = _mm512_dpbusd_epi32(sum[r], slots, _mm512_set1_epi32(four));
-                }
+        for (uint32_t token = 0; token < LINE; token += 4) {
+            __m512i slots = _mm512_load_si512(codes + ((size_t)phase * LINE + token) * 16);
+            for (uint32_t r = 0; r < 8; r++) {
+                int32_t four;
+                memcpy(&four, digits + (size_t)(first + r) * LINE + token, sizeof(four));
+                sum[r] = _mm512_dpbusd_epi32(sum[r], slots, _mm512_set1_epi32(four));
             }
         }
-        int32_t *out = sums + ((size_t)phase * 16 + first) * 16;
         for (uint32_t r = 0; r < 8; r++) {
             _mm512_store_si512(out + (size_t)r * 16, sum[r]);
         }
     }
 }
 
-static const bkv_products_t vnni_products = {.begin = nothing, .end = nothing, .scores = vnni_scores, .values = vnni_values};
+static void vnni_give(uint32_t sets, uint32_t phases, int32_t *sums) {
+    (void)sets, (void)phases, (void)sums; // in their place already
+}
+
+static const bkv_products_t vnni_products = {.scores_begin = nothing,
+                                             .scores = vnni_scores,
+                                             .values_begin = vnni_values_begin,
+                                             .clear = vnni_clear,
+                                             .take = vnni_take,
+                                             .give = vnni_give,
+                                             .end = nothing};
 
 bkv_status_t bkv_avx512_attend(const void *const *records, uint32_t count, const bkv_attend_args_t *args, void *workspace,
                                bkv_error_t *err) {

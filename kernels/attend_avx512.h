@@ -26,7 +26,7 @@
 #define BKV_ATTEND_QUADS 2
 
 // Tokens whose softmax is taken at once, padding included, and the rounding up of each piece within them.
-#define BKV_ATTEND_BATCH 512
+#define BKV_ATTEND_BATCH 384
 #define BKV_ATTEND_STEP  4
 
 // The most tokens of one piece: a key group, or native keys.
@@ -57,18 +57,21 @@ typedef struct bkv_batch {
     uint32_t count, tokens; // pieces; tokens with padding
 } bkv_batch_t;
 
-// Products of codes and digits. `scores` sums over 64 slots of each of `steps` steps:
-//   codes [tiles][steps][16 tokens][64], digits [steps][quads][16][16 columns][4], sums [tiles][quads][16 tokens][16 columns]
-// where digits[s][q][i][c][j] belongs to slot 4 i + j. `values` sums over the tokens of `chunks` of 64:
-//   digits [chunks] 1024 bytes [16 rows][64], `stride` bytes apart; codes [chunks][phases][16][16 slots][4 tokens];
-//   sums [phases][16 rows][16 slots]; only the first `rows` rows are needed.
-// begin and end enclose all of a call's products on its thread.
+// Products of codes and digits, for one or two quads of queries. Logits: scores_begin, then any number of `scores`, each of
+// sixteen tokens, over 64 slots of each of `steps` steps:
+//   codes [steps][16 tokens][64], digits [steps][quads][16][16 columns][4], sums [quads][16 tokens][16 columns]
+// where digits[s][q][i][c][j] belongs to slot 4 i + j. Values: values_begin, then any number of sums over chunks of 64 tokens:
+// `clear`, `take` for each chunk, `give`. In one such sum there may be two sets of digits, 0 and 1, for the same codes.
+//   digits [16 rows][64], codes [phases][16][16 slots][4 tokens], sums [sets][phases][16 rows][16 slots]
+// of which one quad has only the first eight rows. Every call of a sum is given the same `sums`. end follows all of it.
 typedef struct bkv_products {
-    void (*begin)(void);
+    void (*scores_begin)(void);
+    void (*scores)(const uint8_t *codes, const uint8_t *digits, uint32_t steps, uint32_t quads, int32_t *sums);
+    void (*values_begin)(uint32_t quads);
+    void (*clear)(uint32_t sets, uint32_t phases, int32_t *sums);
+    void (*take)(uint32_t set, const uint8_t *digits, const uint8_t *codes, uint32_t phases, uint32_t quads, int32_t *sums);
+    void (*give)(uint32_t sets, uint32_t phases, int32_t *sums);
     void (*end)(void);
-    void (*scores)(const uint8_t *codes, const uint8_t *digits, uint32_t tiles, uint32_t steps, uint32_t quads, int32_t *sums);
-    void (*values)(const uint8_t *digits, size_t stride, const uint8_t *codes, uint32_t chunks, uint32_t phases, uint32_t rows,
-                   int32_t *sums);
 } bkv_products_t;
 
 // The order in which the codes of one width come out of a key row. slots = chunks * phases * 64.
@@ -94,7 +97,7 @@ typedef struct bkv_keys {
     float *q_native, *k_native; // [BKV_ATTEND_ROWS] and [BKV_ATTEND_PIECE] rows of dim, padded to 16
 } bkv_keys_t;
 
-// Where the fields of one value width end up: column n holds phase n % phases of a 16-byte chunk.
+// Values are taken in pieces of 16 packed bytes; column n holds phase n % phases of piece n / phases.
 typedef struct bkv_values {
     uint32_t dim, rows, groups;
     uint32_t bits;       // of the codes that acc holds; 0: none yet

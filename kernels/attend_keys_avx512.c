@@ -17,10 +17,13 @@
 // Units below this would overflow when inverted; queries so small add nothing to a logit.
 #define LEAST 1e-30f
 
-#define TILES   ((BKV_ATTEND_PIECE + 15) / 16)
 #define LINE    64
 #define QUAD    4
 #define COLUMNS 16
+#define SUMS    (BKV_ATTEND_QUADS * 16 * COLUMNS)
+
+// NaN, quiet and signalling, and both infinities, for vfpclassps.
+#define NOT_FINITE 0x99
 
 static uint32_t order_of(uint32_t bits) {
     return bits == 8 ? 3 : bits - 2;
@@ -49,9 +52,9 @@ void bkv_keys_carve(bkv_keys_t *keys, uint32_t dim, bkv_scratch_t *scratch) {
     keys->scale = bkv_scratch_take(scratch, slots * sizeof(float));
     keys->zero = bkv_scratch_take(scratch, slots * sizeof(float));
     keys->expanded = bkv_scratch_take(scratch, dim % 32 == 0 ? 0 : (uint64_t)BKV_ATTEND_PIECE * dim);
-    keys->codes = bkv_scratch_take(scratch, (uint64_t)TILES * 16 * slots);
+    keys->codes = bkv_scratch_take(scratch, (uint64_t)2 * 16 * slots);
     keys->digits = bkv_scratch_take(scratch, (uint64_t)BKV_ATTEND_QUADS * QUAD * 4 * slots);
-    keys->sums = bkv_scratch_take(scratch, (uint64_t)TILES * BKV_ATTEND_QUADS * 16 * COLUMNS * sizeof(int32_t));
+    keys->sums = bkv_scratch_take(scratch, (uint64_t)2 * SUMS * sizeof(int32_t));
     keys->q_native = bkv_scratch_take(scratch, (uint64_t)BKV_ATTEND_ROWS * padded * sizeof(float));
     keys->k_native = bkv_scratch_take(scratch, (uint64_t)BKV_ATTEND_PIECE * padded * sizeof(float));
 }
@@ -235,42 +238,39 @@ static inline void phase_fields(uint32_t bits, uint32_t phase, __m512i *shifts, 
     *mask = _mm512_set1_epi64((long long)word);
 }
 
-// Called with constant bits and phases. Bytes beyond a row are not read and count as 0.
+// Up to sixteen tokens. Called with constant bits and phases. Bytes beyond a row are not read and count as 0.
 static inline void rows_unpack(const bkv_key_order_t *order, const uint8_t *rows, uint32_t count, const uint32_t bits,
-                               const uint32_t phases, uint8_t *codes, bkv_ahead_t *ahead) {
+                               const uint32_t phases, uint8_t *codes) {
     __m512i shifts[BKV_ATTEND_PHASES], mask[BKV_ATTEND_PHASES];
     for (uint32_t phase = 0; phase < phases; phase++) {
         phase_fields(bits, phase, &shifts[phase], &mask[phase]);
     }
-    uint32_t row = order->row, steps = order->chunks * phases;
-    for (uint32_t t = 0; t < count; t++) {
-        uint8_t *out = codes + ((size_t)(t / 16) * steps * 16 + t % 16) * LINE;
-        for (uint32_t at = 0; at < row; at += LINE, out += (size_t)phases * 16 * LINE) {
-            __mmask64 some = row - at >= LINE ? ~0ull : (1ull << (row - at)) - 1;
+    uint32_t row = order->row;
+    for (uint32_t at = 0; at < row; at += LINE, codes += (size_t)phases * 16 * LINE) {
+        __mmask64 some = row - at >= LINE ? ~0ull : (1ull << (row - at)) - 1;
+        for (uint32_t t = 0; t < count; t++) {
             __m512i packed = _mm512_maskz_loadu_epi8(some, rows + (size_t)t * row + at);
             for (uint32_t phase = 0; phase < phases; phase++) {
                 __m512i slots = bits == 8 ? packed : _mm512_multishift_epi64_epi8(shifts[phase], packed);
-                _mm512_store_si512(out + (size_t)phase * 16 * LINE, _mm512_and_si512(slots, mask[phase]));
+                _mm512_store_si512(codes + ((size_t)phase * 16 + t) * LINE, _mm512_and_si512(slots, mask[phase]));
             }
         }
-        bkv_ahead_step(ahead, row / LINE + 1);
     }
 }
 
-static void codes_unpack(const bkv_key_order_t *order, const uint8_t *rows, uint32_t count, uint8_t *codes,
-                         bkv_ahead_t *ahead) {
+static void codes_unpack(const bkv_key_order_t *order, const uint8_t *rows, uint32_t count, uint8_t *codes) {
     switch (order->bits) {
     case 2:
-        rows_unpack(order, rows, count, 2, 4, codes, ahead);
+        rows_unpack(order, rows, count, 2, 4, codes);
         return;
     case 3:
-        rows_unpack(order, rows, count, 3, 3, codes, ahead);
+        rows_unpack(order, rows, count, 3, 3, codes);
         return;
     case 4:
-        rows_unpack(order, rows, count, 4, 2, codes, ahead);
+        rows_unpack(order, rows, count, 4, 2, codes);
         return;
     default:
-        rows_unpack(order, rows, count, 8, 1, codes, ahead);
+        rows_unpack(order, rows, count, 8, 1, codes);
         return;
     }
 }
@@ -285,33 +285,53 @@ static __m512 weights_load(const bkv_piece_t *piece, uint32_t t, __mmask16 live)
     return _mm512_add_ps(base, _mm512_mul_ps(step, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(code))));
 }
 
-// NaN and both infinities.
-static __mmask16 not_finite(__m512 x) {
-    return _mm512_fpclass_ps_mask(x, 0x99);
+static __m512 four_set(float a, float b, float c, float d) {
+    __m512 all = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_set1_ps(a)), _mm_set1_ps(b), 1);
+    return _mm512_insertf32x4(_mm512_insertf32x4(all, _mm_set1_ps(c), 2), _mm_set1_ps(d), 3);
 }
 
-// Sixteen tokens' sums of one quad, [token][query][digit], to logits of four queries.
+static inline __m512 row_load(const int32_t *sums, uint32_t token) {
+    return _mm512_cvtepi32_ps(_mm512_load_si512(sums + (size_t)token * COLUMNS));
+}
+
+// Sixteen tokens' sums of one quad, [token][query][low, middle, high digit, nothing], to logits of four queries.
 static void logits_make(const int32_t *sums, const unit_t unit[QUAD], __m512 logit[QUAD]) {
-    __m512 digit = _mm512_broadcast_f32x4(_mm_setr_ps(1.0f, 256.0f, 65536.0f, 0.0f));
-    __m512 each = _mm512_castps128_ps512(_mm_set1_ps(unit[0].unit));
-    each = _mm512_insertf32x4(each, _mm_set1_ps(unit[1].unit), 1);
-    each = _mm512_insertf32x4(each, _mm_set1_ps(unit[2].unit), 2);
-    each = _mm512_mul_ps(digit, _mm512_insertf32x4(each, _mm_set1_ps(unit[3].unit), 3));
+    __m512 units = four_set(unit[0].unit, unit[1].unit, unit[2].unit, unit[3].unit);
+    __m512 zeros = four_set(unit[0].zero, unit[1].zero, unit[2].zero, unit[3].zero);
+    const __m512 middle = _mm512_set1_ps(256.0f), high = _mm512_set1_ps(65536.0f);
     __m512i four[4];
     for (uint32_t t = 0; t < 4; t++) {
-        __m512 a = _mm512_mul_ps(each, _mm512_cvtepi32_ps(_mm512_load_si512(sums + (size_t)(4 * t) * COLUMNS)));
-        __m512 b = _mm512_mul_ps(each, _mm512_cvtepi32_ps(_mm512_load_si512(sums + (size_t)(4 * t + 1) * COLUMNS)));
-        __m512 c = _mm512_mul_ps(each, _mm512_cvtepi32_ps(_mm512_load_si512(sums + (size_t)(4 * t + 2) * COLUMNS)));
-        __m512 d = _mm512_mul_ps(each, _mm512_cvtepi32_ps(_mm512_load_si512(sums + (size_t)(4 * t + 3) * COLUMNS)));
-        // In each 128 bits, one query: digits 0 + 2 and 1 + 3 of two tokens, then both halves of four.
-        __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-        four[t] = _mm512_castps_si512(_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee)));
+        __m512 a = row_load(sums, 4 * t), b = row_load(sums, 4 * t + 1);
+        __m512 c = row_load(sums, 4 * t + 2), d = row_load(sums, 4 * t + 3);
+        // In each 128 bits, one query: low + high of two tokens, their middles; then of four tokens.
+        __m512 ab = _mm512_fmadd_ps(_mm512_unpackhi_ps(a, b), high, _mm512_unpacklo_ps(a, b));
+        __m512 cd = _mm512_fmadd_ps(_mm512_unpackhi_ps(c, d), high, _mm512_unpacklo_ps(c, d));
+        __m512 all = _mm512_fmadd_ps(_mm512_shuffle_ps(ab, cd, 0xee), middle, _mm512_shuffle_ps(ab, cd, 0x44));
+        four[t] = _mm512_castps_si512(_mm512_fmadd_ps(all, units, zeros));
     }
     transpose_pieces(four);
     for (uint32_t r = 0; r < QUAD; r++) {
-        logit[r] = _mm512_add_ps(_mm512_castsi512_ps(four[r]), _mm512_set1_ps(unit[r].zero));
+        logit[r] = _mm512_castsi512_ps(four[r]);
     }
+}
+
+// The logits of the piece's tokens from t on, sixteen or what is left. False when one is not finite.
+static bool logits_write(const bkv_keys_t *keys, const int32_t *sums, const bkv_piece_t *piece, uint32_t t, const unit_t *unit,
+                         float *logits, size_t stride) {
+    uint32_t left = piece->count - t;
+    __mmask16 live = (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1), bad = 0;
+    __m512 weights = weights_load(piece, t, live);
+    for (uint32_t row = 0; row < keys->rows; row += QUAD) {
+        __m512 logit[QUAD];
+        logits_make(sums + (size_t)row / QUAD * 16 * COLUMNS, unit + row, logit);
+        for (uint32_t r = 0; r < QUAD && row + r < keys->rows; r++) {
+            __m512 x = _mm512_add_ps(logit[r], weights);
+            bad = _kor_mask16(bad, _mm512_mask_fpclass_ps_mask(live, x, NOT_FINITE));
+            x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), live, x);
+            _mm512_storeu_ps(logits + (row + r) * stride + piece->at + t, x);
+        }
+    }
+    return bad == 0;
 }
 
 static bool score_codes(bkv_keys_t *keys, const bkv_products_t *products, const bkv_piece_t *piece, float *logits,
@@ -327,31 +347,30 @@ static bool score_codes(bkv_keys_t *keys, const bkv_products_t *products, const 
     }
     const bkv_key_order_t *order = order_get(keys, bits);
     params_load(keys, order, piece->key_params);
-    uint32_t quads = (keys->rows + QUAD - 1) / QUAD, tiles = (piece->count + 15) / 16;
-    unit_t unit[BKV_ATTEND_QUADS][QUAD];
+    uint32_t quads = (keys->rows + QUAD - 1) / QUAD;
+    unit_t unit[BKV_ATTEND_QUADS * QUAD];
     for (uint32_t quad = 0; quad < quads; quad++) {
-        units_find(keys, order, quad, unit[quad]);
-        digits_make(keys, order, quad, quads, unit[quad]);
+        units_find(keys, order, quad, unit + (size_t)quad * QUAD);
+        digits_make(keys, order, quad, quads, unit + (size_t)quad * QUAD);
     }
-    codes_unpack(order, rows, piece->count, keys->codes, ahead);
-    products->scores(keys->codes, keys->digits, tiles, order->chunks * order->phases, quads, keys->sums);
-    __mmask16 bad = 0;
-    for (uint32_t tile = 0; tile < tiles; tile++) {
-        uint32_t left = piece->count - tile * 16;
-        __mmask16 live = (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1);
-        __m512 weights = weights_load(piece, tile * 16, live);
-        for (uint32_t quad = 0; quad < quads; quad++) {
-            __m512 logit[QUAD];
-            logits_make(keys->sums + (size_t)(tile * quads + quad) * 16 * COLUMNS, unit[quad], logit);
-            for (uint32_t r = 0; r < QUAD && quad * QUAD + r < keys->rows; r++) {
-                __m512 x = _mm512_add_ps(logit[r], weights);
-                bad = _kor_mask16(bad, _mm512_mask_fpclass_ps_mask(live, x, 0x99));
-                x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), live, x);
-                _mm512_storeu_ps(logits + (quad * QUAD + r) * stride + piece->at + tile * 16, x);
-            }
+    // Sixteen tokens at a time, in three stages that work on neighbours: none waits for what was written just before.
+    uint32_t tiles = (piece->count + 15) / 16, lines = order->row / (LINE / 16) + 1;
+    bool finite = true;
+    for (uint32_t i = 0; i < tiles + 2; i++) {
+        if (i < tiles) {
+            uint32_t some = piece->count - 16 * i < 16 ? piece->count - 16 * i : 16;
+            codes_unpack(order, rows + (size_t)16 * i * order->row, some, keys->codes + (size_t)(i % 2) * 16 * order->slots);
+            bkv_ahead_step(ahead, lines);
+        }
+        if (i >= 1 && i - 1 < tiles) {
+            products->scores(keys->codes + (size_t)((i - 1) % 2) * 16 * order->slots, keys->digits,
+                             order->chunks * order->phases, quads, keys->sums + (size_t)((i - 1) % 2) * SUMS);
+        }
+        if (i >= 2) {
+            finite &= logits_write(keys, keys->sums + (size_t)(i % 2) * SUMS, piece, 16 * (i - 2), unit, logits, stride);
         }
     }
-    return bad == 0;
+    return finite;
 }
 
 static bool score_native(bkv_keys_t *keys, const bkv_piece_t *piece, float *logits, size_t stride, bkv_ahead_t *ahead) {
@@ -371,14 +390,11 @@ static bool score_native(bkv_keys_t *keys, const bkv_piece_t *piece, float *logi
                      logits + piece->at, stride);
     for (uint32_t r = 0; r < keys->rows; r++) {
         float *row = logits + r * stride + piece->at;
+        if (bkv_row_exceeds(BKV_FP32, row, piece->count, false)) {
+            return false;
+        }
         for (uint32_t t = piece->count; t < whole; t++) {
             row[t] = -INFINITY;
-        }
-        for (uint32_t t = 0; t < whole; t += 16) {
-            uint32_t left = piece->count - t;
-            if (not_finite(_mm512_loadu_ps(row + t)) & (left >= 16 ? 0xffffu : (1u << left) - 1)) {
-                return false;
-            }
         }
     }
     return true;

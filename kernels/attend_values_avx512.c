@@ -12,7 +12,8 @@
 
 #define CHUNKS (BKV_ATTEND_BATCH / 64)
 #define LINE   64
-#define PIECE  16 // packed bytes of each of four tokens that make a line
+#define TILE   256 // sums of one column: 16 rows of 16 slots
+#define PIECE  16  // packed bytes of each of four tokens that make a line
 
 // The largest number of 16 bits that two signed digits hold is 0x7f7f; a little less, as floats round.
 #define DIGITS_TOP 32600.0f
@@ -22,22 +23,8 @@ static uint32_t phases_of(uint32_t bits) {
     return bits == 3 ? 3 : 8 / bits;
 }
 
-// Packed bytes of one group's channels in a row, and pieces of a line that they take.
-static uint32_t group_bytes(uint32_t dim, uint32_t bits, uint32_t group) {
-    uint32_t channels = dim - group * BKV_VALUE_GROUP_DIMS;
-    return (channels < BKV_VALUE_GROUP_DIMS ? channels : BKV_VALUE_GROUP_DIMS) * bits / 8;
-}
-
-static uint32_t group_pieces(uint32_t dim, uint32_t bits, uint32_t group) {
-    return (group_bytes(dim, bits, group) + PIECE - 1) / PIECE;
-}
-
 static uint32_t columns_of(uint32_t dim, uint32_t bits) {
-    uint32_t columns = 0;
-    for (uint32_t g = 0; g * BKV_VALUE_GROUP_DIMS < dim; g++) {
-        columns += group_pieces(dim, bits, g) * phases_of(bits);
-    }
-    return columns;
+    return (dim * bits / 8 + PIECE - 1) / PIECE * phases_of(bits);
 }
 
 static uint32_t most_columns(uint32_t dim) {
@@ -60,10 +47,10 @@ void bkv_values_carve(bkv_values_t *values, uint32_t dim, bkv_scratch_t *scratch
     values->scale = bkv_scratch_take(scratch, groups * BKV_ATTEND_BATCH * sizeof(float));
     values->zero = bkv_scratch_take(scratch, groups * BKV_ATTEND_BATCH * sizeof(float));
     values->digits = bkv_scratch_take(scratch, groups * CHUNKS * 16 * LINE);
-    values->codes = bkv_scratch_take(scratch, (uint64_t)CHUNKS * BKV_ATTEND_PHASES * 16 * LINE);
+    values->codes = bkv_scratch_take(scratch, (uint64_t)2 * BKV_ATTEND_PHASES * 16 * LINE);
     values->expanded = bkv_scratch_take(scratch, dim % 32 == 0 ? 0 : (uint64_t)BKV_ATTEND_BATCH * dim);
     values->v_native = bkv_scratch_take(scratch, (uint64_t)BKV_ATTEND_PIECE * padded * sizeof(float));
-    values->sums = bkv_scratch_take(scratch, (uint64_t)BKV_ATTEND_PHASES * 16 * 16 * sizeof(int32_t));
+    values->sums = bkv_scratch_take(scratch, (uint64_t)2 * BKV_ATTEND_PHASES * TILE * sizeof(int32_t));
 }
 
 void bkv_values_start(bkv_values_t *values, uint32_t rows) {
@@ -72,11 +59,11 @@ void bkv_values_start(bkv_values_t *values, uint32_t rows) {
     memset(values->out, 0, (size_t)rows * bkv_wide_pad(values->dim) * sizeof(float));
 }
 
-// The channel within its group, and the factor, of slot `slot` of `phase` of the group's piece; UINT32_MAX where none is.
-static uint32_t slot_channel(uint32_t bits, uint32_t bytes, uint32_t piece, uint32_t phase, uint32_t slot, float *factor) {
+// The channel and the factor of slot `slot` of `phase` of a piece; UINT32_MAX where the row has ended.
+static uint32_t slot_channel(uint32_t bits, uint32_t row, uint32_t piece, uint32_t phase, uint32_t slot, float *factor) {
     uint32_t half = piece * (PIECE / 2) + slot / 2, p = 2 * phase + slot % 2;
     *factor = 1;
-    if (2 * half >= bytes) {
+    if (2 * half >= row) {
         return UINT32_MAX;
     }
     if (bits != 3) {
@@ -89,26 +76,21 @@ static uint32_t slot_channel(uint32_t bits, uint32_t bytes, uint32_t piece, uint
 
 // Puts what acc and zero_sum hold in its place in out.
 static void acc_flush(bkv_values_t *values) {
-    uint32_t padded = bkv_wide_pad(values->dim), column = 0;
-    for (uint32_t g = 0; values->bits != 0 && g < values->groups; g++) {
-        uint32_t bytes = group_bytes(values->dim, values->bits, g), first = g * BKV_VALUE_GROUP_DIMS;
-        for (uint32_t piece = 0; piece * PIECE < bytes; piece++) {
-            for (uint32_t phase = 0; phase < phases_of(values->bits); phase++, column++) {
-                for (uint32_t slot = 0; slot < 16; slot++) {
-                    float factor;
-                    uint32_t channel = slot_channel(values->bits, bytes, piece, phase, slot, &factor);
-                    for (uint32_t r = 0; channel != UINT32_MAX && r < values->rows; r++) {
-                        values->out[(size_t)r * padded + first + channel] +=
-                            factor * values->acc[((size_t)r * values->columns + column) * 16 + slot];
-                    }
-                }
-            }
+    if (values->bits == 0) {
+        return;
+    }
+    uint32_t padded = bkv_wide_pad(values->dim), bits = values->bits, phases = phases_of(bits);
+    for (uint32_t i = 0; i < values->columns * 16; i++) {
+        float factor;
+        uint32_t column = i / 16;
+        uint32_t channel = slot_channel(bits, values->dim * bits / 8, column / phases, column % phases, i % 16, &factor);
+        for (uint32_t r = 0; channel != UINT32_MAX && r < values->rows; r++) {
+            values->out[(size_t)r * padded + channel] += factor * values->acc[(size_t)r * values->columns * 16 + i];
         }
-        for (uint32_t r = 0; r < values->rows; r++) {
-            float zero = values->zero_sum[r * values->groups + g];
-            for (uint32_t i = first; i < values->dim && i < first + BKV_VALUE_GROUP_DIMS; i++) {
-                values->out[(size_t)r * padded + i] += zero;
-            }
+    }
+    for (uint32_t r = 0; r < values->rows; r++) {
+        for (uint32_t i = 0; i < values->dim; i++) {
+            values->out[(size_t)r * padded + i] += values->zero_sum[r * values->groups + i / BKV_VALUE_GROUP_DIMS];
         }
     }
     values->bits = 0;
@@ -166,52 +148,75 @@ static void params_load(bkv_values_t *values, const bkv_batch_t *batch) {
     }
 }
 
-// One query's p * scale as two signed digits each, to rows 2 r and 2 r + 1 of every chunk's tile; returns the unit. Sums
-// p * zero by the way.
-static float digits_make(bkv_values_t *values, uint32_t tokens, uint32_t r, uint32_t g, const float *p) {
+// Largest |p * scale|, and zero_sum += p * zero.
+static float factors_scan(bkv_values_t *values, uint32_t tokens, uint32_t r, uint32_t g, const float *p) {
     const float *scale = values->scale + (size_t)g * BKV_ATTEND_BATCH, *zero = values->zero + (size_t)g * BKV_ATTEND_BATCH;
-    __m512 top = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
-    for (uint32_t t = 0; t < tokens; t += 16) {
-        __m512 x = _mm512_loadu_ps(p + t);
-        top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_mul_ps(x, _mm512_load_ps(scale + t))));
-        sum = _mm512_fmadd_ps(x, _mm512_load_ps(zero + t), sum);
+    __m512 top[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (uint32_t t = 0; t < tokens; t += 32) {
+        for (uint32_t j = 0; j < 2; j++) {
+            __m512 x = _mm512_loadu_ps(p + t + 16 * j);
+            top[j] = _mm512_max_ps(top[j], _mm512_abs_ps(_mm512_mul_ps(x, _mm512_load_ps(scale + t + 16 * j))));
+            sum[j] = _mm512_fmadd_ps(x, _mm512_load_ps(zero + t + 16 * j), sum[j]);
+        }
     }
-    values->zero_sum[r * values->groups + g] += _mm512_reduce_add_ps(sum);
-    float most = _mm512_reduce_max_ps(top);
+    values->zero_sum[r * values->groups + g] += _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+    return _mm512_reduce_max_ps(_mm512_max_ps(top[0], top[1]));
+}
+
+// One query's p * scale as two signed digits each, to rows 2 r and 2 r + 1 of every chunk's tile; returns the unit.
+//
+// Packing works within 128 bits, so of a chunk's sixteen fours of tokens, four 4 k + l lands in place 4 l + k: place_of_four.
+static float digits_make(bkv_values_t *values, uint32_t tokens, uint32_t r, uint32_t g, const float *p) {
+    const float *scale = values->scale + (size_t)g * BKV_ATTEND_BATCH;
+    float most = factors_scan(values, tokens, r, g, p);
     __m512 inverse = _mm512_set1_ps(most > LEAST ? DIGITS_TOP / most : 0);
-    const __m512i lift = _mm512_set1_epi32(0x8080);
     uint8_t *out = values->digits + ((size_t)g * 16 + 2 * r) * LINE;
-    size_t chunk = (size_t)values->groups * 16 * LINE;
-    for (uint32_t t = 0; t < tokens; t += 16) {
-        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(p + t), _mm512_load_ps(scale + t));
-        __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
-        n = _mm512_xor_si512(_mm512_add_epi32(n, lift), lift);
-        uint8_t *at = out + t / 64 * chunk + t % 64;
-        _mm_store_si128((__m128i *)at, _mm512_cvtepi32_epi8(n));
-        _mm_store_si128((__m128i *)(at + LINE), _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
+    for (uint32_t t = 0; t < tokens; t += 64, out += (size_t)values->groups * 16 * LINE) {
+        __m512i n[4];
+        for (uint32_t j = 0; j < 4; j++) {
+            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(p + t + 16 * j), _mm512_load_ps(scale + t + 16 * j));
+            n[j] = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
+        }
+        __m512i a = _mm512_packs_epi32(n[0], n[1]), b = _mm512_packs_epi32(n[2], n[3]);
+        // n = low + 256 * high, where low is n's last byte read as a signed one.
+        const __m512i last = _mm512_set1_epi16(0xff), half = _mm512_set1_epi16(0x80);
+        __m512i low = _mm512_packus_epi16(_mm512_and_si512(a, last), _mm512_and_si512(b, last));
+        __m512i high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
+                                          _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+        _mm512_store_si512(out, low);
+        _mm512_store_si512(out + LINE, high);
     }
     return most > LEAST ? most / DIGITS_TOP : 0;
 }
 
-// Sixteen packed bytes of each of four tokens as eight words of four halves, one of each token: every field of a half can then
+static inline uint32_t place_of_four(uint32_t four) {
+    return four % 4 * 4 + four / 4;
+}
+
+// Sixteen packed bytes of each of four tokens, as eight words of four halves, one of each token: every field of a half can then
 // be brought beside those of the other tokens, as the products want them.
-static inline __m512i four_load(const uint8_t *row, uint32_t stride, uint32_t count, uint32_t bytes, const uint8_t *end) {
+static inline __m512i halves_gather(__m512i rows) {
     const __m512i halves = _mm512_setr_epi64(0x3130212011100100, 0x3332232213120302, 0x3534252415140504, 0x3736272617160706,
                                              0x3938292819180908, 0x3b3a2b2a1b1a0b0a, 0x3d3c2d2c1d1c0d0c, 0x3f3e2f2e1f1e0f0e);
-    __m512i four;
-    if (count >= 4 && (size_t)(end - row) >= (size_t)3 * stride + PIECE) {
-        four = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)row));
-        four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(row + stride)), 1);
-        four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(row + (size_t)2 * stride)), 2);
-        four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(row + (size_t)3 * stride)), 3);
-    } else { // the end of the section, perhaps of the record: not a byte beyond
-        __mmask16 some = (__mmask16)(bytes >= PIECE ? 0xffff : (1u << bytes) - 1);
-        four = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(some, row));
-        four = _mm512_inserti32x4(four, _mm_maskz_loadu_epi8(count > 1 ? some : 0, row + (count > 1 ? stride : 0)), 1);
-        four = _mm512_inserti32x4(four, _mm_maskz_loadu_epi8(count > 2 ? some : 0, row + (count > 2 ? 2 * stride : 0)), 2);
-        four = _mm512_inserti32x4(four, _mm_maskz_loadu_epi8(count > 3 ? some : 0, row + (count > 3 ? 3 * stride : 0)), 3);
-    }
-    return _mm512_permutexvar_epi8(halves, four);
+    return _mm512_permutexvar_epi8(halves, rows);
+}
+
+static inline __m512i four_load(const uint8_t *row, size_t stride) {
+    __m512i rows = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)row));
+    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i *)(row + stride)), 1);
+    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i *)(row + 2 * stride)), 2);
+    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i *)(row + 3 * stride)), 3);
+    return halves_gather(rows);
+}
+
+// The last of a section, perhaps of the record: `count` rows, and not a byte more of each than `bytes`.
+static __m512i few_load(const uint8_t *row, size_t stride, uint32_t count, uint32_t bytes) {
+    __mmask16 some = (__mmask16)(bytes >= PIECE ? 0xffff : (1u << bytes) - 1);
+    __m512i rows = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(some, row));
+    rows = _mm512_inserti32x4(rows, _mm_maskz_loadu_epi8(count > 1 ? some : 0, row + (count > 1 ? stride : 0)), 1);
+    rows = _mm512_inserti32x4(rows, _mm_maskz_loadu_epi8(count > 2 ? some : 0, row + (count > 2 ? 2 * stride : 0)), 2);
+    rows = _mm512_inserti32x4(rows, _mm_maskz_loadu_epi8(count > 3 ? some : 0, row + (count > 3 ? 3 * stride : 0)), 3);
+    return halves_gather(rows);
 }
 
 // Which bits of each eight bytes a phase takes: two fields of four halves.
@@ -229,58 +234,87 @@ static inline void phase_fields(uint32_t bits, uint32_t phase, __m512i *shifts, 
     *mask = _mm512_set1_epi64((long long)word);
 }
 
-// Sixteen packed bytes from `offset` of every row of the batch. Called with constant bits and phases.
-static inline void batch_unpack(const bkv_batch_t *batch, uint32_t offset, uint32_t bytes, const uint32_t bits,
-                                const uint32_t phases, uint8_t *codes, bkv_ahead_t *ahead, uint32_t lines) {
+// A run through the tokens of a batch, four at a time.
+typedef struct run {
+    const bkv_piece_t *piece;
+    uint32_t left, at; // pieces; token within this one
+} run_t;
+
+// How many fours from here on may be read in whole pieces: all of their tokens are there, and sixteen bytes of the last.
+static uint32_t whole_fours(const bkv_piece_t *piece, uint32_t at, uint32_t offset) {
+    uint32_t fours = (piece->count - at) / 4;
+    const uint8_t *row = piece->values + (size_t)at * piece->value_row + offset;
+    while (fours > 0 && (size_t)(piece->values_end - row) < (size_t)(4 * fours - 1) * piece->value_row + PIECE) {
+        fours--;
+    }
+    return fours;
+}
+
+// Sixteen packed bytes from `offset` of every row of the next 64 tokens. Called with constant bits and phases.
+static inline void chunk_unpack(run_t *run, uint32_t offset, uint32_t bytes, const uint32_t bits, const uint32_t phases,
+                                uint8_t *codes) {
     __m512i shifts[BKV_ATTEND_PHASES], mask[BKV_ATTEND_PHASES];
     for (uint32_t phase = 0; phase < phases; phase++) {
         phase_fields(bits, phase, &shifts[phase], &mask[phase]);
     }
-    for (uint32_t i = 0; i < batch->count; i++) {
-        const bkv_piece_t *piece = &batch->pieces[i];
-        const uint8_t *row = piece->values + offset;
-        uint32_t at = piece->at / 4;
-        for (uint32_t t = 0; t < piece->count; t += 4, at++, row += (size_t)4 * piece->value_row) {
-            __m512i four = four_load(row, piece->value_row, piece->count - t, bytes, piece->values_end);
-            uint8_t *out = codes + ((size_t)(at / 16) * phases * 16 + at % 16) * LINE;
+    for (uint32_t i = 0; i < 16 && run->left > 0;) {
+        const bkv_piece_t *piece = run->piece;
+        size_t stride = piece->value_row;
+        const uint8_t *row = piece->values + run->at * stride + offset;
+        uint32_t whole = whole_fours(piece, run->at, offset), end = i + whole < 16 ? i + whole : 16;
+        run->at += 4 * (end - i);
+        bool few = end < 16 && run->at < piece->count;
+        for (; i < end + few; i++, row += 4 * stride) {
+            __m512i four = i < end ? four_load(row, stride) : few_load(row, stride, piece->count - run->at, bytes);
+            uint8_t *out = codes + (size_t)place_of_four(i) * LINE;
             for (uint32_t phase = 0; phase < phases; phase++) {
                 __m512i slots = _mm512_multishift_epi64_epi8(shifts[phase], four);
                 _mm512_store_si512(out + (size_t)phase * 16 * LINE, _mm512_and_si512(slots, mask[phase]));
             }
         }
-        bkv_ahead_step(ahead, lines);
+        run->at += 4 * few;
+        if (run->at >= piece->count) {
+            *run = (run_t){.piece = piece + 1, .left = run->left - 1};
+        }
     }
 }
 
-static void codes_unpack(const bkv_batch_t *batch, uint32_t bits, uint32_t offset, uint32_t bytes, uint8_t *codes,
-                         bkv_ahead_t *ahead, uint32_t lines) {
+static void codes_unpack(run_t *run, uint32_t bits, uint32_t offset, uint32_t bytes, uint8_t *codes) {
     switch (bits) {
     case 2:
-        batch_unpack(batch, offset, bytes, 2, 4, codes, ahead, lines);
+        chunk_unpack(run, offset, bytes, 2, 4, codes);
         return;
     case 3:
-        batch_unpack(batch, offset, bytes, 3, 3, codes, ahead, lines);
+        chunk_unpack(run, offset, bytes, 3, 3, codes);
         return;
     case 4:
-        batch_unpack(batch, offset, bytes, 4, 2, codes, ahead, lines);
+        chunk_unpack(run, offset, bytes, 4, 2, codes);
         return;
     default:
-        batch_unpack(batch, offset, bytes, 8, 1, codes, ahead, lines);
+        chunk_unpack(run, offset, bytes, 8, 1, codes);
         return;
     }
 }
 
-// Adds the products of `phases` columns to acc.
-static void sums_take(bkv_values_t *values, uint32_t column, uint32_t phases, const float *unit) {
+// What one row's sums of a column are worth.
+static inline __m512 sums_value(const int32_t *sums, uint32_t r, float unit) {
+    __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums + (size_t)(2 * r) * 16));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums + (size_t)(2 * r + 1) * 16));
+    return _mm512_mul_ps(_mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), low), _mm512_set1_ps(unit));
+}
+
+// Adds the products of a piece to acc. Where the piece has slots of two groups, the second's begin with `split`.
+static void sums_take(bkv_values_t *values, uint32_t column, uint32_t phases, uint32_t split, const float *first,
+                      const float *second) {
+    __mmask16 behind = (__mmask16)(0xffffu << split);
     for (uint32_t r = 0; r < values->rows; r++) {
-        __m512 low = _mm512_set1_ps(unit[r]), high = _mm512_set1_ps(unit[r] * 256);
         float *acc = values->acc + ((size_t)r * values->columns + column) * 16;
-        for (uint32_t phase = 0; phase < phases; phase++) {
-            const int32_t *sums = values->sums + ((size_t)phase * 16 + 2 * r) * 16;
-            __m512 x = _mm512_load_ps(acc + (size_t)phase * 16);
-            x = _mm512_fmadd_ps(low, _mm512_cvtepi32_ps(_mm512_load_si512(sums)), x);
-            x = _mm512_fmadd_ps(high, _mm512_cvtepi32_ps(_mm512_load_si512(sums + 16)), x);
-            _mm512_store_ps(acc + (size_t)phase * 16, x);
+        for (uint32_t phase = 0; phase < phases; phase++, acc += 16) {
+            __m512 x = sums_value(values->sums + (size_t)phase * TILE, r, first[r]);
+            if (behind) {
+                x = _mm512_mask_mov_ps(x, behind, sums_value(values->sums + (size_t)(phases + phase) * TILE, r, second[r]));
+            }
+            _mm512_store_ps(acc, _mm512_add_ps(_mm512_load_ps(acc), x));
         }
     }
 }
@@ -299,6 +333,31 @@ static void batch_expand(bkv_values_t *values, bkv_batch_t *batch) {
     }
 }
 
+// The products of sixteen packed bytes of every row with the digits of group g and, with `two`, of the next.
+static void piece_sum(bkv_values_t *values, const bkv_products_t *products, const bkv_batch_t *batch, uint32_t offset,
+                      uint32_t g, bool two, bkv_ahead_t *ahead) {
+    uint32_t quads = (values->rows + 3) / 4, chunks = (batch->tokens + 63) / 64, phases = phases_of(values->bits);
+    uint32_t row = values->dim * values->bits / 8, bytes = row - offset < PIECE ? row - offset : PIECE;
+    size_t half = (size_t)phases * 16 * LINE;
+    run_t run = {.piece = batch->pieces, .left = batch->count};
+    products->clear(1 + two, phases, values->sums);
+    for (uint32_t chunk = 0; chunk <= chunks; chunk++) { // one is unpacked while the one before is multiplied
+        if (chunk < chunks) {
+            codes_unpack(&run, values->bits, offset, bytes, values->codes + chunk % 2 * half);
+            bkv_ahead_step(ahead, bytes);
+        }
+        if (chunk > 0) {
+            const uint8_t *digits = values->digits + ((size_t)(chunk - 1) * values->groups + g) * 16 * LINE;
+            const uint8_t *codes = values->codes + (chunk - 1) % 2 * half;
+            products->take(0, digits, codes, phases, quads, values->sums);
+            if (two) {
+                products->take(1, digits + (size_t)16 * LINE, codes, phases, quads, values->sums);
+            }
+        }
+    }
+    products->give(1 + two, phases, values->sums);
+}
+
 static void add_codes(bkv_values_t *values, const bkv_products_t *products, const bkv_batch_t *batch, uint32_t bits,
                       const float *p, size_t stride, bkv_ahead_t *ahead) {
     if (values->bits != bits) {
@@ -306,21 +365,18 @@ static void add_codes(bkv_values_t *values, const bkv_products_t *products, cons
         acc_start(values, bits);
     }
     params_load(values, batch);
-    uint32_t chunks = (batch->tokens + 63) / 64, phases = phases_of(bits), column = 0, offset = 0;
+    uint32_t chunks = (batch->tokens + 63) / 64, phases = phases_of(bits), row = values->dim * bits / 8;
+    float unit[BKV_MAX_DIM / BKV_VALUE_GROUP_DIMS][BKV_ATTEND_ROWS];
     for (uint32_t g = 0; g < values->groups; g++) {
-        float unit[BKV_ATTEND_ROWS];
         for (uint32_t r = 0; r < values->rows; r++) {
-            unit[r] = digits_make(values, chunks * 64, r, g, p + r * stride);
+            unit[g][r] = digits_make(values, chunks * 64, r, g, p + r * stride);
         }
-        uint32_t bytes = group_bytes(values->dim, bits, g);
-        for (uint32_t piece = 0; piece * PIECE < bytes; piece++, column += phases) {
-            uint32_t left = bytes - piece * PIECE;
-            codes_unpack(batch, bits, offset + piece * PIECE, left, values->codes, ahead, left);
-            products->values(values->digits + (size_t)g * 16 * LINE, (size_t)values->groups * 16 * LINE, values->codes, chunks,
-                             phases, 2 * values->rows, values->sums);
-            sums_take(values, column, phases, unit);
-        }
-        offset += bytes;
+    }
+    for (uint32_t offset = 0; offset < row; offset += PIECE) {
+        uint32_t g = offset / (BKV_VALUE_GROUP_DIMS * bits / 8), next = (g + 1) * (BKV_VALUE_GROUP_DIMS * bits / 8);
+        bool two = next < offset + PIECE && next < row;
+        piece_sum(values, products, batch, offset, g, two, ahead);
+        sums_take(values, offset / PIECE * phases, phases, two ? next - offset : 16, unit[g], unit[two ? g + 1 : g]);
     }
 }
 
