@@ -37,7 +37,7 @@ typedef struct bkv_walk {
     float *gram;    // [limit][limit]: the kernel
     float *rows;    // [limit][larger dim]: keys, then values
     float *mean;    // [key_dim]
-    void *products; // scratch of bkv_lanes_t.products
+    void *products; // scratch of matrix products over at most `limit` tokens
     float *weight;  // [limit]
     float *sum;     // [limit]: signed kernel sum at each token
     uint32_t *list; // [limit]: those still there

@@ -3,7 +3,7 @@
 //
 // lanes_ref.c defines each operation in plain C. lanes_avx2.c and lanes_avx512.c are the vector code of lanes_vector.h in two
 // widths; lanes_amx.c takes that of AVX-512 and multiplies matrices with tiles. Another table may round differently (sums in
-// another order, exp to 1e-6, with AMX the factors of products to bfloat16), and always rounds the same way.
+// another order, exp to 1e-6, with AMX the factors of matrix products to bfloat16), and always rounds the same way.
 //
 // Rows are contiguous floats; dims are multiples of 8. Memory that is read or written belongs to the caller and does not
 // overlap unless said so. All of it is re-entrant.
@@ -59,9 +59,9 @@ typedef struct bkv_lanes {
                    const float *weight, float *mass);
 
     // fit[r][i] += sum over t of parts[t][r] * values[t][i], r < rows, i < dim. stride is that of parts, a multiple of BKV_TILE,
-    // and parts are finite up to pad(rows); fit has pad(rows) rows.
+    // and parts are finite up to pad(rows); fit has pad(rows) rows. scratch: products_scratch(rows, dim, tokens) bytes.
     void (*mix)(const float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *values, uint32_t dim,
-                float *fit);
+                float *fit, void *scratch);
 
     // bkv_quant_key_group of quant.h, and bkv_quant_value_row over `count` rows.
     void (*quant_keys)(const float *rows, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes,

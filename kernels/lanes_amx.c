@@ -1,8 +1,8 @@
-// lanes_amx.c - products of rows on the tiles of AMX: factors rounded to bfloat16, sums in float. lanes_avx512.c has the rest of
-// the inner loops, and the table.
+// lanes_amx.c - products of matrices on the tiles of AMX: factors rounded to bfloat16, sums in float. lanes_avx512.c has the rest
+// of the inner loops, and the table.
 //
-// A tile is 16 rows of 64 bytes. TDPBF16PS takes 16 rows of 32 elements of a; and of b 16 rows of pairs of elements, one row for
-// each pair of dims with a pair for each of 16 columns: the transpose of b's 16 rows by pairs, 32 bits.
+// A tile is 16 rows of 64 bytes. TDPBF16PS takes 16 rows of 32 elements of one factor ("by rows"); and of the other, for each
+// pair of its 32 elements, a row with that pair of 16 columns ("by pairs"): its transpose in units of 32 bits.
 #include "lanes.h"
 
 #if defined(__AMX_BF16__)
@@ -15,7 +15,7 @@
 #define TILE_DIMS  32
 #define TILE_BYTES 1024
 
-// Operands: [tiles of 16 rows][steps of 32 dims] tiles, zero where there is no row or dim.
+// One factor: [tiles of 16 rows or columns][steps of 32 elements to sum over] tiles, zero where there is nothing.
 typedef struct operand {
     uint8_t *tiles;
     uint32_t steps;
@@ -44,22 +44,50 @@ static inline vec_t row_load(const float *row, const float *centre, uint32_t d, 
     return (vec_t)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Either order may be NULL.
-static void operand_load(const bkv_rows_t *rows, const operand_t *by_rows, const operand_t *by_pairs) {
+// Turns a tile by rows into one by pairs, or back; in place where from is to.
+static void tile_turn(const uint8_t *from, uint8_t *to) {
+    vec_t block[BKV_TILE];
+    memcpy(block, from, TILE_BYTES);
+    vec_transpose(block);
+    memcpy(to, block, TILE_BYTES);
+}
+
+// Rows to sum the elements of, in either order or (NULL: not this one) both.
+static void rows_load(const bkv_rows_t *rows, const operand_t *by_rows, const operand_t *by_pairs) {
+    const operand_t *first = by_rows ? by_rows : by_pairs;
     for (uint32_t tile = 0; tile * BKV_TILE < rows->n; tile++) {
-        for (uint32_t d = 0; d < rows->dim; d += TILE_DIMS) {
-            vec_t block[BKV_TILE];
-            for (uint32_t r = 0; r < BKV_TILE; r++) {
-                uint32_t t = tile * BKV_TILE + r;
-                block[r] = t < rows->n ? row_load(bkv_rows_at(rows, t), rows->centre, d, rows->dim) : vec_set(0);
+        for (uint32_t r = 0; r < BKV_TILE; r++) {
+            uint32_t t = tile * BKV_TILE + r;
+            for (uint32_t d = 0; d < rows->dim; d += TILE_DIMS) {
+                vec_t row = t < rows->n ? row_load(bkv_rows_at(rows, t), rows->centre, d, rows->dim) : vec_set(0);
+                memcpy(tile_at(first, tile, d / TILE_DIMS) + (size_t)r * sizeof(row), &row, sizeof(row));
             }
-            if (by_rows) {
-                memcpy(tile_at(by_rows, tile, d / TILE_DIMS), block, TILE_BYTES);
+        }
+        for (uint32_t step = 0; by_pairs && step < by_pairs->steps; step++) {
+            tile_turn(tile_at(first, tile, step), tile_at(by_pairs, tile, step));
+        }
+    }
+}
+
+// A matrix of n rows of `stride` floats, of which the first `columns` are there, whose rows are summed over: by pairs as it
+// lies, or turned.
+static void columns_load(const float *matrix, uint32_t n, uint32_t columns, uint32_t stride, bool turn, const operand_t *out) {
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                                5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (uint32_t step = 0; step < out->steps; step++) {
+        for (uint32_t pair = 0; pair < BKV_TILE; pair++) {
+            uint32_t t = step * TILE_DIMS + 2 * pair;
+            const float *row = matrix + (size_t)t * stride;
+            for (uint32_t c = 0; c < columns; c += BKV_TILE) {
+                vec_t even = t < n ? vec_load_part(row + c, columns - c) : vec_set(0);
+                vec_t odd = t + 1 < n ? vec_load_part(row + stride + c, columns - c) : vec_set(0);
+                __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+                _mm512_storeu_si512(tile_at(out, c / BKV_TILE, step) + (size_t)pair * 64,
+                                    _mm512_permutexvar_epi16(interleave, both));
             }
-            if (by_pairs) {
-                vec_transpose(block);
-                memcpy(tile_at(by_pairs, tile, d / TILE_DIMS), block, TILE_BYTES);
-            }
+        }
+        for (uint32_t tile = 0; turn && tile * BKV_TILE < columns; tile++) {
+            tile_turn(tile_at(out, tile, step), tile_at(out, tile, step));
         }
     }
 }
@@ -81,7 +109,7 @@ static void tiles_begin(void) {
     _tile_loadconfig(&config);
 }
 
-// Tiles (i, j), (i, j + 1), (i + 1, j), (i + 1, j + 1) of the product; the second row or column only where there is one.
+// Tiles (i, j), (i, j + 1), (i + 1, j), (i + 1, j + 1) of the product, the first at `out`; the second row or column only where there is one.
 static void block_product(const operand_t *a, const operand_t *b, uint32_t i, uint32_t j, bool two_rows, bool two_columns,
                           float *out, uint32_t stride) {
     _tile_zero(0);
@@ -104,16 +132,15 @@ static void block_product(const operand_t *a, const operand_t *b, uint32_t i, ui
             }
         }
     }
-    float *at = out + (size_t)i * BKV_TILE * stride + (size_t)j * BKV_TILE;
     size_t bytes = stride * sizeof(float);
-    _tile_stored(0, at, bytes);
+    _tile_stored(0, out, bytes);
     if (two_columns) {
-        _tile_stored(1, at + BKV_TILE, bytes);
+        _tile_stored(1, out + BKV_TILE, bytes);
     }
     if (two_rows) {
-        _tile_stored(2, at + (size_t)BKV_TILE * stride, bytes);
+        _tile_stored(2, out + (size_t)BKV_TILE * stride, bytes);
         if (two_columns) {
-            _tile_stored(3, at + (size_t)BKV_TILE * stride + BKV_TILE, bytes);
+            _tile_stored(3, out + (size_t)BKV_TILE * stride + BKV_TILE, bytes);
         }
     }
 }
@@ -122,14 +149,42 @@ void bkv_amx_products(const bkv_rows_t *a, const bkv_rows_t *b, float *out, uint
     uint32_t rows = bkv_tile_pad(a->n) / BKV_TILE, columns = b ? bkv_tile_pad(b->n) / BKV_TILE : rows;
     operand_t left = {scratch, steps_of(a->dim)}, right = left;
     right.tiles += (size_t)rows * left.steps * TILE_BYTES;
-    operand_load(a, &left, b ? NULL : &right);
+    rows_load(a, &left, b ? NULL : &right);
     if (b) {
-        operand_load(b, NULL, &right);
+        rows_load(b, NULL, &right);
     }
     tiles_begin();
     for (uint32_t i = 0; i < rows; i += 2) {
         for (uint32_t j = b ? 0 : i; j < columns; j += 2) {
-            block_product(&left, &right, i, j, i + 1 < rows, j + 1 < columns, out, stride);
+            block_product(&left, &right, i, j, i + 1 < rows, j + 1 < columns, out + ((size_t)i * stride + j) * BKV_TILE,
+                          stride);
+        }
+    }
+    _tile_release();
+}
+
+// Adds a block's first `rows` rows to those of fit, which end after `columns` columns.
+static void block_add(float block[2 * BKV_TILE][2 * BKV_TILE], uint32_t rows, uint32_t columns, float *fit, uint32_t dim) {
+    for (uint32_t r = 0; r < rows; r++, fit += dim) {
+        for (uint32_t c = 0; c < 2 * BKV_TILE && c < columns; c += BKV_TILE) {
+            vec_store_part(fit + c, columns - c, vec_load_part(fit + c, columns - c) + vec_load(&block[r][c]));
+        }
+    }
+}
+
+void bkv_amx_mix(const float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *values, uint32_t dim,
+                 float *fit, void *scratch) {
+    operand_t left = {scratch, steps_of(tokens)}, right = left;
+    right.tiles += (size_t)bkv_tile_pad(rows) / BKV_TILE * left.steps * TILE_BYTES;
+    columns_load(parts, tokens, bkv_tile_pad(rows), stride, true, &left);
+    columns_load(values, tokens, dim, dim, false, &right);
+    float block[2 * BKV_TILE][2 * BKV_TILE];
+    tiles_begin();
+    for (uint32_t i = 0; i < rows; i += 2 * BKV_TILE) {
+        for (uint32_t j = 0; j < dim; j += 2 * BKV_TILE) {
+            bool two_rows = i + BKV_TILE < rows, two_columns = j + BKV_TILE < dim;
+            block_product(&left, &right, i / BKV_TILE, j / BKV_TILE, two_rows, two_columns, block[0], 2 * BKV_TILE);
+            block_add(block, two_rows ? 2 * BKV_TILE : BKV_TILE, dim - j, fit + (size_t)i * dim + j, dim);
         }
     }
     _tile_release();

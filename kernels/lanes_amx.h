@@ -1,4 +1,4 @@
-// lanes_amx.h - internal: the one inner loop that AMX does better than AVX-512. See bkv_lanes_t.products in lanes.h.
+// lanes_amx.h - internal: the inner loops that AMX does better than AVX-512, those over matrices. See bkv_lanes_t in lanes.h.
 #ifndef BKV_LANES_AMX_H
 #define BKV_LANES_AMX_H
 
@@ -6,5 +6,8 @@
 
 void bkv_amx_products(const bkv_rows_t *a, const bkv_rows_t *b, float *out, uint32_t stride, void *scratch);
 size_t bkv_amx_products_scratch(uint32_t na, uint32_t nb, uint32_t dim);
+
+void bkv_amx_mix(const float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *values, uint32_t dim,
+                 float *fit, void *scratch);
 
 #endif

@@ -1,5 +1,5 @@
 // lanes_avx512.c - the inner loops with AVX-512: lanes_vector.h in vectors of 16, and codes packed by multiplying bytes. The backend
-// `amx` is the same but for its products (lanes_amx.c).
+// `amx` is the same but for matrices (lanes_amx.c).
 #include "lanes.h"
 
 #if defined(__AVX512VBMI__)
@@ -72,8 +72,8 @@ static void vec_pack(const uint8_t *codes, uint32_t n, uint32_t bits, uint8_t *o
     }
 }
 
-const bkv_lanes_t bkv_lanes_avx512 = BKV_LANES_VECTOR(vector_products, vector_products_scratch);
+const bkv_lanes_t bkv_lanes_avx512 = BKV_LANES_VECTOR(vector_products, vector_products_scratch, vector_mix);
 
-const bkv_lanes_t bkv_lanes_amx = BKV_LANES_VECTOR(bkv_amx_products, bkv_amx_products_scratch);
+const bkv_lanes_t bkv_lanes_amx = BKV_LANES_VECTOR(bkv_amx_products, bkv_amx_products_scratch, bkv_amx_mix);
 
 #endif

@@ -102,7 +102,8 @@ static void ref_shares(float *parts, uint32_t tokens, uint32_t rows, uint32_t st
 }
 
 static void ref_mix(const float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *values, uint32_t dim,
-                    float *fit) {
+                    float *fit, void *scratch) {
+    (void)scratch;
     for (uint32_t t = 0; t < tokens; t++) {
         for (uint32_t r = 0; r < rows; r++) {
             bkv_axpy(parts[(size_t)t * stride + r], values + (size_t)t * dim, dim, fit + (size_t)r * dim);

@@ -225,7 +225,8 @@ static inline __attribute__((always_inline)) void mix_columns(const float *parts
 }
 
 static void vector_mix(const float *parts, uint32_t tokens, uint32_t rows, uint32_t stride, const float *values, uint32_t dim,
-                       float *fit) {
+                       float *fit, void *scratch) {
+    (void)scratch;
     uint32_t i = 0;
     for (; i + 2 * BKV_VEC <= dim; i += 2 * BKV_VEC) {
         mix_columns(parts, tokens, rows, stride, values, dim, i, 2 * BKV_VEC, fit);
@@ -346,11 +347,11 @@ static void vector_quant_values(const float *rows, uint32_t count, uint32_t dim,
     }
 }
 
-// A table of all of the above but for the products.
-#define BKV_LANES_VECTOR(products_of_rows, scratch_of_products)                                                                \
+// A table of all of the above but for what multiplies matrices.
+#define BKV_LANES_VECTOR(products_of_rows, scratch_of_products, mix_of_values)                                                 \
     {                                                                                                                          \
         .dot = vector_dot, .axpy = vector_axpy, .to_float = vector_to_float, .products = products_of_rows,                     \
-        .products_scratch = scratch_of_products, .kernel = vector_kernel, .shares = vector_shares, .mix = vector_mix,          \
+        .products_scratch = scratch_of_products, .kernel = vector_kernel, .shares = vector_shares, .mix = mix_of_values,       \
         .quant_keys = vector_quant_keys, .quant_values = vector_quant_values,                                                  \
     }
 

@@ -32,7 +32,9 @@ void bkv_walk_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint32_t t
     walk->gram = bkv_scratch_take(scratch, (uint64_t)limit * limit * sizeof(float));
     walk->rows = bkv_scratch_take(scratch, (uint64_t)limit * dim * sizeof(float));
     walk->mean = bkv_scratch_take(scratch, key_dim * sizeof(float));
-    walk->products = bkv_scratch_take(scratch, lanes->products_scratch(limit, limit, dim));
+    size_t gram = lanes->products_scratch(limit, limit, dim),
+           mix = lanes->products_scratch(BKV_KEY_GROUP_MAX, value_dim, limit);
+    walk->products = bkv_scratch_take(scratch, gram > mix ? gram : mix);
     walk->weight = bkv_scratch_take(scratch, limit * sizeof(float));
     walk->sum = bkv_scratch_take(scratch, limit * sizeof(float));
     walk->list = bkv_scratch_take(scratch, limit * sizeof(uint32_t));

@@ -104,7 +104,7 @@ static void tokens_share(const bkv_source_t *source, uint32_t first, uint32_t co
     lanes->products(&tokens, &anchors, selection->parts, stride, selection->walk.products);
     lanes->shares(selection->parts, count, rows, stride, selection->half, 1.0f / sqrtf((float)source->key_dim),
                   selection->share, selection->mass);
-    lanes->mix(selection->parts, count, rows, stride, v, source->value_dim, selection->fit);
+    lanes->mix(selection->parts, count, rows, stride, v, source->value_dim, selection->fit, selection->walk.products);
 }
 
 // Refit: each walked row's value becomes the mean of all values it stands for, those of [first, end) that are not

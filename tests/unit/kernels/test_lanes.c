@@ -266,7 +266,9 @@ static void refit_of(const level_t *level, uint32_t tokens, uint32_t rows, uint3
         }
     }
     level->lanes->shares(parts, tokens, rows, stride, half, 0.3f, weight, mass);
-    level->lanes->mix(parts, tokens, rows, stride, values, dim, fit);
+    void *scratch = oracle_exact(level->lanes->products_scratch(rows, dim, tokens));
+    level->lanes->mix(parts, tokens, rows, stride, values, dim, fit, scratch);
+    free(scratch);
     for (uint32_t r = 0; r < rows; r++) {
         cr_assert(fabs((double)mass[r] - want[r * (dim + 1) + dim]) < 2e-5 * tokens, "%s: mass %u of %u", level->name, r, rows);
         for (uint32_t i = 0; i < dim; i++) {
