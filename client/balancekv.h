@@ -22,6 +22,7 @@
 #define BALANCEKV_H
 
 #include "codec.h"
+#include "cool.h"
 #include "seal.h"
 #include "status.h"
 #include "summary.h"
@@ -97,6 +98,14 @@ typedef struct bkv_record {
     size_t length;
 } bkv_record_t;
 
+// What a fold is to be. Exactly one of budget_bytes and rate, or neither with a profile, whose rates then hold as they are.
+typedef struct bkv_fold_params {
+    uint64_t budget_bytes; // most bytes of all records of the answer together
+    uint32_t rate;         // in place of budget_bytes: what the tokens take as bf16, divided by this
+    bkv_profile_t profile; // how dense by age (cool.h); count 0: one record, everything alike
+    uint64_t ttl_ms;       // 0: the daemon's default
+} bkv_fold_params_t;
+
 typedef struct bkv_metric {
     const char *name, *help;
     bool counter;
@@ -150,10 +159,13 @@ BKV_API bkv_status_t bkv_put(bkv_client_t *client, const bkv_spec_id_t *id, cons
 BKV_API bkv_status_t bkv_get(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                              const bkv_range_t *range, uint32_t timeout_ms, bkv_record_t *records, bkv_error_t *err);
 
-// One summary of consecutive blocks, oldest first, in at most budget_bytes. record is set as by bkv_get; its key is the fold's,
-// under which it can be got again.
+// A summary of consecutive blocks, oldest first: one record, or one for each band of params->profile, oldest first, which are to
+// be used together. records has room for params->profile.count of them, at least 1; *record_count says how many there are. On
+// failure there are none, and each has the call's status. Their keys are the fold's, under which they can be got again. A profile that is none:
+// INVALID_ARGUMENT, and records are left alone.
 BKV_API bkv_status_t bkv_fold_remote(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                                     uint64_t budget_bytes, uint32_t timeout_ms, bkv_record_t *record, bkv_error_t *err);
+                                     const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records,
+                                     size_t *record_count, bkv_error_t *err);
 
 // Attention next to the data. args as in codec.h with first_layer, layers (at least 1) of the model; args->out and args->lse
 // receive the result. heads, key_dim and value_dim are the spec's.
@@ -210,7 +222,8 @@ BKV_API bkv_status_t bkv_get_submit(bkv_queue_t *queue, uint64_t tag, const bkv_
 BKV_API bkv_status_t bkv_lookup_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys,
                                        size_t count, uint32_t timeout_ms, bool *resident, size_t *prefix);
 BKV_API bkv_status_t bkv_fold_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys,
-                                     size_t count, uint64_t budget_bytes, uint32_t timeout_ms, bkv_record_t *record);
+                                     size_t count, const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records,
+                                     size_t *record_count);
 
 #ifdef __cplusplus
 }

@@ -20,8 +20,9 @@ typedef struct fetch_call {
     size_t count;
     bkv_record_t *records; // not yet: status OK, no data
     bkv_range_t range;
-    uint64_t record_max;
-    bool fold;
+    uint64_t record_max; // of the next record; of a Fold: what is left of `budget`
+    uint64_t budget;     // of a Fold: most bytes of all records
+    size_t *folded;      // of a Fold: how many records came, at most `count`; NULL: a Get
 
     size_t index;      // the record that is coming
     uint64_t received; // bytes of it
@@ -53,7 +54,9 @@ static void fetch_reset(bkv_call_t *call) {
     fetch->open = false;
     bkv_sum_restart(fetch->sum);
     fetch->first = (bkv_error_t){0};
-    if (!fetch->fold) {
+    if (fetch->folded != NULL) {
+        fetch->record_max = fetch->budget;
+    } else {
         pthread_mutex_lock(&call->client->lock);
         uint64_t block = call->client->max_block_bytes;
         pthread_mutex_unlock(&call->client->lock);
@@ -82,7 +85,8 @@ static bkv_status_t take_missing(fetch_call_t *fetch, const Balancekv__V1__Recor
 // Makes room for a record, of which this is the first chunk.
 static bkv_status_t take_first(fetch_call_t *fetch, const Balancekv__V1__RecordChunk *head, bkv_error_t *err) {
     bkv_record_t *record = &fetch->records[fetch->index];
-    if (head->key.len != BKV_KEY_BYTES || (!fetch->fold && memcmp(head->key.data, record->key.bytes, BKV_KEY_BYTES) != 0)) {
+    if (head->key.len != BKV_KEY_BYTES ||
+        (fetch->folded == NULL && memcmp(head->key.data, record->key.bytes, BKV_KEY_BYTES) != 0)) {
         return bkv_fail(err, BKV_INTERNAL, "record %zu: key: not the one asked for", fetch->index);
     }
     if (head->record_bytes < sizeof(bkv_record_header_t) || head->record_bytes > fetch->record_max) {
@@ -92,6 +96,9 @@ static bkv_status_t take_first(fetch_call_t *fetch, const Balancekv__V1__RecordC
     }
     memcpy(record->key.bytes, head->key.data, BKV_KEY_BYTES);
     record->length = (size_t)head->record_bytes;
+    if (fetch->folded != NULL) {
+        fetch->record_max -= head->record_bytes;
+    }
     record->data = bkv_client_buffer_take(fetch->call.client->buffers, record->length);
     if (record->data == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "record %zu: no memory for %zu bytes", fetch->index, record->length);
@@ -186,7 +193,14 @@ static bool in_range(const bkv_record_header_t *header, const bkv_range_t *range
            (range->layers == 0 || header->layers == range->layers) && (range->heads == 0 || header->heads == range->heads);
 }
 
-static bkv_status_t record_validate(const fetch_call_t *fetch, const bkv_record_t *record, bkv_error_t *err) {
+// Does a fold's record begin where the one before it ends?
+static bool follows(const bkv_record_t *before, const bkv_record_header_t *header) {
+    const bkv_record_header_t *last = before->data;
+    return last == NULL || header->position == last->position + last->tokens;
+}
+
+static bkv_status_t record_validate(const fetch_call_t *fetch, size_t i, bkv_error_t *err) {
+    const bkv_record_t *record = &fetch->records[i];
     bkv_status_t status = bkv_record_check(record->data, record->length, err);
     if (status != BKV_OK) {
         return status;
@@ -201,6 +215,9 @@ static bkv_status_t record_validate(const fetch_call_t *fetch, const bkv_record_
     if (!in_range(header, &fetch->range)) {
         return bkv_fail(err, BKV_DATA_LOSS, "layers, heads: the record is not the range asked for");
     }
+    if (fetch->folded != NULL && i > 0 && !follows(record - 1, header)) {
+        return bkv_fail(err, BKV_DATA_LOSS, "position: the record does not follow the one before it");
+    }
     return BKV_OK;
 }
 
@@ -208,18 +225,24 @@ static bool complete(const fetch_call_t *fetch, size_t i) {
     return fetch->records[i].data != NULL && !(fetch->open && fetch->index == i);
 }
 
+// How many records there must be: of a Fold those that came, but one at least.
+static size_t due(const fetch_call_t *fetch) {
+    size_t came = fetch->index + (fetch->open ? 1 : 0);
+    return fetch->folded == NULL ? fetch->count : came > 0 ? came : 1;
+}
+
 // Gives every record its status, and the call the first's that is not OK.
 static void fetch_finish(bkv_call_t *call) {
     fetch_call_t *fetch = (fetch_call_t *)call;
     bkv_error_t first = {.status = BKV_OK};
-    for (size_t i = 0; i < fetch->count; i++) {
+    for (size_t i = 0; i < due(fetch); i++) {
         bkv_record_t *record = &fetch->records[i];
         bkv_error_t error = {.status = record->status};
         if (error.status != BKV_OK) {
             error = fetch->first; // noted when it came; the first of those is the first one here
         } else if (complete(fetch, i)) {
             bkv_error_t cause = {.status = BKV_OK};
-            if (record_validate(fetch, record, &cause) != BKV_OK) {
+            if (record_validate(fetch, i, &cause) != BKV_OK) {
                 bkv_fail(&error, BKV_DATA_LOSS, "record %zu: %.200s", i, cause.message);
             }
         } else if (call->error.status != BKV_OK) {
@@ -234,6 +257,12 @@ static void fetch_finish(bkv_call_t *call) {
     }
     if (first.status != BKV_OK) {
         call->error = first;
+    }
+    if (fetch->folded != NULL) {
+        *fetch->folded = call->error.status == BKV_OK ? due(fetch) : 0;
+        for (size_t i = *fetch->folded; i < fetch->count && call->error.status != BKV_OK; i++) {
+            record_fail(&fetch->records[i], call->error.status); // a part of a fold is of no use
+        }
     }
 }
 
@@ -342,44 +371,72 @@ bkv_status_t bkv_get_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_
 
 // ---- Fold ----
 
+static size_t fold_room(const bkv_fold_params_t *params) {
+    return params->profile.count > 1 ? params->profile.count : 1;
+}
+
 static bkv_call_t *fold_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                            uint64_t budget_bytes, uint32_t timeout_ms, bkv_record_t *record) {
-    fetch_call_t *fetch = fetch_new(&fold_kind, client, id, timeout_ms, record, 1);
+                            const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records, size_t *record_count) {
+    fetch_call_t *fetch = fetch_new(&fold_kind, client, id, timeout_ms, records, fold_room(params));
     ProtobufCBinaryData *list = bkv_client_key_list(keys, count);
-    records_init(record, NULL, 1, fetch != NULL && list != NULL ? BKV_OK : BKV_RESOURCE_EXHAUSTED);
+    records_init(records, NULL, fold_room(params), fetch != NULL && list != NULL ? BKV_OK : BKV_RESOURCE_EXHAUSTED);
+    *record_count = 0;
     if (fetch == NULL || list == NULL) {
         free(list);
         bkv_call_free((bkv_call_t *)fetch);
         return NULL;
     }
-    fetch->fold = true;
-    fetch->record_max = budget_bytes < RECORD_MAX ? budget_bytes : RECORD_MAX;
+    fetch->folded = record_count;
+    fetch->budget = params->budget_bytes != 0 && params->budget_bytes < RECORD_MAX ? params->budget_bytes : RECORD_MAX;
+    Balancekv__V1__Band bands[BKV_MAX_BANDS], *profile[BKV_MAX_BANDS];
+    for (uint32_t i = 0; i < params->profile.count; i++) {
+        balancekv__v1__band__init(&bands[i]);
+        bands[i].age = params->profile.bands[i].age;
+        bands[i].rate = params->profile.bands[i].rate;
+        profile[i] = &bands[i];
+    }
     Balancekv__V1__FoldRequest request = BALANCEKV__V1__FOLD_REQUEST__INIT;
     request.spec_id = bkv_client_spec_bytes(id);
     request.n_keys = count;
     request.keys = list;
-    request.budget_bytes = budget_bytes;
+    request.budget_bytes = params->budget_bytes;
+    request.rate = params->rate;
+    request.ttl_ms = params->ttl_ms;
+    request.n_profile = params->profile.count;
+    request.profile = profile;
     fetch->call.request = bkv_client_pack(&request.base);
     free(list);
     return (bkv_call_t *)fetch;
 }
 
 bkv_status_t bkv_fold_remote(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                             uint64_t budget_bytes, uint32_t timeout_ms, bkv_record_t *record, bkv_error_t *err) {
-    assert(client != NULL && id != NULL && (keys != NULL || count == 0) && record != NULL);
-    bkv_call_t *call = fold_new(client, id, keys, count, budget_bytes, timeout_ms, record);
-    bkv_status_t status = bkv_call_run(call, err);
+                             const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records, size_t *record_count,
+                             bkv_error_t *err) {
+    assert(client != NULL && id != NULL && (keys != NULL || count == 0) && params != NULL && records != NULL &&
+           record_count != NULL);
+    *record_count = 0;
+    bkv_status_t status = bkv_profile_check(&params->profile, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    bkv_call_t *call = fold_new(client, id, keys, count, params, timeout_ms, records, record_count);
+    status = bkv_call_run(call, err);
     bkv_call_free(call);
     return status;
 }
 
 bkv_status_t bkv_fold_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                             uint64_t budget_bytes, uint32_t timeout_ms, bkv_record_t *record) {
-    assert(queue != NULL && id != NULL && (keys != NULL || count == 0) && record != NULL);
-    bkv_call_t *call = fold_new(bkv_queue_client(queue), id, keys, count, budget_bytes, timeout_ms, record);
+                             const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records,
+                             size_t *record_count) {
+    assert(queue != NULL && id != NULL && (keys != NULL || count == 0) && params != NULL && records != NULL &&
+           record_count != NULL);
+    if (bkv_profile_check(&params->profile, NULL) != BKV_OK) {
+        return BKV_INVALID_ARGUMENT;
+    }
+    bkv_call_t *call = fold_new(bkv_queue_client(queue), id, keys, count, params, timeout_ms, records, record_count);
     bkv_status_t status = bkv_call_submit(call, queue, tag);
     if (status != BKV_OK) {
-        records_init(record, NULL, 1, status);
+        records_init(records, NULL, fold_room(params), status);
     }
     return status;
 }

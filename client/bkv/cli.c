@@ -229,3 +229,22 @@ bkv_codec_params_t bkv_cli_codec(const bkv_cli_t *cli) {
     params.sink = bkv_cli_given(cli, BKV_OPT_sink) ? cli->sink : params.sink;
     return params;
 }
+
+bkv_status_t bkv_cli_profile(bkv_cli_t *cli, uint32_t rate, bkv_profile_t *profile, bkv_error_t *err) {
+    bkv_error_t cause;
+    *profile = (bkv_profile_t){.count = 0};
+    if (cli->profile == NULL) {
+        return BKV_OK;
+    }
+    if (strcmp(cli->profile, "auto") == 0) {
+        if (rate == 0) {
+            return bkv_cli_usage(cli, err, "--profile: auto needs --rate");
+        }
+        bkv_profile_for_rate(rate, profile);
+        return BKV_OK;
+    }
+    if (bkv_profile_parse(cli->profile, profile, &cause) != BKV_OK) {
+        return bkv_cli_usage(cli, err, "--%.200s", cause.message);
+    }
+    return BKV_OK;
+}

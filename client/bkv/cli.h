@@ -75,7 +75,9 @@ typedef struct bkv_cli_range {
     X(record, "record", STRING, "FILE", RECORD, "write the records themselves, one after another, to this file")               \
     X(layer_range, "layer-range", RANGE, "A[:B]", RANGE, "only layers A up to, not including, B (by order, from 0)")           \
     X(head_range, "head-range", RANGE, "A[:B]", RANGE, "only KV heads A up to, not including, B")                              \
-    X(budget, "budget", SIZE, "BYTES", BUDGET, "fold everything into one record of at most BYTES (64K, 2M)")                   \
+    X(budget, "budget", SIZE, "BYTES", BUDGET, "fold everything into at most BYTES (64K, 2M)")                                 \
+    X(profile, "profile", STRING, "P", BUDGET,                                                                                 \
+      "fold by age: AGE:RATE,...,:RATE, newest first (512:4,2048:8,:32), or auto: the best known for --rate")                  \
     X(ttl, "ttl", MS, "TIME", TTL, "put: time to live (default the daemon's); pin: length of the lease (default 60s)")         \
     X(window, "window", U32, "N", WINDOW, "newest tokens to leave out (put, default 0) or pass exactly (summarize, 64)")       \
     X(backend, "backend", STRING, "NAME", LOCAL, "kernels to use: auto or ref (default auto)")                                 \
@@ -155,6 +157,9 @@ json_t *bkv_cli_json_hex(const uint8_t *bytes, size_t n);
 
 // The codec parameters that the options ask for, defaults filled in.
 bkv_codec_params_t bkv_cli_codec(const bkv_cli_t *cli);
+
+// The profile that --profile names, count 0 where there is none; `rate` is what "auto" is for. A usage error.
+bkv_status_t bkv_cli_profile(bkv_cli_t *cli, uint32_t rate, bkv_profile_t *profile, bkv_error_t *err);
 
 // The commands (cmd_*.c).
 bkv_status_t bkv_cmd_ping(bkv_cli_t *cli, bkv_error_t *err);

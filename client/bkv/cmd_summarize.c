@@ -8,13 +8,30 @@
 #include "unpack.h"
 
 #include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define DEFAULT_WINDOW       64
 #define DEFAULT_BLOCK_TOKENS 256
 
+// With a profile, --rate is the fold's. Its blocks are kept whole until they are folded, as int4 unless --codec says otherwise.
+static bkv_status_t cool_options(bkv_cli_t *cli, bool rate, bkv_summarize_t *options, bkv_error_t *err) {
+    if (!bkv_cli_given(cli, BKV_OPT_codec)) {
+        options->params.codec = BKV_CODEC_DENSE4;
+    }
+    if (options->params.codec == BKV_CODEC_BALANCE) {
+        return bkv_cli_usage(cli, err, "--codec: with --profile it is that of whole blocks: raw, dense8 or dense4");
+    }
+    if (rate && (cli->rate == 0 || cli->rate > BKV_MAX_BAND_RATE)) {
+        return bkv_cli_usage(cli, err, "--rate: %u is not in 1..%d", cli->rate, BKV_MAX_BAND_RATE);
+    }
+    options->fold_rate = rate && options->budget == 0 ? cli->rate : 0;
+    return BKV_OK;
+}
+
 static bkv_status_t read_options(bkv_cli_t *cli, bkv_summarize_t *options, bkv_error_t *err) {
     const char *name = bkv_cli_given(cli, BKV_OPT_backend) ? cli->backend : "auto";
+    bool rate = bkv_cli_given(cli, BKV_OPT_rate);
     *options = (bkv_summarize_t){
         .params = bkv_cli_codec(cli),
         .block_tokens = bkv_cli_given(cli, BKV_OPT_block_tokens) ? cli->block_tokens : DEFAULT_BLOCK_TOKENS,
@@ -24,6 +41,13 @@ static bkv_status_t read_options(bkv_cli_t *cli, bkv_summarize_t *options, bkv_e
         .backend = bkv_backend_get(name),
         .quiet = cli->json,
     };
+    bkv_status_t status = bkv_cli_profile(cli, rate ? cli->rate : 0, &options->profile, err);
+    if (status == BKV_OK && options->profile.count > 0) {
+        status = cool_options(cli, rate, options, err);
+    }
+    if (status != BKV_OK) {
+        return status;
+    }
     if (options->block_tokens == 0 || options->block_tokens > BKV_MAX_TOKENS) {
         return bkv_cli_usage(cli, err, "--block-tokens: %u is not in 1..%u", options->block_tokens, BKV_MAX_TOKENS);
     }
@@ -37,6 +61,19 @@ static bkv_status_t read_options(bkv_cli_t *cli, bkv_summarize_t *options, bkv_e
     return BKV_OK;
 }
 
+// [[position, tokens, bytes] of each record], oldest first: which tokens of the output are whose.
+static char *list_spans(const bkv_summaries_t *summaries) {
+    json_t *list = json_array();
+    for (size_t i = 0; i < summaries->count; i++) {
+        const bkv_record_header_t *header = summaries->records[i];
+        json_array_append_new(
+            list, json_pack("[I, I, I]", (json_int_t)header->position, (json_int_t)header->tokens, (json_int_t)header->length));
+    }
+    char *text = json_dumps(list, JSON_COMPACT);
+    json_decref(list);
+    return text;
+}
+
 static bkv_status_t write_output(const bkv_cli_t *cli, const bkv_summarize_t *options, const bkv_trace_t *trace,
                                  const bkv_summaries_t *summaries, bkv_error_t *err) {
     char numbers[7][BKV_TEXT_MAX];
@@ -45,11 +82,13 @@ static bkv_status_t write_output(const bkv_cli_t *cli, const bkv_summarize_t *op
     for (size_t i = 0; i < 7; i++) {
         snprintf(numbers[i], sizeof numbers[i], "%" PRIu64, values[i]);
     }
+    char profile[BKV_PROFILE_TEXT], *spans = list_spans(summaries);
+    bkv_profile_format(&options->profile, profile);
     const char *const metadata[][2] = {
         {"stored_bytes", numbers[0]}, {"raw_bytes", numbers[1]},    {"codec", bkv_codec_name(options->params.codec)},
         {"rate", numbers[2]},         {"block_tokens", numbers[3]}, {"sink", numbers[4]},
         {"window", numbers[5]},       {"seed", numbers[6]},         {"backend", options->backend->name},
-        {"version", bkv_version()},
+        {"version", bkv_version()},   {"profile", profile},         {"records", spans != NULL ? spans : "[]"},
     };
     bkv_unpack_t unpack = {
         .records = (const void *const *)summaries->records,
@@ -68,6 +107,7 @@ static bkv_status_t write_output(const bkv_cli_t *cli, const bkv_summarize_t *op
     if (status == BKV_OK && bkv_cli_given(cli, BKV_OPT_record)) {
         status = bkv_unpack_write_records(unpack.records, unpack.count, cli->record, err);
     }
+    free(spans);
     return status;
 }
 

@@ -17,8 +17,10 @@ static const bkv_command_t commands[] = {
     {"get", "[KEY...]", "fetch blocks' records", SPEC_OF_KEYS | BKV_CLI_OUT | BKV_CLI_RECORD | BKV_CLI_RANGE, 0, -1,
      bkv_cmd_get, "--out writes k.N, v.N, logw.N and index.N as `summarize` does.\n"},
     {"lookup", "[KEY...]", "which blocks are resident", SPEC_OF_KEYS, 0, -1, bkv_cmd_lookup, NULL},
-    {"fold", "[KEY...]", "one summary of consecutive blocks", SPEC_OF_KEYS | BKV_CLI_OUT | BKV_CLI_RECORD | BKV_CLI_BUDGET, 0,
-     -1, bkv_cmd_fold, NULL},
+    {"fold", "[KEY...]", "a summary of consecutive blocks", SPEC_OF_KEYS | BKV_CLI_OUT | BKV_CLI_RECORD | BKV_CLI_BUDGET, 0, -1,
+     bkv_cmd_fold,
+     "--budget, or with --keys --rate, says how large it is; --profile how dense by age, one record for each band. With\n"
+     "--profile alone its rates are meant as they are.\n"},
     {"attend", "[KEY...]", "attention over resident blocks, in the daemon", SPEC_OF_KEYS | BKV_CLI_OUT | BKV_CLI_QUERIES, 0, -1,
      bkv_cmd_attend, "--out writes out.N [query heads, queries, dim] and lse.N [query heads, queries], F32.\n"},
     {"pin", "[KEY...]", "keep blocks from eviction for a while", SPEC_OF_KEYS | BKV_CLI_TTL, 0, -1, bkv_cmd_pin, NULL},
@@ -29,7 +31,8 @@ static const bkv_command_t commands[] = {
     {"summarize", "IN OUT", "compress a KV trace off-line, without a daemon",
      BKV_CLI_CODEC | BKV_CLI_WINDOW | BKV_CLI_LOCAL | BKV_CLI_BUDGET | BKV_CLI_RECORD, 2, 2, bkv_cmd_summarize,
      "IN is as for `put`. OUT gets, for each layer N, k.N and v.N F16 [heads, m, dim] as attention sees them, logw.N F32\n"
-     "[heads, m] and index.N I32 [heads, m]; heads with fewer tokens are padded at the end with logw -inf.\n"},
+     "[heads, m] and index.N I32 [heads, m]; heads with fewer tokens are padded at the end with logw -inf. With --profile\n"
+     "blocks are dense4 unless --codec says otherwise, and --rate or --budget is that of their fold.\n"},
     {"bench", "[FILE]", "load a daemon and measure it",
      BKV_CLI_CONNECT | BKV_CLI_NAME | BKV_CLI_CODEC | BKV_CLI_SHAPE | BKV_CLI_PARALLEL | BKV_CLI_BENCH, 0, 1, bkv_cmd_bench,
      "Blocks come from FILE, or are made up: 8 layers, 4 KV heads, dim 128 (4 MiB each) unless the options say otherwise.\n"},

@@ -2,6 +2,7 @@
 #include "summarize.h"
 
 #include "memory.h"
+#include "refold.h"
 #include "table.h"
 #include "unpack.h"
 
@@ -51,21 +52,6 @@ static void buffers_deinit(buffers_t *buffers) {
     free(buffers->workspace);
 }
 
-// Seals a copy that is no larger than it must be. A record that no reader would take is a fault of the kernels, and better
-// found here than in front of a model.
-static bkv_status_t keep_record(const void *record, size_t length, void **kept, bkv_error_t *err) {
-    bkv_error_t why = {.status = BKV_OK};
-    void *copy = bkv_xaligned(length);
-    memcpy(copy, record, length);
-    if (bkv_record_check(copy, length, &why) != BKV_OK) {
-        free(copy);
-        return bkv_fail(err, BKV_INTERNAL, "record: %s", why.message);
-    }
-    bkv_record_seal(copy);
-    *kept = copy;
-    return BKV_OK;
-}
-
 static bkv_status_t compress_block(pool_t *pool, size_t i, buffers_t *buffers, bkv_error_t *err) {
     const bkv_span_t *span = &pool->spans[i];
     bkv_shape_t shape = bkv_trace_block_shape(pool->trace, span);
@@ -78,7 +64,7 @@ static bkv_status_t compress_block(pool_t *pool, size_t i, buffers_t *buffers, b
     bkv_status_t status = bkv_compress(pool->options->backend, &block, &pool->options->params, &id, buffers->record,
                                        buffers->capacity, buffers->workspace, &length, &why);
     if (status == BKV_OK) {
-        status = keep_record(buffers->record, length, &pool->records[i], &why);
+        status = bkv_record_keep(buffers->record, length, &pool->records[i], &why);
     }
     if (status != BKV_OK) {
         return bkv_fail(err, status, "tokens %llu..%llu: %s", (unsigned long long)span->position,
@@ -134,35 +120,26 @@ static bkv_status_t compress_all(pool_t *pool, bkv_error_t *err) {
 
 // Replaces the records by their fold. A rate of balance binds the fold, too.
 static bkv_status_t fold_all(const bkv_summarize_t *options, bkv_summaries_t *summaries, bkv_error_t *err) {
-    const void *const *records = (const void *const *)summaries->records;
-    uint64_t budget = options->budget;
-    if (options->params.codec == BKV_CODEC_BALANCE && budget > summaries->raw_bytes / options->params.rate) {
-        budget = summaries->raw_bytes / options->params.rate;
+    bkv_refold_t refold = {.backend = options->backend,
+                           .records = (const void *const *)summaries->records,
+                           .count = (uint32_t)summaries->count,
+                           .budget = options->fold_rate > 0 ? summaries->raw_bytes / options->fold_rate : options->budget,
+                           .seed = options->params.seed,
+                           .profile = &options->profile};
+    if (options->params.codec == BKV_CODEC_BALANCE && refold.budget > summaries->raw_bytes / options->params.rate) {
+        refold.budget = summaries->raw_bytes / options->params.rate;
     }
-    // A fold is hardly larger than its children (weights and indices may come in), so room for more would only be waste.
-    uint64_t ample = 2 * bkv_unpack_stored_bytes(records, summaries->count) + 65536;
-    uint64_t room = budget < ample ? budget : ample;
-    uint32_t count = (uint32_t)summaries->count;
-    bkv_record_id_t id = {.position = ((const bkv_record_header_t *)records[0])->position};
-    void *record = bkv_xaligned(room);
-    void *workspace = bkv_xaligned(bkv_fold_workspace(options->backend, records, count, room));
-    size_t length = 0;
-    bkv_status_t status =
-        bkv_fold(options->backend, records, count, &id, room, options->params.seed, record, workspace, &length, err);
-    void *kept = NULL;
-    if (status == BKV_OK) {
-        status = keep_record(record, length, &kept, err);
+    void *results[BKV_MAX_BANDS];
+    size_t count;
+    bkv_status_t status = bkv_refold(&refold, results, &count, err);
+    if (status != BKV_OK) {
+        return status;
     }
-    if (status == BKV_OK) {
-        for (size_t i = 0; i < summaries->count; i++) {
-            free(summaries->records[i]);
-        }
-        summaries->records[0] = kept;
-        summaries->count = 1;
-    }
-    free(record);
-    free(workspace);
-    return status;
+    bkv_summaries_deinit(&(bkv_summaries_t){.records = summaries->records, .count = summaries->count});
+    summaries->records = bkv_xcalloc(count, sizeof *summaries->records);
+    summaries->count = count;
+    memcpy(summaries->records, results, count * sizeof *results);
+    return BKV_OK;
 }
 
 static bkv_status_t check_rate(const bkv_summarize_t *options, const bkv_summaries_t *summaries, bkv_error_t *err) {
@@ -199,7 +176,8 @@ bkv_status_t bkv_summarize_trace(const bkv_trace_t *trace, const bkv_summarize_t
         return status;
     }
     summaries->raw_bytes = bkv_unpack_raw_bytes((const void *const *)summaries->records, count);
-    if (options->budget > 0 && (status = fold_all(options, summaries, err)) != BKV_OK) {
+    bool fold = options->budget > 0 || options->fold_rate > 0 || options->profile.count > 0;
+    if (fold && (status = fold_all(options, summaries, err)) != BKV_OK) {
         return status;
     }
     summaries->stored_bytes = bkv_unpack_stored_bytes((const void *const *)summaries->records, summaries->count);

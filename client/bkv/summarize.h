@@ -8,7 +8,9 @@ typedef struct bkv_summarize {
     bkv_codec_params_t params;
     uint32_t block_tokens;
     uint32_t window;              // newest tokens left out
-    uint64_t budget;              // 0: a record per block; else all folded into one record of at most so many bytes
+    uint64_t budget;              // all folded into at most so many bytes; 0: see the next two, without them a record per block
+    uint32_t fold_rate;           // in place of budget: all folded into bf16 bytes / fold_rate
+    bkv_profile_t profile;        // of the fold, a record per band; count 0: one record
     uint32_t threads;             // 0: one per CPU
     const bkv_backend_t *backend; // not NULL
     bool quiet;                   // no progress bar

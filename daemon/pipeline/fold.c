@@ -1,213 +1,269 @@
-// fold.c - Fold: one record for a prefix, made once and then found under its own key.
+// fold.c - Fold: one record for a prefix, or one for each band of an age profile; made once, then found under their own keys.
 //
-// The merge-and-reduce itself is kernels/; this file pins its inputs, gives it memory and publishes what comes out.
+// This file looks at the records that are named, has kernels/cool.c plan bands and budgets, and answers each band from the
+// store or has it made by fold_tree.c.
 #include "daemon/pipeline/internal.h"
 
-#include "kernels/seal.h"
-
 #include <assert.h>
-#include <openssl/evp.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define FOLD_TAG "bkv-fold-1"
 
 typedef struct fold {
     bkv_job_t job; // first: the pool knows only this
     bkv_pipeline_t *pipeline;
     const bkv_model_t *model;
-    bkv_key_t key; // of the fold
+    bkv_profile_t profile;
     uint64_t budget, ttl_ms;
+    uint32_t rate;
     bkv_fold_done_t done;
     void *user;
+    bkv_cool_block_t *blocks; // [count]; NULL: not surveyed yet
+    uint64_t *before;         // [count + 1]: bytes of the records before each
     uint32_t count;
     bkv_key_t keys[];
 } fold_t;
 
-static bkv_status_t fold_key(const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count, uint64_t budget,
-                             bkv_key_t *key, bkv_error_t *err) {
-    uint8_t budget_bytes[8];
-    for (int i = 0; i < 8; i++) {
-        budget_bytes[i] = (uint8_t)(budget >> (8 * i));
-    }
-    EVP_MD_CTX *context = EVP_MD_CTX_new();
-    bool ok = context != NULL && EVP_DigestInit_ex(context, EVP_sha256(), NULL) == 1 &&
-              EVP_DigestUpdate(context, FOLD_TAG, sizeof(FOLD_TAG)) == 1 && // with its NUL
-              EVP_DigestUpdate(context, spec_id->bytes, sizeof(spec_id->bytes)) == 1 &&
-              EVP_DigestUpdate(context, budget_bytes, sizeof(budget_bytes)) == 1 &&
-              EVP_DigestUpdate(context, keys, (size_t)count * sizeof(keys[0])) == 1 &&
-              EVP_DigestFinal_ex(context, key->bytes, NULL) == 1;
-    EVP_MD_CTX_free(context);
-    return ok ? BKV_OK : bkv_fail(err, BKV_INTERNAL, "libcrypto has no SHA-256");
-}
+// ---- survey ----
 
-_Static_assert(sizeof(bkv_key_t) == BKV_KEY_BYTES, "keys are hashed as one run of bytes");
-
-// More than any record of these tokens can have: every token native, an index and weights for each section. A budget beyond
-// it is not worth reserving.
-static uint64_t largest_fold(const bkv_shape_t *shape) {
-    const bkv_codec_params_t raw = {.codec = BKV_CODEC_RAW};
-    uint64_t sections = (uint64_t)shape->layers * shape->heads;
-    uint64_t index_and_weights = (uint64_t)shape->tokens / 8 + shape->tokens + 64;
-    return bkv_codec_bound(shape, &raw) + sections * index_and_weights;
-}
-
-// The shape of all the records together. tokens that no record can stand for are refused.
-static bkv_status_t summed_shape(const fold_t *fold, const bkv_gather_t *gather, bkv_shape_t *sum, bkv_error_t *err) {
-    *sum = fold->model->shape;
-    uint64_t tokens = 0;
-    for (uint32_t i = 0; i < gather->count; i++) {
-        bkv_shape_t shape;
-        bkv_record_shape(gather->records[i], &shape);
-        tokens += shape.tokens;
+// Pins and verifies one record, to learn what is wrong with it, if anything.
+static bkv_status_t look_closely(const fold_t *fold, uint32_t i, bkv_record_header_t *header, uint64_t *length,
+                                 bkv_error_t *err) {
+    bkv_pin_t pin;
+    bkv_error_t cause;
+    bkv_status_t status =
+        bkv_pin_checked(fold->pipeline, &fold->model->id, &fold->keys[i], fold->pipeline->config.now_ms(), &pin, &cause);
+    if (status != BKV_OK) {
+        return bkv_fail(err, status, "keys[%u]: %.200s", i, cause.message);
     }
-    if (tokens > BKV_MAX_TOKENS) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: %llu tokens are more than %u", (unsigned long long)tokens,
-                        BKV_MAX_TOKENS);
-    }
-    sum->tokens = (uint32_t)tokens;
+    memcpy(header, pin.data, sizeof(*header));
+    *length = pin.length;
+    bkv_store_unpin(fold->pipeline->config.store, &pin);
     return BKV_OK;
 }
 
-// Folds into a slot of the store, sealed. On failure the slot is given back.
-static bkv_status_t fold_records(const fold_t *fold, bkv_scratch_t *scratch, const bkv_gather_t *gather, uint64_t budget,
-                                 bkv_slot_t *slot, bkv_error_t *err) {
-    const bkv_pipeline_config_t *config = &fold->pipeline->config;
-    void *workspace = bkv_scratch_get(scratch, bkv_fold_workspace(config->backend, gather->records, gather->count, budget));
-    if (workspace == NULL) {
-        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for the fold's workspace");
+// What a record's header says; what it says is only used to plan, and checked once the record is read.
+static bkv_status_t look(const fold_t *fold, uint32_t i, uint64_t now_ms, bkv_record_header_t *header, uint64_t *length,
+                         bkv_error_t *err) {
+    if (bkv_store_peek(fold->pipeline->config.store, &fold->model->id, &fold->keys[i], now_ms, header, length) &&
+        header->tokens > 0 && header->tokens <= BKV_MAX_TOKENS) {
+        return BKV_OK;
     }
-    bkv_status_t status = bkv_store_reserve(config->store, fold->model->tenant, budget, config->now_ms(), slot, err);
-    if (status != BKV_OK) {
-        return status;
-    }
-    bkv_record_id_t id = {.key = fold->key,
-                          .spec_id = fold->model->id,
-                          .tenant = fold->model->tenant,
-                          .position = ((const bkv_record_header_t *)gather->records[0])->position};
-    size_t length = 0;
-    status = bkv_fold(config->backend, gather->records, gather->count, &id, budget, fold->model->params.seed, slot->data,
-                      workspace, &length, err);
-    if (status != BKV_OK) {
-        bkv_store_abort(config->store, slot);
-        return status;
-    }
-    assert(length <= budget);
-    bkv_record_seal(slot->data);
-    return BKV_OK;
+    return look_closely(fold, i, header, length, err);
 }
 
-static bkv_status_t make_fold(const fold_t *fold, bkv_scratch_t *scratch, bkv_error_t *err) {
-    bkv_pipeline_t *pipeline = fold->pipeline;
-    bkv_gather_t gather;
-    bkv_status_t status = bkv_gather_pin(pipeline, &fold->model->id, fold->keys, fold->count, &gather, err);
-    if (status != BKV_OK) {
-        return status;
-    }
-    bkv_shape_t shape;
-    bkv_slot_t slot;
-    status = summed_shape(fold, &gather, &shape, err);
+// Two records do not meet: either they are not what the caller meant, or one of them is damaged.
+static bkv_status_t refuse_gap(const fold_t *fold, uint32_t i, uint64_t position, uint64_t expected, bkv_error_t *err) {
+    bkv_record_header_t header;
+    uint64_t length;
+    bkv_status_t status = look_closely(fold, i - 1, &header, &length, err);
     if (status == BKV_OK) {
-        uint64_t largest = largest_fold(&shape);
-        status = fold_records(fold, scratch, &gather, fold->budget < largest ? fold->budget : largest, &slot, err);
+        status = look_closely(fold, i, &header, &length, err);
     }
-    bkv_gather_unpin(pipeline, &gather);
+    return status != BKV_OK ? status
+                            : bkv_fail(err, BKV_INVALID_ARGUMENT,
+                                       "keys[%u]: starts at position %llu, not at %llu where the one before it ends", i,
+                                       (unsigned long long)position, (unsigned long long)expected);
+}
+
+// Tokens and bytes of every record, without reading them.
+static bkv_status_t survey(fold_t *fold, bkv_error_t *err) {
+    if (fold->blocks != NULL) {
+        return BKV_OK;
+    }
+    fold->blocks = malloc(fold->count * sizeof(fold->blocks[0]));
+    fold->before = malloc((fold->count + (size_t)1) * sizeof(fold->before[0]));
+    if (fold->blocks == NULL || fold->before == NULL) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for %u", fold->count);
+    }
+    uint64_t now_ms = fold->pipeline->config.now_ms(), expected = 0;
+    fold->before[0] = 0;
+    for (uint32_t i = 0; i < fold->count; i++) {
+        bkv_record_header_t header;
+        uint64_t length;
+        bkv_status_t status = look(fold, i, now_ms, &header, &length, err);
+        if (status == BKV_OK && i > 0 && header.position != expected) {
+            status = refuse_gap(fold, i, header.position, expected, err);
+        }
+        if (status != BKV_OK) {
+            return status;
+        }
+        expected = header.position + header.tokens;
+        fold->blocks[i] = (bkv_cool_block_t){.tokens = header.tokens, .bytes = length};
+        fold->before[i + 1] = fold->before[i] + length;
+    }
+    return BKV_OK;
+}
+
+// ---- plan ----
+
+// The bytes of all records together; 0: what the profile's rates come to.
+static uint64_t total_budget(const fold_t *fold) {
+    if (fold->rate == 0) {
+        return fold->budget;
+    }
+    const bkv_shape_t *shape = &fold->model->shape;
+    uint64_t tokens = 0;
+    for (uint32_t i = 0; i < fold->count; i++) {
+        tokens += fold->blocks[i].tokens;
+    }
+    return 2 * tokens * shape->layers * shape->heads * (shape->key_dim + shape->value_dim) / fold->rate;
+}
+
+// What each record of the answer covers. Without a profile, under a budget in bytes, nothing need be known of the records.
+static bkv_status_t plan(fold_t *fold, bkv_cool_band_t bands[BKV_MAX_BANDS], uint32_t *count, bkv_error_t *err) {
+    bool blind = fold->profile.count == 0 && fold->rate == 0;
+    bkv_status_t status = blind ? BKV_OK : survey(fold, err);
+    if (status == BKV_OK && fold->profile.count > 0) {
+        return bkv_cool_plan(&fold->model->shape, fold->blocks, fold->count, &fold->profile, total_budget(fold), bands, count,
+                             err);
+    }
+    if (status == BKV_OK) {
+        bands[0] = (bkv_cool_band_t){.count = fold->count, .budget = total_budget(fold)};
+        *count = 1;
+    }
+    return status;
+}
+
+// ---- answer ----
+
+static bkv_status_t find_record(const fold_t *fold, const bkv_key_t *key, bkv_delivery_t *delivery, bkv_error_t *err) {
+    const bkv_deliver_range_t all = {0};
+    return bkv_deliver(fold->pipeline, &fold->model->id, key, &all, fold->pipeline->config.now_ms(), delivery, err);
+}
+
+static bkv_status_t make_band(fold_t *fold, const bkv_cool_band_t *band, const bkv_key_t *key, bkv_scratch_t *scratch,
+                              bkv_error_t *err) {
+    bkv_status_t status = survey(fold, err);
+    bkv_fold_run_t run = {.model = fold->model,
+                          .keys = fold->keys + band->first,
+                          .before = fold->before + band->first,
+                          .count = band->count,
+                          .number = band->first,
+                          .ttl_ms = fold->ttl_ms};
+    return status == BKV_OK ? bkv_fold_run(fold->pipeline, &run, band->budget, key, scratch, err) : status;
+}
+
+static bkv_status_t answer_band(fold_t *fold, const bkv_cool_band_t *band, bkv_scratch_t *scratch, bkv_fold_record_t *record,
+                                bkv_error_t *err) {
+    bkv_pipeline_t *pipeline = fold->pipeline;
+    bkv_status_t status = bkv_fold_key(fold->model, fold->keys + band->first, band->count, band->budget, &record->key, err);
     if (status != BKV_OK) {
         return status;
     }
-    bkv_count(&pipeline->counters.folds_total, 1);
-    status = bkv_store_publish(pipeline->config.store, &slot, bkv_pipeline_ttl(pipeline, fold->ttl_ms), bkv_shape_bytes(&shape),
-                               pipeline->config.now_ms(), err);
-    return status == BKV_ALREADY_EXISTS ? BKV_OK : status; // the same request ran twice at once: the same bytes
-}
-
-static bkv_status_t find_fold(const fold_t *fold, bkv_delivery_t *delivery, bkv_error_t *err) {
-    const bkv_deliver_range_t all = {0};
-    return bkv_deliver(fold->pipeline, &fold->model->id, &fold->key, &all, fold->pipeline->config.now_ms(), delivery, err);
-}
-
-static bkv_status_t answer_fold(const fold_t *fold, bkv_scratch_t *scratch, bkv_delivery_t *delivery, bkv_error_t *err) {
-    bkv_pipeline_t *pipeline = fold->pipeline;
-    if (bkv_store_contains(pipeline->config.store, &fold->model->id, &fold->key, pipeline->config.now_ms()) &&
-        find_fold(fold, delivery, NULL) == BKV_OK) {
+    if (bkv_store_contains(pipeline->config.store, &fold->model->id, &record->key, pipeline->config.now_ms()) &&
+        find_record(fold, &record->key, &record->delivery, NULL) == BKV_OK) {
         bkv_count(&pipeline->counters.fold_hits_total, 1);
         return BKV_OK;
     }
-    bkv_status_t status = make_fold(fold, scratch, err);
+    status = make_band(fold, band, &record->key, scratch, err);
     if (status != BKV_OK) {
         return status;
     }
     bkv_error_t cause;
-    if (find_fold(fold, delivery, &cause) != BKV_OK) {
+    if (find_record(fold, &record->key, &record->delivery, &cause) != BKV_OK) {
         return bkv_fail(err, BKV_BUSY, "the fold went away as soon as it was made (%.160s); ask again", cause.message);
     }
     return BKV_OK;
 }
 
+void bkv_fold_release(bkv_pipeline_t *pipeline, bkv_fold_result_t *result) {
+    for (uint32_t i = 0; i < result->count; i++) {
+        bkv_delivery_release(pipeline, &result->records[i].delivery);
+    }
+    result->count = 0;
+}
+
+static bkv_status_t answer_fold(fold_t *fold, bkv_scratch_t *scratch, bkv_fold_result_t *result, bkv_error_t *err) {
+    bkv_cool_band_t bands[BKV_MAX_BANDS];
+    uint32_t count = 0;
+    bkv_status_t status = plan(fold, bands, &count, err);
+    for (uint32_t i = 0; i < count && status == BKV_OK; i++) {
+        status = answer_band(fold, &bands[i], scratch, &result->records[i], err);
+        result->count += status == BKV_OK;
+    }
+    if (status != BKV_OK) {
+        bkv_fold_release(fold->pipeline, result);
+    }
+    return status;
+}
+
+// ---- job ----
+
+static void fold_free(fold_t *fold) {
+    free(fold->blocks);
+    free(fold->before);
+    free(fold);
+}
+
 static void fold_finish(fold_t *fold, const bkv_error_t *error, bkv_fold_result_t *result) {
     bkv_fold_done_t done = fold->done;
     void *user = fold->user;
-    free(fold);
+    fold_free(fold);
     done(user, error, result);
 }
 
 static void fold_run(bkv_job_t *job, bkv_scratch_t *scratch) {
     fold_t *fold = (fold_t *)job;
-    bkv_fold_result_t result = {.key = fold->key};
+    bkv_fold_result_t result = {.count = 0};
     bkv_error_t error = {.status = BKV_OK};
-    error.status = answer_fold(fold, scratch, &result.delivery, &error); // a publish that came second was noted and overruled
+    error.status = answer_fold(fold, scratch, &result, &error); // a publish that came second was noted and overruled
     fold_finish(fold, &error, &result);
 }
 
 static void fold_cancel(bkv_job_t *job) {
-    fold_t *fold = (fold_t *)job;
-    bkv_fold_result_t result = {.key = fold->key};
+    bkv_fold_result_t result = {.count = 0};
     bkv_error_t error;
     bkv_fail(&error, BKV_CANCELLED, "the daemon stopped before the fold was made");
-    fold_finish(fold, &error, &result);
+    fold_finish((fold_t *)job, &error, &result);
 }
 
-static bkv_status_t check_request(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, uint32_t count, uint64_t budget,
-                                  const bkv_model_t **model, bkv_error_t *err) {
-    bkv_status_t status = bkv_pipeline_admit(pipeline, spec_id, model, err);
-    if (status == BKV_OK) {
-        status = bkv_pipeline_check_batch(pipeline, count, err);
+static bkv_status_t check_budget(const bkv_fold_args_t *args, bkv_error_t *err) {
+    if (args->rate > BKV_MAX_BAND_RATE) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "rate: %u is not in 1..%d", args->rate, BKV_MAX_BAND_RATE);
     }
-    if (status == BKV_OK && budget < sizeof(bkv_record_header_t)) {
-        status =
-            bkv_fail(err, BKV_INVALID_ARGUMENT, "budget_bytes: %llu is less than any record has", (unsigned long long)budget);
+    if (args->rate != 0 && args->budget != 0) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "rate: %u contradicts budget_bytes %llu: only one of them", args->rate,
+                        (unsigned long long)args->budget);
     }
-    return status;
+    bool nominal = args->rate != 0 || args->profile.count > 0;
+    if (args->budget < sizeof(bkv_record_header_t) && !(args->budget == 0 && nominal)) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "budget_bytes: %llu is less than any record has",
+                        (unsigned long long)args->budget);
+    }
+    return bkv_profile_check(&args->profile, err);
 }
 
-bkv_status_t bkv_fold_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
-                            uint64_t budget, uint64_t ttl_ms, uint64_t now_ms, bkv_fold_done_t done, void *user,
+bkv_status_t bkv_fold_start(bkv_pipeline_t *pipeline, const bkv_fold_args_t *args, bkv_fold_done_t done, void *user,
                             bkv_error_t *err) {
-    (void)now_ms; // its work is done on a compute thread, later
     const bkv_model_t *model;
-    bkv_status_t status = check_request(pipeline, spec_id, count, budget, &model, err);
+    bkv_status_t status = bkv_pipeline_admit(pipeline, &args->spec_id, &model, err);
+    if (status == BKV_OK) {
+        status = bkv_pipeline_check_batch(pipeline, args->count, err);
+    }
+    if (status == BKV_OK) {
+        status = check_budget(args, err);
+    }
     if (status != BKV_OK) {
         return status;
     }
-    fold_t *fold = calloc(1, sizeof(*fold) + count * sizeof(keys[0]));
+    fold_t *fold = calloc(1, sizeof(*fold) + args->count * sizeof(args->keys[0]));
     if (fold == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a Fold");
     }
     fold->job = (bkv_job_t){.run = fold_run, .cancel = fold_cancel};
     fold->pipeline = pipeline;
     fold->model = model;
-    fold->budget = budget;
-    fold->ttl_ms = ttl_ms;
+    fold->profile = args->profile;
+    fold->budget = args->budget;
+    fold->rate = args->rate;
+    fold->ttl_ms = args->ttl_ms;
     fold->done = done;
     fold->user = user;
-    fold->count = count;
-    memcpy(fold->keys, keys, count * sizeof(keys[0]));
-    status = fold_key(spec_id, keys, count, budget, &fold->key, err);
-    if (status == BKV_OK) {
-        status = bkv_pipeline_submit(pipeline, &fold->job, err);
-    }
+    fold->count = args->count;
+    memcpy(fold->keys, args->keys, args->count * sizeof(args->keys[0]));
+    status = bkv_pipeline_submit(pipeline, &fold->job, err);
     if (status != BKV_OK) {
-        free(fold);
+        fold_free(fold);
     }
     return status;
 }

@@ -49,6 +49,10 @@ typedef struct bkv_gather {
     const void **records; // [count], = pins[i].data
 } bkv_gather_t;
 
+// Room for `count` pins, none taken yet; add takes one over. Unpin also after a failure.
+bkv_status_t bkv_gather_init(bkv_gather_t *gather, uint32_t count, bkv_error_t *err);
+void bkv_gather_add(bkv_gather_t *gather, const bkv_pin_t *pin);
+
 // Pins the records of all keys, or none: then the error names the first key at fault by its place.
 bkv_status_t bkv_gather_pin(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
                             bkv_gather_t *gather, bkv_error_t *err);
@@ -57,5 +61,23 @@ void bkv_gather_unpin(bkv_pipeline_t *pipeline, bkv_gather_t *gather);
 // Pins one record and validates its structure too (its checksum is the store's to verify): DATA_LOSS drops it.
 bkv_status_t bkv_pin_checked(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
                              bkv_pin_t *pin, bkv_error_t *err);
+
+// A run of consecutive resident records that is to become one (fold_tree.c).
+typedef struct bkv_fold_run {
+    const bkv_model_t *model;
+    const bkv_key_t *keys;  // [count]
+    const uint64_t *before; // [count + 1]: bytes of the records before each; only differences count
+    uint32_t count;
+    uint32_t number; // of keys[0] among the request's keys, for messages
+    uint64_t ttl_ms;
+} bkv_fold_run_t;
+
+// The key of a fold (see bkv_fold_start).
+bkv_status_t bkv_fold_key(const bkv_model_t *model, const bkv_key_t *keys, uint32_t count, uint64_t budget, bkv_key_t *key,
+                          bkv_error_t *err);
+
+// Makes the run's fold, in at most `budget` bytes, and publishes it under `key`. On a compute thread.
+bkv_status_t bkv_fold_run(bkv_pipeline_t *pipeline, const bkv_fold_run_t *run, uint64_t budget, const bkv_key_t *key,
+                          bkv_scratch_t *scratch, bkv_error_t *err);
 
 #endif

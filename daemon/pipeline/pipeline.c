@@ -132,24 +132,33 @@ bkv_status_t bkv_pin_checked(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec
     return BKV_OK;
 }
 
-bkv_status_t bkv_gather_pin(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
-                            bkv_gather_t *gather, bkv_error_t *err) {
-    uint64_t now_ms = pipeline->config.now_ms();
+bkv_status_t bkv_gather_init(bkv_gather_t *gather, uint32_t count, bkv_error_t *err) {
     *gather =
         (bkv_gather_t){.pins = malloc(count * sizeof(gather->pins[0])), .records = malloc(count * sizeof(gather->records[0]))};
     if (gather->pins == NULL || gather->records == NULL) {
-        bkv_gather_unpin(pipeline, gather);
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for %u", count);
     }
-    bkv_status_t status = BKV_OK;
+    return BKV_OK;
+}
+
+void bkv_gather_add(bkv_gather_t *gather, const bkv_pin_t *pin) {
+    gather->pins[gather->count] = *pin;
+    gather->records[gather->count] = pin->data;
+    gather->count++;
+}
+
+bkv_status_t bkv_gather_pin(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
+                            bkv_gather_t *gather, bkv_error_t *err) {
+    uint64_t now_ms = pipeline->config.now_ms();
+    bkv_status_t status = bkv_gather_init(gather, count, err);
     for (uint32_t i = 0; i < count && status == BKV_OK; i++) {
+        bkv_pin_t pin;
         bkv_error_t cause;
-        status = bkv_pin_checked(pipeline, spec_id, &keys[i], now_ms, &gather->pins[i], &cause);
+        status = bkv_pin_checked(pipeline, spec_id, &keys[i], now_ms, &pin, &cause);
         if (status != BKV_OK) {
             status = bkv_fail(err, status, "keys[%u]: %.200s", i, cause.message);
         } else {
-            gather->records[i] = gather->pins[i].data;
-            gather->count++;
+            bkv_gather_add(gather, &pin);
         }
     }
     if (status != BKV_OK) {

@@ -3,7 +3,8 @@
 //   Put:    bkv_ingest_begin (admit) -> _write* (bytes arrive) -> _commit: verify, compress on a compute thread, seal,
 //           publish -> done callback
 //   Get:    bkv_deliver -> bytes are read where they lie -> bkv_delivery_release
-//   Fold:   bkv_fold_start: pin all -> merge-and-reduce on a compute thread -> publish under its own key -> deliver
+//   Fold:   bkv_fold_start: plan bands by age -> on a compute thread, for each: find, or pin its parts, merge-and-reduce and
+//           publish under its own key -> deliver
 //   Attend: bkv_attend_start: pin all -> attention on a compute thread -> done callback
 //
 // Everything is bounded and admitted at the door: staging memory, queued jobs, batch sizes; beyond it BKV_BUSY. A callback
@@ -17,6 +18,7 @@
 
 #include "daemon/pipeline/model.h"
 #include "daemon/store/store.h"
+#include "kernels/cool.h"
 
 typedef struct bkv_pipeline bkv_pipeline_t;
 typedef struct bkv_ingest bkv_ingest_t;
@@ -39,8 +41,10 @@ typedef struct bkv_pipeline_config {
     X(put_duplicates_total, true, "blocks taken in whose key was there already")                                               \
     X(put_failed_total, true, "blocks refused, failed or given up")                                                            \
     X(get_records_total, true, "records handed out")                                                                           \
-    X(folds_total, true, "folds computed")                                                                                     \
-    X(fold_hits_total, true, "folds answered from the store")                                                                  \
+    X(folds_total, true, "records of folds computed")                                                                          \
+    X(fold_hits_total, true, "records of folds answered from the store")                                                       \
+    X(fold_nodes_total, true, "inner nodes of folds computed")                                                                 \
+    X(fold_read_bytes_total, true, "bytes of records read to compute folds and their nodes")                                   \
     X(attends_total, true, "attention requests computed")                                                                      \
     X(busy_total, true, "requests refused at the door")                                                                        \
     X(compress_us_total, true, "microseconds spent compressing, all compute threads")                                          \
@@ -141,17 +145,35 @@ void bkv_delivery_release(bkv_pipeline_t *pipeline, bkv_delivery_t *delivery);
 
 // ---- Fold, Attend ----
 
-typedef struct bkv_fold_result {
+typedef struct bkv_fold_args {
+    bkv_spec_id_t spec_id;
+    const bkv_key_t *keys; // [count], consecutive records, oldest first; copied
+    uint32_t count;
+    uint64_t budget;       // bytes of all records of the answer together; 0: by rate, or what the profile's rates come to
+    uint32_t rate;         // with budget 0: the bytes that the tokens take as bf16, divided by this
+    bkv_profile_t profile; // count 0: one record
+    uint64_t ttl_ms;       // 0: the default
+} bkv_fold_args_t;
+
+typedef struct bkv_fold_record {
     bkv_key_t key;
-    bkv_delivery_t delivery; // the callback's to release, or to copy and have released later; empty on error
+    bkv_delivery_t delivery;
+} bkv_fold_record_t;
+
+// One record for each band, oldest first; 0 on error. The callback's to release, or to copy and have released later.
+typedef struct bkv_fold_result {
+    uint32_t count;
+    bkv_fold_record_t records[BKV_MAX_BANDS];
 } bkv_fold_result_t;
 
 typedef void (*bkv_fold_done_t)(void *user, const bkv_error_t *error, bkv_fold_result_t *result);
 
-// keys are copied. The fold's key is SHA-256("bkv-fold-1\0" | spec id | budget as uint64 LE | keys...).
-bkv_status_t bkv_fold_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
-                            uint64_t budget, uint64_t ttl_ms, uint64_t now_ms, bkv_fold_done_t done, void *user,
+// Each band's record is that of a Fold of the band's own keys under its own budget, and its key is
+// SHA-256("bkv-fold-1\0" | spec id | budget as uint64 LE | keys...).
+bkv_status_t bkv_fold_start(bkv_pipeline_t *pipeline, const bkv_fold_args_t *args, bkv_fold_done_t done, void *user,
                             bkv_error_t *err);
+
+void bkv_fold_release(bkv_pipeline_t *pipeline, bkv_fold_result_t *result);
 
 typedef void (*bkv_attend_done_t)(void *user, const bkv_error_t *error);
 

@@ -1,6 +1,7 @@
 // get.c - Get and Fold: records out, as a stream of chunks that refer to the record's bytes where they lie in the store.
 //
-// One chunk is on its way at a time, so a slow reader costs a pin on one record and what gRPC buffers, until its deadline.
+// One chunk is on its way at a time, so a slow reader costs a pin on one record (of a Fold: on each that it has not got yet) and
+// what gRPC buffers, until its deadline.
 // gRPC may hold on to a chunk's bytes after the send has completed or failed, even after the call has ended: each chunk
 // therefore counts as a holder of its record, which is released by the last of them.
 #include "daemon/observe/clock.h"
@@ -24,11 +25,13 @@ typedef struct parcel {
 } parcel_t;
 
 typedef struct get {
+    bkv_server_t *server;
     bkv_spec_id_t spec_id;
     bkv_deliver_range_t range;
-    parcel_t *parcel; // the record being sent; NULL between two
-    uint64_t sent;    // of its bytes
-    bool no_data;     // Fold: only say what there is
+    bkv_fold_result_t folded; // Fold: the records; those sent are empty
+    parcel_t *parcel;         // the record being sent; NULL between two
+    uint64_t sent;            // of its bytes
+    bool fold, no_data;       // no_data: only say what there is
     uint32_t index, count;
     bkv_error_t first_error; // of the first key that could not be delivered
     bkv_key_t keys[];
@@ -69,12 +72,14 @@ static void get_free(void *body) {
     if (get->parcel != NULL) {
         parcel_release(get->parcel);
     }
+    bkv_fold_release(get->server->config.pipeline, &get->folded);
     free(get);
 }
 
 static get_t *get_new(bkv_call_t *call, uint32_t count) {
     get_t *get = calloc(1, sizeof(*get) + count * sizeof(get->keys[0]));
     if (get != NULL) {
+        get->server = call->server;
         get->count = count;
         call->body = get;
         call->body_free = get_free;
@@ -115,7 +120,8 @@ static void init_chunk(const bkv_call_t *call, Balancekv__V1__RecordChunk *chunk
     balancekv__v1__record_chunk__init(chunk);
     chunk->index = get->index;
     if (get->sent == 0) {
-        chunk->key = (ProtobufCBinaryData){BKV_KEY_BYTES, (uint8_t *)(uintptr_t)get->keys[get->index].bytes};
+        const bkv_key_t *key = get->fold ? &get->folded.records[get->index].key : &get->keys[get->index];
+        chunk->key = (ProtobufCBinaryData){BKV_KEY_BYTES, (uint8_t *)(uintptr_t)key->bytes};
         chunk->boot_epoch = call->server->config.boot_epoch;
     }
 }
@@ -164,6 +170,17 @@ static void send_missing(bkv_call_t *call, bkv_error_t *error) {
     put_out(call, message);
 }
 
+// The record that is due: of a Fold it is pinned already.
+static bkv_status_t next_delivery(get_t *get, bkv_delivery_t *delivery, bkv_error_t *err) {
+    if (get->fold) {
+        *delivery = get->folded.records[get->index].delivery;
+        get->folded.records[get->index].delivery = (bkv_delivery_t){0};
+        return BKV_OK;
+    }
+    return bkv_deliver(get->server->config.pipeline, &get->spec_id, &get->keys[get->index], &get->range, bkv_now_ms(), delivery,
+                       err);
+}
+
 // The next chunk, or the next record's first.
 static void get_step(bkv_call_t *call) {
     get_t *get = call->body;
@@ -178,8 +195,7 @@ static void get_step(bkv_call_t *call) {
     bkv_pipeline_t *pipeline = call->server->config.pipeline;
     bkv_delivery_t delivery;
     bkv_error_t error;
-    bkv_status_t status =
-        bkv_deliver(pipeline, &get->spec_id, &get->keys[get->index], &get->range, bkv_now_ms(), &delivery, &error);
+    bkv_status_t status = next_delivery(get, &delivery, &error);
     if (status == BKV_NOT_FOUND || status == BKV_DATA_LOSS) {
         send_missing(call, &error);
         return;
@@ -242,7 +258,7 @@ void bkv_handle_get(bkv_call_t *call, bkv_bump_t *bump) {
 
 // ---- Fold ----
 
-// On a compute thread: hands the record over to the sending above.
+// On a compute thread: hands the records over to the sending above.
 static void on_folded(void *user, const bkv_error_t *error, bkv_fold_result_t *result) {
     bkv_call_t *call = user;
     if (error->status != BKV_OK) {
@@ -250,41 +266,39 @@ static void on_folded(void *user, const bkv_error_t *error, bkv_fold_result_t *r
         return;
     }
     get_t *get = call->body;
-    get->keys[0] = result->key;
-    get->parcel = parcel_new(call->server, &result->delivery);
-    if (get->parcel == NULL) {
-        bkv_error_t no_memory;
-        bkv_delivery_release(call->server->config.pipeline, &result->delivery);
-        bkv_fail(&no_memory, BKV_RESOURCE_EXHAUSTED, "no memory to send the fold");
-        bkv_call_fail(call, &no_memory);
-        return;
-    }
-    send_chunk(call);
+    get->folded = *result;
+    get->count = result->count;
+    get_step(call);
 }
 
 static bkv_status_t fold_begin(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__FoldRequest *request,
                                bkv_error_t *err) {
     const bkv_server_config_t *config = &call->server->config;
-    bkv_spec_id_t spec_id;
-    bkv_status_t status = bkv_wire_get_spec_id(&request->spec_id, &spec_id, err);
+    bkv_fold_args_t args = {.budget = request->budget_bytes, .rate = request->rate, .ttl_ms = request->ttl_ms};
+    bkv_status_t status = bkv_wire_get_spec_id(&request->spec_id, &args.spec_id, err);
     if (status == BKV_OK) {
         status = bkv_wire_check_keys(request->n_keys, request->keys, config->max_batch, err);
     }
     if (status == BKV_OK && request->n_keys == 0) {
         status = bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: none given");
     }
+    if (status == BKV_OK) {
+        status = bkv_wire_get_profile(request->n_profile, request->profile, &args.profile, err);
+    }
     if (status != BKV_OK) {
         return status;
     }
-    get_t *get = get_new(call, 1);
+    get_t *get = get_new(call, 0);
     bkv_key_t *keys = bkv_bump_alloc(bump, request->n_keys * sizeof(keys[0]));
     if (get == NULL || keys == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for them");
     }
+    get->fold = true;
     get->no_data = request->no_data;
     bkv_wire_get_keys(request->n_keys, request->keys, keys);
-    return bkv_fold_start(config->pipeline, &spec_id, keys, (uint32_t)request->n_keys, request->budget_bytes, request->ttl_ms,
-                          bkv_now_ms(), on_folded, call, err);
+    args.keys = keys;
+    args.count = (uint32_t)request->n_keys;
+    return bkv_fold_start(config->pipeline, &args, on_folded, call, err);
 }
 
 void bkv_handle_fold(bkv_call_t *call, bkv_bump_t *bump) {

@@ -342,6 +342,17 @@ void bkv_wire_get_keys(size_t count, const ProtobufCBinaryData *keys, bkv_key_t 
     }
 }
 
+bkv_status_t bkv_wire_get_profile(size_t count, Balancekv__V1__Band *const *bands, bkv_profile_t *profile, bkv_error_t *err) {
+    if (count > BKV_MAX_BANDS) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "profile: %zu bands are more than %d", count, BKV_MAX_BANDS);
+    }
+    *profile = (bkv_profile_t){.count = (uint32_t)count};
+    for (size_t i = 0; i < count; i++) {
+        profile->bands[i] = (bkv_band_t){.age = bands[i]->age, .rate = bands[i]->rate};
+    }
+    return BKV_OK;
+}
+
 bkv_status_t bkv_wire_get_block(const Balancekv__V1__PutBlock *block, bkv_ingest_args_t *args, bkv_error_t *err) {
     *args = (bkv_ingest_args_t){
         .position = block->position,

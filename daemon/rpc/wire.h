@@ -71,6 +71,9 @@ bkv_status_t bkv_wire_get_spec_id(const ProtobufCBinaryData *bytes, bkv_spec_id_
 bkv_status_t bkv_wire_check_keys(size_t count, const ProtobufCBinaryData *keys, uint32_t max_batch, bkv_error_t *err);
 void bkv_wire_get_keys(size_t count, const ProtobufCBinaryData *keys, bkv_key_t *out); // checked ones
 
+// The bands of a FoldRequest; more than a profile has: INVALID_ARGUMENT. What they say is checked by the pipeline.
+bkv_status_t bkv_wire_get_profile(size_t count, Balancekv__V1__Band *const *bands, bkv_profile_t *profile, bkv_error_t *err);
+
 bkv_status_t bkv_wire_get_block(const Balancekv__V1__PutBlock *block, bkv_ingest_args_t *args, bkv_error_t *err);
 
 // ---- writing ----

@@ -1,7 +1,7 @@
 // internal.h - what the store's own files share: the store itself, its locks, and how a record leaves.
 //
-// Files: store.c (create, destroy, quotas, tick, metrics), write.c (reserve, publish, abort), read.c (pin, unpin, contains, drop,
-// leases), evict.c (making room), leave.c (the ways out of the store, below), recover.c (a predecessor's arena), over the
+// Files: store.c (create, destroy, quotas, tick, metrics), write.c (reserve, publish, abort), read.c (pin, unpin, contains, peek,
+// drop, leases), evict.c (making room), leave.c (the ways out of the store, below), recover.c (a predecessor's arena), over the
 // structures arena, slab, index, sieve, tenant and lease.
 //
 // Locks. `space` guards slabs, queues, tenants, leases, the pool of entries and `counts`; a shard's lock guards what index.h

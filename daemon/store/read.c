@@ -1,9 +1,10 @@
-// read.c - find and pin, verify, unpin; drop; leases.
+// read.c - find and pin, verify, unpin; peek; drop; leases.
 #include "internal.h"
 
 #include "kernels/seal.h"
 
 #include <assert.h>
+#include <string.h>
 
 // Enough of a key to find it in a log.
 #define KEY_FORMAT "%02x%02x%02x%02x%02x%02x%02x%02x..."
@@ -105,6 +106,19 @@ bool bkv_store_contains(bkv_store_t *store, const bkv_spec_id_t *spec_id, const 
     bkv_found_t found = find(store, spec_id, key, now_ms);
     pthread_mutex_unlock(&found.shard->lock);
     return found.entry != BKV_NO_ENTRY && !found.expired;
+}
+
+bool bkv_store_peek(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
+                    bkv_record_header_t *header, uint64_t *length) {
+    bkv_found_t found = find(store, spec_id, key, now_ms);
+    bool there = found.entry != BKV_NO_ENTRY && !found.expired;
+    if (there) { // while it is linked, which the shard's lock keeps it, its slot is its own
+        const bkv_entry_t *e = &store->index.entries[found.entry];
+        memcpy(header, bkv_arena_at(&store->arena, e->page), sizeof(*header));
+        *length = bkv_entry_length(e);
+    }
+    pthread_mutex_unlock(&found.shard->lock);
+    return there;
 }
 
 bool bkv_store_drop(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms) {

@@ -129,6 +129,11 @@ void bkv_store_unpin(bkv_store_t *store, const bkv_pin_t *pin);
 // Whether key is resident; does not count as a use.
 bool bkv_store_contains(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms);
 
+// Copies the header of key's record and says how long it is, without a look at the rest: for plans, nothing is verified. False
+// when key is not resident; then nothing is written. Does not count as a use.
+bool bkv_store_peek(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
+                    bkv_record_header_t *header, uint64_t *length);
+
 // Forgets key. Pinned readers finish; the slot is reused once the last pin is gone. Returns whether it was there.
 bool bkv_store_drop(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms);
 

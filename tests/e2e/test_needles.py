@@ -30,10 +30,11 @@ CODES = 4  # hidden in each book
 SURE = 1.0  # nats; see leave_out_unsure
 NEEDLE = "\nThe access code of {name} is {code}.\n"
 QUESTION = "\nQuestion: what is the access code of {name}? Answer:"
-FOLD = "fold"
+FOLD, COOLING = "fold", "cooling fold"
 # name, codec, rate, share of needles that must be answered (None: reported only)
 RUNS = [("dense4", native.DENSE4, 0, 1.0), ("balance 8x", native.BALANCE, 8, 0.9), ("balance 16x", native.BALANCE, 16, None),
-        ("balance 32x", native.BALANCE, 32, None), ("fold 16x", FOLD, 16, None)]
+        ("balance 32x", native.BALANCE, 32, None), ("fold 16x", FOLD, 16, None),
+        ("cooling fold 16x", COOLING, 16, None), ("cooling fold 32x", COOLING, 32, None)]
 
 
 class Score:
@@ -123,9 +124,9 @@ class Story:
 
 
 def through_daemon(daemon, story, name, codec, rate, score):
-    """The story's cache put and got back; for a fold, one summary of all of it under raw bytes / rate."""
+    """The story's cache put and got back; for a fold, a summary of all of it under raw bytes / rate."""
     layers, heads, _, dim = story.k.shape
-    stored_as = dict(codec=native.DENSE4) if codec == FOLD else dict(codec=codec, rate=rate)
+    stored_as = dict(codec=native.DENSE4) if codec in (FOLD, COOLING) else dict(codec=codec, rate=rate)
     client = native.Client(daemon.target, model=name, layers=layers, kv_heads=heads, key_dim=dim, dtype=native.FP16,
                            block_tokens=BLOCK, sink_tokens=SINK, seed=1, **stored_as)
     keys, blocks, parent = [], [], None
@@ -137,7 +138,10 @@ def through_daemon(daemon, story, name, codec, rate, score):
     started = time.monotonic()
     client.put(blocks)
     put = time.monotonic()
-    records = [client.fold(keys, bf16 // rate)] if codec == FOLD else client.get(keys)
+    if codec in (FOLD, COOLING):
+        records = client.fold(keys, bf16 // rate, profile=native.profile_for(rate) if codec == COOLING else "")
+    else:
+        records = client.get(keys)
     score.put_s, score.get_s = score.put_s + put - started, score.get_s + time.monotonic() - put
     client.close()
     score.stored, score.bf16 = score.stored + sum(size for _, size in records), score.bf16 + bf16

@@ -78,6 +78,21 @@ class View(c.Structure):
                 ("value_bits", c.c_uint8), ("index_kind", c.c_uint8), ("has_weights", c.c_bool), ("dtype", c.c_int)]
 
 
+MAX_BANDS = 8
+
+
+class Band(c.Structure):
+    _fields_ = [("age", c.c_uint32), ("rate", c.c_uint32)]
+
+
+class Profile(c.Structure):
+    _fields_ = [("count", c.c_uint32), ("bands", Band * MAX_BANDS)]
+
+
+class FoldParams(c.Structure):
+    _fields_ = [("budget_bytes", c.c_uint64), ("rate", c.c_uint32), ("profile", Profile), ("ttl_ms", c.c_uint64)]
+
+
 _library = None
 
 
@@ -175,22 +190,32 @@ class Client:
         """[(sections, bytes)] of the records."""
         return [self._take(record) for record in self.get_raw(keys)]
 
-    def fold_raw(self, keys, budget):
-        """The fold's record as received, in a list of one; the caller frees it with free()."""
-        records, names = (RecordC * 1)(), (Key * len(keys))(*keys)
-        check(library().bkv_fold_remote(self.handle, c.byref(self.spec_id), names, c.c_size_t(len(keys)), c.c_uint64(budget), 0,
-                                        records, c.byref(self.error)), self.error)
-        return records
+    def fold_raw(self, keys, budget=0, rate=0, profile=""):
+        """The fold's records as received, oldest first; the caller frees them with free(). profile: text, see kernels/cool.h."""
+        records, names, count = (RecordC * MAX_BANDS)(), (Key * len(keys))(*keys), c.c_size_t()
+        params = FoldParams(budget_bytes=budget, rate=rate)
+        check(library().bkv_profile_parse(profile.encode(), c.byref(params.profile), c.byref(self.error)), self.error)
+        check(library().bkv_fold_remote(self.handle, c.byref(self.spec_id), names, c.c_size_t(len(keys)), c.byref(params), 0,
+                                        records, c.byref(count), c.byref(self.error)), self.error)
+        return records[:count.value]
 
-    def fold(self, keys, budget):
-        """(sections, bytes) of the fold."""
-        return self._take(self.fold_raw(keys, budget)[0])
+    def fold(self, keys, budget=0, rate=0, profile=""):
+        """[(sections, bytes)] of the fold's records, oldest first."""
+        return [self._take(record) for record in self.fold_raw(keys, budget, rate, profile)]
 
     def drop(self, keys):
         names, dropped = (Key * len(keys))(*keys), c.c_size_t()
         check(library().bkv_drop(self.handle, c.byref(self.spec_id), names, c.c_size_t(len(keys)), 0, c.byref(dropped),
                                  c.byref(self.error)), self.error)
         return dropped.value
+
+
+def profile_for(rate):
+    """The best known profile for a total rate, as text."""
+    profile, text = Profile(), c.create_string_buffer(MAX_BANDS * 16)
+    library().bkv_profile_for_rate(c.c_uint32(rate), c.byref(profile))
+    library().bkv_profile_format(c.byref(profile), text)
+    return text.value.decode()
 
 
 def bound(shape, codec, rate=0):

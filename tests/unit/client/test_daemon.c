@@ -231,17 +231,43 @@ Test(daemon, fold_within_its_budget) {
     scene_t scene;
     scene_open(&scene, BKV_CODEC_BALANCE);
     scene_put(&scene, BLOCKS);
+    const bkv_fold_params_t params = {.budget_bytes = 40000};
     bkv_record_t fold;
-    cr_assert(bkv_fold_remote(scene.client, &scene.id, scene.keys, BLOCKS, 40000, 0, &fold, &scene.err) == BKV_OK, "%s",
-              scene.err.message);
+    size_t count;
+    cr_assert(bkv_fold_remote(scene.client, &scene.id, scene.keys, BLOCKS, &params, 0, &fold, &count, &scene.err) == BKV_OK,
+              "%s", scene.err.message);
     bkv_shape_t shape;
     bkv_record_shape(fold.data, &shape);
-    cr_assert(fold.length <= 40000 && shape.tokens == BLOCKS * TOKENS);
+    cr_assert(count == 1 && fold.length <= 40000 && shape.tokens == BLOCKS * TOKENS);
     bkv_record_t again;
     cr_assert(bkv_get(scene.client, &scene.id, &fold.key, 1, NULL, 0, &again, &scene.err) == BKV_OK, "%s", scene.err.message);
     cr_assert(again.length == fold.length && memcmp(again.data, fold.data, fold.length) == 0, "it is stored under its key");
     records_free(&fold, 1);
     records_free(&again, 1);
+    scene_close(&scene);
+}
+
+Test(daemon, fold_that_cools) {
+    scene_t scene;
+    scene_open(&scene, BKV_CODEC_DENSE8);
+    scene_put(&scene, BLOCKS);
+    bkv_fold_params_t params = {.rate = 8};
+    cr_assert(bkv_profile_parse("64:3,:12", &params.profile, &scene.err) == BKV_OK, "%s", scene.err.message);
+    bkv_record_t records[2];
+    size_t count;
+    cr_assert(bkv_fold_remote(scene.client, &scene.id, scene.keys, BLOCKS, &params, 0, records, &count, &scene.err) == BKV_OK,
+              "%s", scene.err.message);
+    cr_assert(count == 2);
+    uint64_t whole = (uint64_t)BLOCKS * TOKENS * LAYERS * HEADS * (KEY_DIM + VALUE_DIM) * 2;
+    cr_assert(records[0].length + records[1].length <= whole / 8);
+    double bytes_per_token[2];
+    for (size_t i = 0; i < 2; i++) {
+        bkv_shape_t shape;
+        bkv_record_shape(records[i].data, &shape);
+        bytes_per_token[i] = (double)records[i].length / shape.tokens;
+    }
+    cr_assert(bytes_per_token[1] > 2 * bytes_per_token[0], "the newer band is denser");
+    records_free(records, 2);
     scene_close(&scene);
 }
 

@@ -306,33 +306,107 @@ Test(get, never_ends) {
 
 // ---- Fold ----
 
+// What a fold's answer looks like: records of these tokens, one after another from position 0 on.
+typedef struct folded {
+    uint32_t count, tokens[4];
+    int64_t gap; // between the first two
+} folded_t;
+
 static void serve_fold(fake_call_t *call, void *user) {
-    (void)user;
+    const folded_t *folded = user;
     Balancekv__V1__FoldRequest *request = fake_read(call, &balancekv__v1__fold_request__descriptor);
-    bkv_key_t key = fake_key(42, 42);
-    size_t length;
-    uint8_t *record = fake_record(&key, 5, &length); // too large for small budgets, sent all the same
-    fake_chunk(call, 0, &key, length, record, length);
-    free(record);
+    uint64_t position = 0;
+    for (uint32_t i = 0; i < folded->count; i++) {
+        bkv_key_t key = fake_key(42, (uint8_t)i);
+        size_t length;
+        uint8_t *record = fake_record(&key, folded->tokens[i], &length); // too large for small budgets, sent all the same
+        ((bkv_record_header_t *)record)->position = position;
+        bkv_record_seal(record);
+        fake_chunk(call, i, &key, length, record, length);
+        position += folded->tokens[i] + (i == 0 ? (uint64_t)folded->gap : 0);
+        free(record);
+    }
+    grpc_status_code code =
+        request->n_profile > 0 && request->profile[0]->rate == 99 ? GRPC_STATUS_INVALID_ARGUMENT : GRPC_STATUS_OK;
     balancekv__v1__fold_request__free_unpacked(request, NULL);
-    fake_finish(call, GRPC_STATUS_OK, "");
+    fake_finish(call, code, code == GRPC_STATUS_OK ? "" : "profile[0].rate: not that one");
 }
 
-Test(get, fold) {
+// One Fold of a server that answers so; records has room for 4.
+static bkv_status_t fold_of(folded_t folded, const bkv_fold_params_t *params, bkv_record_t *records, size_t *count,
+                            bkv_error_t *err) {
     fake_place_t place;
     fake_place_make(&place);
-    fake_server_t *server = fake_server_start(place.endpoint, serve_fold, NULL);
+    fake_server_t *server = fake_server_start(place.endpoint, serve_fold, &folded);
     bkv_client_t *client = fake_client(&place, 0);
     bkv_spec_id_t id = fake_spec_id();
-    bkv_key_t keys[2] = {fake_key(1, 3), fake_key(1, 4)}, fold = fake_key(42, 42);
-    bkv_record_t record;
-    bkv_error_t err = {0};
-    cr_assert(bkv_fold_remote(client, &id, keys, 2, 1 << 20, 0, &record, &err) == BKV_OK, "%s", err.message);
-    cr_assert(memcmp(&record.key, &fold, sizeof fold) == 0);
-    assert_record(&record, 5);
-    cr_assert(bkv_fold_remote(client, &id, keys, 2, 200, 0, &record, &err) == BKV_INTERNAL, "beyond the budget");
-    cr_assert(record.data == NULL && record.status == BKV_INTERNAL);
+    bkv_key_t keys[2] = {fake_key(1, 3), fake_key(1, 4)};
+    bkv_status_t status = bkv_fold_remote(client, &id, keys, 2, params, 0, records, count, err);
     bkv_client_destroy(client);
     fake_server_stop(server);
     fake_place_remove(&place);
+    return status;
+}
+
+Test(get, fold) {
+    bkv_key_t fold = fake_key(42, 0);
+    bkv_fold_params_t params = {.budget_bytes = 1 << 20};
+    bkv_record_t record;
+    size_t count;
+    bkv_error_t err = {0};
+    cr_assert(fold_of((folded_t){1, {5}, 0}, &params, &record, &count, &err) == BKV_OK, "%s", err.message);
+    cr_assert(count == 1 && memcmp(&record.key, &fold, sizeof fold) == 0);
+    assert_record(&record, 5);
+    params.budget_bytes = 200;
+    cr_assert(fold_of((folded_t){1, {5}, 0}, &params, &record, &count, &err) == BKV_INTERNAL, "beyond the budget");
+    cr_assert(count == 0 && record.data == NULL && record.status == BKV_INTERNAL);
+    params.budget_bytes = 1 << 20;
+    cr_assert(fold_of((folded_t){0, {0}, 0}, &params, &record, &count, &err) == BKV_INTERNAL, "no record at all");
+    cr_assert(fold_of((folded_t){2, {5, 5}, 0}, &params, &record, &count, &err) == BKV_INTERNAL, "more than asked for");
+    cr_assert(count == 0 && record.data == NULL);
+}
+
+static void assert_none(const bkv_record_t *records, size_t count) {
+    cr_assert(count == 0);
+    for (size_t i = 0; i < 3; i++) {
+        cr_assert(records[i].data == NULL && records[i].status != BKV_OK);
+    }
+}
+
+Test(get, fold_in_bands) {
+    bkv_fold_params_t params = {.rate = 8, .profile = {.count = 3, .bands = {{16, 4}, {64, 8}, {0, 16}}}};
+    bkv_record_t records[4];
+    size_t count, length = 0;
+    bkv_error_t err = {0};
+    bkv_key_t any = fake_key(42, 0);
+    const uint32_t tokens[] = {9, 4, 2};
+    free(fake_record(&any, 9, &length));
+    cr_assert(fold_of((folded_t){3, {9, 4, 2}, 0}, &params, records, &count, &err) == BKV_OK, "%s", err.message);
+    cr_assert(count == 3);
+    for (uint32_t i = 0; i < 3; i++) {
+        bkv_shape_t shape;
+        bkv_record_shape(records[i].data, &shape);
+        cr_assert(shape.tokens == tokens[i] && records[i].key.bytes[1] == i);
+        bkv_record_free(&records[i]);
+    }
+    cr_assert(fold_of((folded_t){2, {9, 4}, 0}, &params, records, &count, &err) == BKV_OK, "fewer bands than asked for");
+    cr_assert(count == 2 && records[2].data == NULL);
+    bkv_record_free(&records[0]);
+    bkv_record_free(&records[1]);
+
+    cr_assert(fold_of((folded_t){2, {9, 4}, 1}, &params, records, &count, &err) == BKV_DATA_LOSS, "a gap between two");
+    assert_none(records, count);
+    cr_assert(fold_of((folded_t){4, {9, 4, 2, 1}, 0}, &params, records, &count, &err) == BKV_INTERNAL, "a band too many");
+    assert_none(records, count);
+    params.rate = 0;
+    params.budget_bytes = length + 100;
+    cr_assert(fold_of((folded_t){3, {9, 9, 9}, 0}, &params, records, &count, &err) == BKV_INTERNAL,
+              "together beyond the budget");
+    assert_none(records, count);
+    params.profile.bands[0].rate = 99;
+    cr_assert(fold_of((folded_t){0, {0}, 0}, &params, records, &count, &err) == BKV_INVALID_ARGUMENT);
+    cr_assert(strstr(err.message, "profile[0].rate") != NULL, "%s", err.message);
+    params.profile.bands[1].age = 3;
+    cr_assert(fold_of((folded_t){0, {0}, 0}, &params, records, &count, &err) == BKV_INVALID_ARGUMENT);
+    cr_assert(strstr(err.message, "profile[1].age: 3") != NULL, "refused before it is sent: %s", err.message);
 }

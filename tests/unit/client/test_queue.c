@@ -171,10 +171,12 @@ Test(queue, deadlines_and_records) {
     bkv_spec_id_t id = fake_spec_id();
     bkv_key_t keys[2] = {fake_key(1, 0), fake_key(1, 1)};
     bkv_record_t records[2], fold;
+    const bkv_fold_params_t params = {.budget_bytes = 4096};
+    size_t folded = 7;
     bkv_completion_t completions[2];
     scene_open(&scene, 2, true);
     cr_assert(bkv_get_submit(scene.queue, 1, &id, keys, 2, NULL, 200, records) == BKV_OK);
-    cr_assert(bkv_fold_submit(scene.queue, 2, &id, keys, 2, 4096, 200, &fold) == BKV_OK);
+    cr_assert(bkv_fold_submit(scene.queue, 2, &id, keys, 2, &params, 200, &fold, &folded) == BKV_OK);
     bkv_record_t refused[2];
     cr_assert(bkv_get_submit(scene.queue, 3, &id, keys, 2, NULL, 200, refused) == BKV_BUSY);
     cr_assert(refused[0].status == BKV_BUSY && refused[0].data == NULL && refused[1].status == BKV_BUSY);
@@ -186,6 +188,6 @@ Test(queue, deadlines_and_records) {
         cr_assert(completions[i].error.status == BKV_DEADLINE_EXCEEDED);
         cr_assert(records[i].status == BKV_DEADLINE_EXCEEDED && records[i].data == NULL);
     }
-    cr_assert(fold.status == BKV_DEADLINE_EXCEEDED && fold.data == NULL);
+    cr_assert(fold.status == BKV_DEADLINE_EXCEEDED && fold.data == NULL && folded == 0);
     scene_close(&scene);
 }

@@ -29,7 +29,7 @@ void fixture_open(fixture_t *fixture, uint32_t threads, uint32_t max_jobs) {
         .staging_bytes = FIXTURE_STAGING,
         .max_block_bytes = FIXTURE_STAGING,
         .max_specs = 4,
-        .max_batch = 16,
+        .max_batch = FIXTURE_BATCH,
         .now_ms = fixture_now,
     };
     cr_assert_eq(bkv_pipeline_create(&config, &fixture->pipeline, &err), BKV_OK, "%s", err.message);

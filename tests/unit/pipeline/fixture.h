@@ -8,6 +8,7 @@
 
 #define FIXTURE_ARENA   (UINT64_C(64) << 20)
 #define FIXTURE_STAGING (UINT64_C(4) << 20)
+#define FIXTURE_BATCH   128
 
 typedef struct fixture {
     bkv_store_t *store;

@@ -19,8 +19,8 @@ static void put_prefix(fixture_t *fixture, bkv_codec_t codec, bkv_key_t keys[BLO
 
 static bkv_status_t fold(fixture_t *fixture, const bkv_key_t *keys, uint32_t count, uint64_t budget, outcome_t *outcome) {
     outcome_init(outcome);
-    bkv_status_t status = bkv_fold_start(fixture->pipeline, &fixture->model.id, keys, count, budget, 0, fixture_now(),
-                                         outcome_fold_done, outcome, &outcome->error);
+    const bkv_fold_args_t args = {.spec_id = fixture->model.id, .keys = keys, .count = count, .budget = budget};
+    bkv_status_t status = bkv_fold_start(fixture->pipeline, &args, outcome_fold_done, outcome, &outcome->error);
     if (status == BKV_OK) {
         outcome_wait(outcome);
         status = outcome->error.status;
@@ -51,11 +51,11 @@ Test(pipeline_fold, is_bounded_sealed_and_found_again) {
     outcome_t first, second;
     cr_assert_eq(fold(&fixture, keys, BLOCKS, budget, &first), BKV_OK, "%s", first.error.message);
     bkv_key_t key = documented_key(&fixture, keys, BLOCKS, budget);
-    cr_assert_arr_eq(first.fold.key.bytes, key.bytes, 32);
-    cr_assert_leq(first.fold.delivery.length, budget);
-    cr_assert_eq(bkv_record_verify(first.fold.delivery.data, first.fold.delivery.length, NULL), BKV_OK);
-    cr_assert_eq(bkv_record_check(first.fold.delivery.data, first.fold.delivery.length, NULL), BKV_OK);
-    const bkv_record_header_t *header = (const bkv_record_header_t *)first.fold.delivery.data;
+    cr_assert_arr_eq(first.fold.records[0].key.bytes, key.bytes, 32);
+    cr_assert_leq(first.fold.records[0].delivery.length, budget);
+    cr_assert_eq(bkv_record_verify(first.fold.records[0].delivery.data, first.fold.records[0].delivery.length, NULL), BKV_OK);
+    cr_assert_eq(bkv_record_check(first.fold.records[0].delivery.data, first.fold.records[0].delivery.length, NULL), BKV_OK);
+    const bkv_record_header_t *header = (const bkv_record_header_t *)first.fold.records[0].delivery.data;
     cr_assert_eq(header->flags & BKV_RECORD_FOLD, BKV_RECORD_FOLD);
     cr_assert_eq(header->tokens, 64 * BLOCKS);
     cr_assert_eq(header->position, 0);
@@ -63,12 +63,12 @@ Test(pipeline_fold, is_bounded_sealed_and_found_again) {
     cr_assert_eq(header->tenant, fixture.model.tenant);
 
     cr_assert_eq(fold(&fixture, keys, BLOCKS, budget, &second), BKV_OK);
-    cr_assert_eq(second.fold.delivery.data, first.fold.delivery.data);
+    cr_assert_eq(second.fold.records[0].delivery.data, first.fold.records[0].delivery.data);
     bkv_pipeline_metrics_t metrics = fixture_metrics(&fixture);
     cr_assert_eq(metrics.folds_total, 1);
     cr_assert_eq(metrics.fold_hits_total, 1);
-    bkv_delivery_release(fixture.pipeline, &first.fold.delivery);
-    bkv_delivery_release(fixture.pipeline, &second.fold.delivery);
+    bkv_fold_release(fixture.pipeline, &first.fold);
+    bkv_fold_release(fixture.pipeline, &second.fold);
     fixture_close(&fixture);
 }
 
@@ -80,8 +80,8 @@ Test(pipeline_fold, huge_budget_is_harmless) {
     put_prefix(&fixture, BKV_CODEC_RAW, keys);
     outcome_t outcome;
     cr_assert_eq(fold(&fixture, keys, BLOCKS, UINT64_MAX, &outcome), BKV_OK, "%s", outcome.error.message);
-    cr_assert_eq(((const bkv_record_header_t *)outcome.fold.delivery.data)->tokens, 64 * BLOCKS);
-    bkv_delivery_release(fixture.pipeline, &outcome.fold.delivery);
+    cr_assert_eq(((const bkv_record_header_t *)outcome.fold.records[0].delivery.data)->tokens, 64 * BLOCKS);
+    bkv_fold_release(fixture.pipeline, &outcome.fold);
     cr_assert_eq(fixture_store_metrics(&fixture).entries, BLOCKS + 1);
     fixture_close(&fixture);
 }
@@ -95,7 +95,7 @@ Test(pipeline_fold, missing_key_is_named_and_nothing_stays_pinned) {
     outcome_t outcome;
     cr_assert_eq(fold(&fixture, keys, BLOCKS, 9000, &outcome), BKV_NOT_FOUND);
     cr_assert_eq(strncmp(outcome.error.message, "keys[2]: ", 9), 0, "%s", outcome.error.message);
-    cr_assert_null(outcome.fold.delivery.data);
+    cr_assert_eq(outcome.fold.count, 0);
     cr_assert_eq(fixture_store_metrics(&fixture).entries, BLOCKS);
     fixture_close(&fixture);
 }
@@ -103,14 +103,14 @@ Test(pipeline_fold, missing_key_is_named_and_nothing_stays_pinned) {
 Test(pipeline_fold, bad_requests) {
     fixture_t fixture;
     fixture_open(&fixture, 0, 8);
-    bkv_key_t keys[17];
+    bkv_key_t keys[FIXTURE_BATCH + 1];
     put_prefix(&fixture, BKV_CODEC_DENSE8, keys);
-    for (uint32_t i = BLOCKS; i < 17; i++) {
+    for (uint32_t i = BLOCKS; i <= FIXTURE_BATCH; i++) {
         keys[i] = fixture_key(i);
     }
     outcome_t outcome;
     cr_assert_eq(fold(&fixture, keys, 0, 9000, &outcome), BKV_INVALID_ARGUMENT);
-    cr_assert_eq(fold(&fixture, keys, 17, 9000, &outcome), BKV_RESOURCE_EXHAUSTED);
+    cr_assert_eq(fold(&fixture, keys, FIXTURE_BATCH + 1, 9000, &outcome), BKV_RESOURCE_EXHAUSTED);
     cr_assert_not_null(strstr(outcome.error.message, "max_batch"));
     cr_assert_eq(fold(&fixture, keys, BLOCKS, 0, &outcome), BKV_INVALID_ARGUMENT);
     cr_assert_eq(strncmp(outcome.error.message, "budget_bytes:", 13), 0);
