@@ -33,9 +33,8 @@ typedef enum bkv_fate { BKV_DROPPED = 0, BKV_WALKED = 1, BKV_PROTECTED = 2 } bkv
 
 // Scratch of one walk over at most BKV_WALK_TOKENS tokens.
 typedef struct bkv_walk {
-    float *keys;    // [limit][limit]: inner products of centred keys
     float *gram;    // [limit][limit]: the kernel
-    float *rows;    // [limit][larger dim]: keys, then values
+    float *k, *v;   // [limit][dim]: of its tokens
     float *mean;    // [key_dim]
     void *products; // scratch of matrix products over at most `limit` tokens
     float *weight;  // [limit]

@@ -31,6 +31,16 @@ static inline const float *bkv_rows_at(const bkv_rows_t *rows, uint32_t i) {
     return rows->rows + (size_t)(rows->list ? rows->list[i] : i) * rows->dim;
 }
 
+typedef struct bkv_kernel {
+    float scale, top, lift;
+} bkv_kernel_t;
+
+// What takes the largest exponent of a kernel down to its top. No inner product is larger than the largest square.
+static inline float bkv_kernel_shift(const bkv_kernel_t *kernel, float largest_square) {
+    float exponent = largest_square * kernel->scale;
+    return exponent > kernel->top ? exponent - kernel->top : 0.0f;
+}
+
 typedef struct bkv_lanes {
     // Inner product of n elements.
     float (*dot)(const float *a, const float *b, uint32_t n);
@@ -47,10 +57,11 @@ typedef struct bkv_lanes {
     void (*products)(const bkv_rows_t *a, const bkv_rows_t *b, float *out, uint32_t stride, void *scratch);
     size_t (*products_scratch)(uint32_t na, uint32_t nb, uint32_t dim); // where b is NULL, nb is na
 
-    // The walk's kernel from the products of keys and of values, both [padded][padded] with at least j >= i / 16 * 16 there:
-    //   values[i][j] = exp(min(keys[i][j] * scale - shift, top)) * (values[i][j] + lift) for all i, j < padded
-    // padded is a multiple of BKV_TILE.
-    void (*kernel)(const float *keys, float *values, uint32_t padded, float scale, float shift, float top, float lift);
+    // The walk's kernel over the same n tokens' keys and values, all of gram [pad(n)][pad(n)], where what is not there counts as 0:
+    //   gram[i][j] = exp(min(<k_i, k_j> * scale - shift, top)) * (<v_i, v_j> + lift)
+    // shift is what brings the largest <k_i, k_i> * scale down to top, and not below 0. scratch: kernel_scratch bytes.
+    void (*kernel)(const bkv_rows_t *keys, const bkv_rows_t *values, const bkv_kernel_t *kernel, float *gram, void *scratch);
+    size_t (*kernel_scratch)(uint32_t n, uint32_t key_dim, uint32_t value_dim);
 
     // Softmax over rows, for each token t < tokens: parts[t][r] = weight[t] * softmax_r(scale * (parts[t][r] - half[r])), and
     // mass[r] += parts[t][r]. stride, a multiple of BKV_TILE, is the length of a row of parts; half[r] is INFINITY for r in

@@ -8,7 +8,7 @@
 #if defined(__AMX_BF16__)
 
 #include "lanes_amx.h"
-#include "vec.h"
+#include "lanes_kernel.h"
 
 #include <string.h>
 
@@ -158,6 +158,53 @@ void bkv_amx_products(const bkv_rows_t *a, const bkv_rows_t *b, float *out, uint
         for (uint32_t j = b ? 0 : i; j < columns; j += 2) {
             block_product(&left, &right, i, j, i + 1 < rows, j + 1 < columns, out + ((size_t)i * stride + j) * BKV_TILE,
                           stride);
+        }
+    }
+    _tile_release();
+}
+
+size_t bkv_amx_kernel_scratch(uint32_t n, uint32_t key_dim, uint32_t value_dim) {
+    return bkv_amx_products_scratch(n, n, key_dim) + bkv_amx_products_scratch(n, n, value_dim);
+}
+
+// Both factors of products of rows with themselves; returns where they end.
+static uint8_t *both_load(const bkv_rows_t *rows, uint8_t *at, operand_t *by_rows, operand_t *by_pairs) {
+    size_t bytes = (size_t)bkv_tile_pad(rows->n) / BKV_TILE * steps_of(rows->dim) * TILE_BYTES;
+    *by_rows = (operand_t){at, steps_of(rows->dim)};
+    *by_pairs = (operand_t){at + bytes, steps_of(rows->dim)};
+    rows_load(rows, by_rows, by_pairs);
+    return at + 2 * bytes;
+}
+
+// The largest square of n rows: the diagonal of their products.
+static float largest_square(const operand_t *by_rows, const operand_t *by_pairs, uint32_t n) {
+    float products[BKV_TILE * BKV_TILE], largest = 0;
+    for (uint32_t tile = 0; tile * BKV_TILE < n; tile++) {
+        block_product(by_rows, by_pairs, tile, tile, false, false, products, BKV_TILE);
+        for (uint32_t r = 0; r < BKV_TILE; r++) {
+            float square = products[r * (BKV_TILE + 1)];
+            largest = square > largest ? square : largest;
+        }
+    }
+    return largest;
+}
+
+void bkv_amx_kernel(const bkv_rows_t *keys, const bkv_rows_t *values, const bkv_kernel_t *kernel, float *gram, void *scratch) {
+    uint32_t padded = bkv_tile_pad(keys->n);
+    operand_t k_rows, k_pairs, v_rows, v_pairs;
+    both_load(values, both_load(keys, scratch, &k_rows, &k_pairs), &v_rows, &v_pairs);
+    tiles_begin();
+    float shift = bkv_kernel_shift(kernel, largest_square(&k_rows, &k_pairs, keys->n));
+    bkv_kernel_block_t block;
+    for (uint32_t i = 0; i < padded; i += BKV_BLOCK) {
+        block.rows = padded - i < BKV_BLOCK ? BKV_TILE : BKV_BLOCK;
+        for (uint32_t j = i; j < padded; j += BKV_BLOCK) {
+            block.columns = padded - j < BKV_BLOCK ? BKV_TILE : BKV_BLOCK;
+            bool two_rows = block.rows > BKV_TILE, two_columns = block.columns > BKV_TILE;
+            block_product(&k_rows, &k_pairs, i / BKV_TILE, j / BKV_TILE, two_rows, two_columns, block.keys, BKV_BLOCK);
+            block_product(&v_rows, &v_pairs, i / BKV_TILE, j / BKV_TILE, two_rows, two_columns, block.values, BKV_BLOCK);
+            kernel_block(&block, kernel, shift, gram + (size_t)i * padded + j, i == j ? NULL : gram + (size_t)j * padded + i,
+                         padded);
         }
     }
     _tile_release();

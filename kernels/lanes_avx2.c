@@ -24,6 +24,6 @@ static void vec_pack(const uint8_t *codes, uint32_t n, uint32_t bits, uint8_t *o
     }
 }
 
-const bkv_lanes_t bkv_lanes_avx2 = BKV_LANES_VECTOR(vector_products, vector_products_scratch, vector_mix);
+const bkv_lanes_t bkv_lanes_avx2 = BKV_LANES_VECTOR(vector);
 
 #endif

@@ -72,8 +72,8 @@ static void vec_pack(const uint8_t *codes, uint32_t n, uint32_t bits, uint8_t *o
     }
 }
 
-const bkv_lanes_t bkv_lanes_avx512 = BKV_LANES_VECTOR(vector_products, vector_products_scratch, vector_mix);
+const bkv_lanes_t bkv_lanes_avx512 = BKV_LANES_VECTOR(vector);
 
-const bkv_lanes_t bkv_lanes_amx = BKV_LANES_VECTOR(bkv_amx_products, bkv_amx_products_scratch, bkv_amx_mix);
+const bkv_lanes_t bkv_lanes_amx = BKV_LANES_VECTOR(bkv_amx);
 
 #endif

@@ -67,17 +67,32 @@ static void ref_products(const bkv_rows_t *a, const bkv_rows_t *b, float *out, u
     }
 }
 
-static void ref_kernel(const float *keys, float *values, uint32_t padded, float scale, float shift, float top, float lift) {
+static size_t ref_kernel_scratch(uint32_t n, uint32_t key_dim, uint32_t value_dim) {
+    size_t padded = bkv_tile_pad(n);
+    return padded * padded * sizeof(float) + ref_products_scratch(n, n, key_dim > value_dim ? key_dim : value_dim);
+}
+
+static void ref_kernel(const bkv_rows_t *keys, const bkv_rows_t *values, const bkv_kernel_t *kernel, float *gram,
+                       void *scratch) {
+    uint32_t padded = bkv_tile_pad(keys->n);
+    float *products = scratch, top = 0;
+    ref_products(keys, NULL, products, padded, products + (size_t)padded * padded);
+    ref_products(values, NULL, gram, padded, products + (size_t)padded * padded);
+    for (uint32_t i = 0; i < padded; i++) {
+        float own = products[(size_t)i * padded + i];
+        top = own > top ? own : top;
+    }
+    float shift = bkv_kernel_shift(kernel, top);
     for (uint32_t i = 0; i < padded; i++) {
         for (uint32_t j = i / BKV_TILE * BKV_TILE; j < padded; j++) {
             size_t at = (size_t)i * padded + j;
-            float exponent = keys[at] * scale - shift;
-            values[at] = expf(exponent < top ? exponent : top) * (values[at] + lift);
+            float exponent = products[at] * kernel->scale - shift;
+            gram[at] = expf(exponent < kernel->top ? exponent : kernel->top) * (gram[at] + kernel->lift);
         }
     }
     for (uint32_t i = 0; i < padded; i++) {
         for (uint32_t j = 0; j < i / BKV_TILE * BKV_TILE; j++) {
-            values[(size_t)i * padded + j] = values[(size_t)j * padded + i];
+            gram[(size_t)i * padded + j] = gram[(size_t)j * padded + i];
         }
     }
 }
@@ -126,6 +141,7 @@ const bkv_lanes_t bkv_lanes_ref = {
     .products = ref_products,
     .products_scratch = ref_products_scratch,
     .kernel = ref_kernel,
+    .kernel_scratch = ref_kernel_scratch,
     .shares = ref_shares,
     .mix = ref_mix,
     .quant_keys = bkv_quant_key_group,

@@ -11,7 +11,7 @@
 #ifdef BKV_VEC
 
 #include "convert.h"
-#include "lanes.h"
+#include "lanes_kernel.h"
 #include "quant.h"
 
 #include <math.h>
@@ -113,7 +113,7 @@ static inline __attribute__((always_inline)) void outer_sum(const float *a, size
     }
 }
 
-// Rows [i, i + BKV_VEC_ROWS) of the products with `vectors` vectors of columns from j on.
+// Rows [i, i + BKV_VEC_ROWS) of the products with `vectors` vectors of columns from j on, the first at `out`.
 static inline __attribute__((always_inline)) void products_tile(const float *left, const float *right, uint32_t i, uint32_t j,
                                                                 uint32_t dim, const uint32_t vectors, float *out,
                                                                 uint32_t stride) {
@@ -123,7 +123,7 @@ static inline __attribute__((always_inline)) void products_tile(const float *lef
               BKV_VEC == BKV_TILE ? strip : BKV_VEC, dim, vectors * BKV_VEC, sum);
     for (uint32_t r = 0; r < BKV_VEC_ROWS; r++) {
         for (uint32_t c = 0; c < vectors; c++) {
-            vec_store(out + (size_t)(i + r) * stride + j + c * BKV_VEC, sum[r][c]);
+            vec_store(out + (size_t)r * stride + c * BKV_VEC, sum[r][c]);
         }
     }
 }
@@ -142,44 +142,67 @@ static void vector_products(const bkv_rows_t *a, const bkv_rows_t *b, float *out
     for (uint32_t i = 0; i < rows; i += BKV_VEC_ROWS) {
         uint32_t j = b ? 0 : i / BKV_TILE * BKV_TILE;
         for (; j + 2 * BKV_VEC <= columns; j += 2 * BKV_VEC) {
-            products_tile(left, right, i, j, a->dim, 2, out, stride);
+            products_tile(left, right, i, j, a->dim, 2, out + (size_t)i * stride + j, stride);
         }
         if (j < columns) {
-            products_tile(left, right, i, j, a->dim, 1, out, stride);
+            products_tile(left, right, i, j, a->dim, 1, out + (size_t)i * stride + j, stride);
         }
     }
 }
 
 // -- the walk's kernel
 
-// Copies the part of a square matrix above its diagonal of blocks to the part below.
-static void mirror(float *matrix, uint32_t padded) {
-    for (uint32_t i = 0; i < padded; i += BKV_VEC) {
-        for (uint32_t j = i; j < padded; j += BKV_VEC) {
-            if (i / BKV_TILE == j / BKV_TILE) {
-                continue;
-            }
-            vec_t block[BKV_VEC];
-            for (uint32_t r = 0; r < BKV_VEC; r++) {
-                block[r] = vec_load(matrix + (size_t)(i + r) * padded + j);
-            }
-            vec_transpose(block);
-            for (uint32_t r = 0; r < BKV_VEC; r++) {
-                vec_store(matrix + (size_t)(j + r) * padded + i, block[r]);
-            }
+static size_t vector_kernel_scratch(uint32_t n, uint32_t key_dim, uint32_t value_dim) {
+    return (size_t)bkv_tile_pad(n) * (key_dim + value_dim) * sizeof(float);
+}
+
+// The largest square of a row.
+static float strips_largest(const float *strips, uint32_t n, uint32_t dim) {
+    vec_t largest = vec_set(0);
+    for (uint32_t first = 0; first < n; first += BKV_VEC) {
+        const float *strip = strips + (size_t)(first / BKV_TILE) * BKV_TILE * dim + first % BKV_TILE;
+        vec_t sum = vec_set(0);
+        for (uint32_t d = 0; d < dim; d++) {
+            vec_t element = vec_load(strip + (size_t)d * BKV_TILE);
+            sum = vec_fma(element, element, sum);
+        }
+        largest = vec_max(largest, sum);
+    }
+    return vec_most(largest);
+}
+
+// Products of a block's rows from i on with its columns from j on.
+static void block_products(const float *strips, uint32_t i, uint32_t j, uint32_t dim, const bkv_kernel_block_t *block,
+                           float *out) {
+    for (uint32_t r = 0; r < block->rows; r += BKV_VEC_ROWS) {
+        uint32_t c = 0;
+        for (; c + 2 * BKV_VEC <= block->columns; c += 2 * BKV_VEC) {
+            products_tile(strips, strips, i + r, j + c, dim, 2, out + r * BKV_BLOCK + c, BKV_BLOCK);
+        }
+        if (c < block->columns) {
+            products_tile(strips, strips, i + r, j + c, dim, 1, out + r * BKV_BLOCK + c, BKV_BLOCK);
         }
     }
 }
 
-static void vector_kernel(const float *keys, float *values, uint32_t padded, float scale, float shift, float top, float lift) {
-    for (uint32_t i = 0; i < padded; i++) {
-        for (uint32_t j = i / BKV_TILE * BKV_TILE; j < padded; j += BKV_VEC) {
-            size_t at = (size_t)i * padded + j;
-            vec_t exponent = vec_fma(vec_load(keys + at), vec_set(scale), vec_set(-shift));
-            vec_store(values + at, vec_exp(vec_min(exponent, vec_set(top))) * (vec_load(values + at) + vec_set(lift)));
+static void vector_kernel(const bkv_rows_t *keys, const bkv_rows_t *values, const bkv_kernel_t *kernel, float *gram,
+                          void *scratch) {
+    uint32_t padded = bkv_tile_pad(keys->n);
+    float *key_strips = scratch, *value_strips = key_strips + (size_t)padded * keys->dim;
+    strips_load(keys, key_strips);
+    strips_load(values, value_strips);
+    float shift = bkv_kernel_shift(kernel, strips_largest(key_strips, padded, keys->dim));
+    bkv_kernel_block_t block;
+    for (uint32_t i = 0; i < padded; i += BKV_BLOCK) {
+        block.rows = padded - i < BKV_BLOCK ? padded - i : BKV_BLOCK;
+        for (uint32_t j = i; j < padded; j += BKV_BLOCK) {
+            block.columns = padded - j < BKV_BLOCK ? padded - j : BKV_BLOCK;
+            block_products(key_strips, i, j, keys->dim, &block, block.keys);
+            block_products(value_strips, i, j, values->dim, &block, block.values);
+            kernel_block(&block, kernel, shift, gram + (size_t)i * padded + j, i == j ? NULL : gram + (size_t)j * padded + i,
+                         padded);
         }
     }
-    mirror(values, padded);
 }
 
 // -- refit
@@ -347,11 +370,12 @@ static void vector_quant_values(const float *rows, uint32_t count, uint32_t dim,
     }
 }
 
-// A table of all of the above but for what multiplies matrices.
-#define BKV_LANES_VECTOR(products_of_rows, scratch_of_products, mix_of_values)                                                 \
+// A table of all of the above but for what multiplies matrices: the functions <matrices>_products, ...
+#define BKV_LANES_VECTOR(matrices)                                                                                             \
     {                                                                                                                          \
-        .dot = vector_dot, .axpy = vector_axpy, .to_float = vector_to_float, .products = products_of_rows,                     \
-        .products_scratch = scratch_of_products, .kernel = vector_kernel, .shares = vector_shares, .mix = mix_of_values,       \
+        .dot = vector_dot, .axpy = vector_axpy, .to_float = vector_to_float, .products = matrices##_products,                  \
+        .products_scratch = matrices##_products_scratch, .kernel = matrices##_kernel,                                          \
+        .kernel_scratch = matrices##_kernel_scratch, .shares = vector_shares, .mix = matrices##_mix,                           \
         .quant_keys = vector_quant_keys, .quant_values = vector_quant_values,                                                  \
     }
 

@@ -20,37 +20,23 @@
 // Exponents above this are moved down together. e^20 times squared value norms and weights stays well inside a float.
 #define EXPONENT_TOP 20.0f
 
-static uint32_t larger(uint32_t a, uint32_t b) {
-    return a > b ? a : b;
-}
-
 void bkv_walk_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint32_t tokens, uint32_t key_dim, uint32_t value_dim,
                     bkv_walk_t *walk) {
-    uint32_t limit = bkv_tile_pad(tokens < BKV_WALK_TOKENS ? tokens : BKV_WALK_TOKENS), dim = larger(key_dim, value_dim);
+    uint32_t limit = bkv_tile_pad(tokens < BKV_WALK_TOKENS ? tokens : BKV_WALK_TOKENS);
     walk->limit = limit;
-    walk->keys = bkv_scratch_take(scratch, (uint64_t)limit * limit * sizeof(float));
     walk->gram = bkv_scratch_take(scratch, (uint64_t)limit * limit * sizeof(float));
-    walk->rows = bkv_scratch_take(scratch, (uint64_t)limit * dim * sizeof(float));
+    walk->k = bkv_scratch_take(scratch, (uint64_t)limit * key_dim * sizeof(float));
+    walk->v = bkv_scratch_take(scratch, (uint64_t)limit * value_dim * sizeof(float));
     walk->mean = bkv_scratch_take(scratch, key_dim * sizeof(float));
-    size_t gram = lanes->products_scratch(limit, limit, dim),
-           mix = lanes->products_scratch(BKV_KEY_GROUP_MAX, value_dim, limit);
-    walk->products = bkv_scratch_take(scratch, gram > mix ? gram : mix);
+    size_t kernel = lanes->kernel_scratch(limit, key_dim, value_dim);
+    size_t products = lanes->products_scratch(limit, BKV_KEY_GROUP_MAX, key_dim);
+    size_t mix = lanes->products_scratch(BKV_KEY_GROUP_MAX, value_dim, limit);
+    products = products > mix ? products : mix;
+    walk->products = bkv_scratch_take(scratch, kernel > products ? kernel : products);
     walk->weight = bkv_scratch_take(scratch, limit * sizeof(float));
     walk->sum = bkv_scratch_take(scratch, limit * sizeof(float));
     walk->list = bkv_scratch_take(scratch, limit * sizeof(uint32_t));
     walk->sign = bkv_scratch_take(scratch, limit);
-}
-
-// Keys, or values, of the listed tokens: picked where they lie, or read.
-static bkv_rows_t rows_of(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, bool values, bkv_walk_t *walk) {
-    const float *held = values ? source->v : source->k;
-    if (!held) {
-        bkv_source_gather(source, tokens, n, values ? NULL : walk->rows, values ? walk->rows : NULL);
-    }
-    return (bkv_rows_t){.rows = held ? held : walk->rows,
-                        .list = held ? tokens : NULL,
-                        .n = n,
-                        .dim = values ? source->value_dim : source->key_dim};
 }
 
 static void rows_mean(const bkv_lanes_t *lanes, const bkv_rows_t *rows, const float *weight, float *mean) {
@@ -64,21 +50,18 @@ static void rows_mean(const bkv_lanes_t *lanes, const bkv_rows_t *rows, const fl
     }
 }
 
-static void gram_build(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, uint32_t padded, bkv_walk_t *walk) {
-    const bkv_lanes_t *lanes = source->lanes;
-    bkv_rows_t keys = rows_of(source, tokens, n, false, walk);
-    rows_mean(lanes, &keys, walk->weight, walk->mean);
-    keys.centre = walk->mean; // leaves every softmax as it is and keeps the exponents small
-    lanes->products(&keys, NULL, walk->keys, padded, walk->products);
-    float scale = 1.0f / sqrtf((float)source->key_dim), top = 0;
-    for (uint32_t t = 0; t < n; t++) {
-        float own = walk->keys[(size_t)t * padded + t] * scale; // no inner product is larger than the largest square
-        top = own > top ? own : top;
+// The listed tokens are picked where their rows lie, or read.
+static void gram_build(const bkv_source_t *source, const uint32_t *tokens, uint32_t n, bkv_walk_t *walk) {
+    bool held = source->k && source->v;
+    if (!held) {
+        bkv_source_gather(source, tokens, n, walk->k, walk->v);
     }
-    bkv_rows_t values = rows_of(source, tokens, n, true, walk);
-    lanes->products(&values, NULL, walk->gram, padded, walk->products);
-    float shift = top > EXPONENT_TOP ? top - EXPONENT_TOP : 0;
-    lanes->kernel(walk->keys, walk->gram, padded, scale, shift, EXPONENT_TOP, VALUE_FLOOR); // rounding may exceed the top
+    bkv_rows_t keys = {.rows = held ? source->k : walk->k, .list = held ? tokens : NULL, .n = n, .dim = source->key_dim};
+    bkv_rows_t values = {.rows = held ? source->v : walk->v, .list = held ? tokens : NULL, .n = n, .dim = source->value_dim};
+    rows_mean(source->lanes, &keys, walk->weight, walk->mean);
+    keys.centre = walk->mean; // leaves every softmax as it is and keeps the exponents small
+    const bkv_kernel_t kernel = {.scale = 1.0f / sqrtf((float)source->key_dim), .top = EXPONENT_TOP, .lift = VALUE_FLOOR};
+    source->lanes->kernel(&keys, &values, &kernel, walk->gram, walk->products);
 }
 
 static void shuffle(uint32_t *list, uint32_t n, bkv_random_t *random) {
@@ -147,7 +130,7 @@ void bkv_walk_reduce(const bkv_source_t *source, uint32_t *tokens, uint32_t n, u
         walk->list[t] = t;
     }
     if (target < n) {
-        gram_build(source, tokens, n, padded, walk);
+        gram_build(source, tokens, n, walk);
     }
     memset(walk->sum, 0, padded * sizeof(float));
     uint32_t left = n;

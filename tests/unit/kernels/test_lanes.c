@@ -212,23 +212,49 @@ Test(lanes, products_of_picked_rows) {
     on_every_level(check_picked_products);
 }
 
-static void check_kernel(const level_t *level) {
-    for (uint32_t n = 16; n <= 80; n += 16) {
-        float *keys = gauss((size_t)n * n, 60, n), *values = gauss((size_t)n * n, 3, n + 1);
-        float *out = oracle_exact((size_t)n * n * sizeof(float));
-        memcpy(out, values, (size_t)n * n * sizeof(float));
-        level->lanes->kernel(keys, out, n, 0.25f, 2.0f, 20.0f, 0.025f);
-        for (uint32_t i = 0; i < n; i++) {
-            for (uint32_t j = 0; j < n; j++) {
-                bool upper = j >= i / BKV_TILE * BKV_TILE; // what is below comes from above
-                size_t at = upper ? (size_t)i * n + j : (size_t)j * n + i;
-                double exponent = fmin(20, (double)keys[at] * 0.25 - 2);
-                double want = exp(exponent) * ((double)values[at] + (double)0.025f), got = (double)out[(size_t)i * n + j];
-                cr_assert(fabs(got - want) <= 1e-5 * fabs(want) + 1e-30, "%s: %u, %u: %g for %g (e^%g)", level->name, i, j, got,
-                          want, exponent);
-            }
+static void kernel_of(const level_t *level, uint32_t n, uint32_t key_dim, uint32_t value_dim, double scale) {
+    uint32_t padded = bkv_tile_pad(n);
+    float *k = gauss((size_t)n * key_dim, scale, n), *v = gauss((size_t)n * value_dim, 1, n + 1);
+    for (size_t i = 0; level->rounds && i < (size_t)n * key_dim; i++) {
+        k[i] = bkv_bf16_to_float(bkv_float_to_bf16(k[i]));
+    }
+    for (size_t i = 0; level->rounds && i < (size_t)n * value_dim; i++) {
+        v[i] = bkv_bf16_to_float(bkv_float_to_bf16(v[i]));
+    }
+    size_t bytes = level->lanes->kernel_scratch(n, key_dim, value_dim);
+    float *gram = oracle_exact((size_t)padded * padded * sizeof(float));
+    void *scratch = oracle_exact(bytes);
+    memset(scratch, 0xff, bytes);
+    memset(gram, 0xff, (size_t)padded * padded * sizeof(float));
+    bkv_rows_t keys = {.rows = k, .n = n, .dim = key_dim}, values = {.rows = v, .n = n, .dim = value_dim};
+    const bkv_kernel_t kernel = {.scale = 1.0f / sqrtf((float)key_dim), .top = 20, .lift = 0.025f};
+    level->lanes->kernel(&keys, &values, &kernel, gram, scratch);
+    double shift = 0, per = (double)kernel.scale;
+    for (uint32_t i = 0; i < n; i++) {
+        shift = fmax(shift, product(k + (size_t)i * key_dim, k + (size_t)i * key_dim, key_dim) * per - 20);
+    }
+    for (uint32_t i = 0; i < padded; i++) {
+        for (uint32_t j = 0; j < padded; j++) {
+            bool there = i < n && j < n;
+            double keys_of = there ? product(k + (size_t)i * key_dim, k + (size_t)j * key_dim, key_dim) : 0;
+            double values_of = there ? product(v + (size_t)i * value_dim, v + (size_t)j * value_dim, value_dim) : 0;
+            double size = exp(fmin(20, keys_of * per - shift)), want = size * (values_of + (double)0.025f);
+            double got = (double)gram[(size_t)i * padded + j];
+            // The exponent is off by the rounding of its products, up to the shift's size.
+            double tolerance = 1e-30 + size * (2e-6 * (20 + shift) * (fabs(values_of) + 0.1 + sqrt(value_dim)));
+            cr_assert(fabs(got - want) <= tolerance, "%s: %u of %u x %u at %u, %u: %g for %g", level->name, n, key_dim,
+                      value_dim, i, j, got, want);
         }
-        free(keys), free(values), free(out);
+    }
+    free(k), free(v), free(gram), free(scratch);
+}
+
+static void check_kernel(const level_t *level) {
+    static const uint32_t counts[] = {1, 15, 16, 17, 40, 64, 100, 211}, dims[][2] = {{8, 8}, {64, 24}, {40, 128}, {128, 128}};
+    for (int c = 0; c < 8; c++) {
+        for (int d = 0; d < 4; d++) {
+            kernel_of(level, counts[c], dims[d][0], dims[d][1], d % 2 ? 3 : 0.5); // with a shift, and without
+        }
     }
 }
 
