@@ -1,4 +1,5 @@
-// absent_cuda.c - gpu.h where there was no nvcc at build time: no devices, and nothing else is then ever called.
+// absent_cuda.c - gpu.h and attend_gpu.h where there was no nvcc at build time: no devices, and nothing else is then ever called.
+#include "attend_gpu.h"
 #include "gpu.h"
 
 #define NO_NVCC 1
@@ -87,4 +88,16 @@ bool bkv_gpu_balance_fits(const bkv_gpu_job_t *job) {
 uint64_t bkv_gpu_general_scratch(const bkv_gpu_job_t *job) {
     (void)job;
     return 0;
+}
+
+bool bkv_gpu_attend_shape(bkv_gpu_attend_t *job, uint32_t shared_memory) {
+    (void)job;
+    (void)shared_memory;
+    return false;
+}
+
+int bkv_gpu_attend(const bkv_gpu_attend_t *job, void *stream) {
+    (void)job;
+    (void)stream;
+    return NO_NVCC;
 }

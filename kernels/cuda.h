@@ -68,7 +68,54 @@ BKV_API size_t bkv_cuda_compress_workspace(const bkv_cuda_t *cuda, const bkv_sha
 // raw). Such a block's record must not be used.
 BKV_API bkv_status_t bkv_cuda_compress_check(const bkv_shape_t *shape, uint64_t status, bkv_error_t *err);
 
-// ---- attention (attend_cuda.cu) ----
+// ---- attention (attend_cuda.c) ----
+
+// Queries of one layer of a batch of sequences, each against its own records. All memory is the device's.
+//   records  [first[batch]] addresses of records, aligned to 16 bytes. Each must have passed bkv_record_check before it was
+//            copied there: the kernels trust what lies in it. Their tokens count as one softmax, in any order
+//   first    [batch + 1] ascending: records first[b], ..., first[b + 1] - 1 are those of sequence b; there may be none
+//   q        [batch][query_heads][queries][key_dim], aligned to 16 bytes; taken at 11 bits of mantissa
+//   out      [batch][query_heads][queries][value_dim]: weighted mean of the values, weights included; 0 over no records
+//   lse      [batch][query_heads][queries]: natural log of the sum of w * exp(scale * <q, k>); -INFINITY over no records
+// Query head j reads KV head j / (query_heads / heads). scale 0 means 1 / sqrt(key_dim). An engine merges (out, lse) with
+// the attention over its own recent window as bkv_attend_merge does.
+//
+// Sequences whose records are not of the shape given here, or whose `first` is not ascending up to at most max_records, get
+// NaN for out and lse, and are not read.
+typedef struct bkv_cuda_attend_args {
+    const void *q;
+    const void *const *records;
+    const uint32_t *first;
+    void *out;
+    float *lse;
+    bkv_dtype_t q_dtype, out_dtype;
+    bkv_dtype_t dtype;    // of the records' source
+    uint32_t batch;       // sequences
+    uint32_t max_records; // at least first[batch]
+    uint32_t layer;       // within the records
+    uint32_t heads;       // of the records
+    uint32_t query_heads; // a multiple of heads
+    uint32_t queries;     // tokens that ask, of each sequence
+    uint32_t key_dim, value_dim;
+    float scale;
+} bkv_cuda_attend_args_t;
+
+// Bytes of device memory that the call needs: 32 for each head of each of max_records records, and partial results of a few
+// thousand queries. 0 for arguments that bkv_cuda_attend refuses. Looks at no address.
+BKV_API size_t bkv_cuda_attend_workspace(const bkv_cuda_t *cuda, const bkv_cuda_attend_args_t *args);
+
+// Enqueues the attention: three kernels on `stream`, no allocation, no synchronisation; may be captured into a graph. The
+// arguments are copied at the call, what they point to must stay until the work is done. workspace: aligned to 64 bytes, for
+// this call alone until then. The result does not change from run to run; it does in its last bits with the device's number
+// of processors and with what else is in the batch, as the work is cut evenly.
+//
+// Fast with (key_dim, value_dim) of (64, 64), (96, 96), (128, 128), (192, 128) and (256, 256) and records of bfloat16 or
+// float16 sources, in any mixture of bits; other shapes and float32 sources take a plain kernel, many times slower. Up to 4
+// queries of a KV head (8 with values of up to 128 channels) are served by one pass over its records, more by as many as that
+// takes. INVALID_ARGUMENT names what cannot be; INTERNAL is a failure of CUDA.
+BKV_API bkv_status_t bkv_cuda_attend(const bkv_cuda_t *cuda, const bkv_cuda_attend_args_t *args, void *workspace, void *stream,
+                                     bkv_error_t *err);
+
 // ---- end of attention ----
 
 #ifdef __cplusplus
