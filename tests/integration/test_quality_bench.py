@@ -175,7 +175,7 @@ class WildCat(unittest.TestCase):
         kept = baselines.Source(near.astype(np.float16), v[:, :, centres], q, WINDOW, 0)
         queries = np.random.default_rng(5).standard_normal((20, DIM))
         budget = storage.section_bytes(kept.n, 92, DIM, storage.NATIVE, 2, 4 * DIM)
-        method = wildcat.WildCat(kept, 92, tau=1.0)
+        method = wildcat.WildCat(kept, 92, tau=1.5)
         summary = method(storage.NATIVE, budget)
         self.assertEqual(summary.k.shape[2], 92)
         self.assertEqual(summary.bytes, budget * LAYERS * HEADS)
@@ -257,11 +257,14 @@ class Contexts(unittest.TestCase):
             story = context.Context(self.Letters, path, 4096, 3, 5)
             again = context.Context(self.Letters, path, 4096, 3, 5)
             other = context.Context(self.Letters, path, 4096, 4, 5)
+            plain = context.Context(self.Letters, path, 4096, 3, 0)
         finally:
             os.unlink(path)
         self.assertEqual(story.ids, again.ids)
         self.assertNotEqual(story.ids, other.ids)
-        self.assertEqual((len(story.ids), len(story.rest)), (4096, context.CONTINUE + 1))
+        self.assertEqual((len(story.ids), story.rest), (4096, []))
+        self.assertIn("".join(map(chr, plain.ids + plain.rest)), text)
+        self.assertEqual((len(plain.ids), len(plain.rest)), (4096, context.CONTINUE + 1))
         told = "".join(map(chr, story.ids))
         self.assertNotRegex(told[-context.RECENT:], "[A-Z]")
         for prompt, target in story.needles:
@@ -277,16 +280,23 @@ class Contexts(unittest.TestCase):
 class Bars(unittest.TestCase):
     @staticmethod
     def sums(ours):
-        """Two contexts; "balance 16x" as given, beside one baseline. ours: (needles right of 4, NLL above exact)."""
-        row = {"window": 64, "babi": [True] * 4, "error": [0.1, 0.3], "kl": 0.1, "bytes": 100, "rate": 16.0}
+        """Two contexts of questions and two of text; "balance 16x" as given, beside one baseline of two widths.
+        ours: (needles right of 4, NLL above exact)."""
         done = []
-        for start in (3.0, 3.4):
-            base = {"needle": [True] * 4, "babi": [True] * 4, "nll": start}
-            rows = [{**row, "family": "balance", "bits": 0, "nominal": 16, "ours": True, "nll": start + ours[1],
-                     "needle": [i < ours[0] for i in range(4)]}]
-            rows += [{**row, "family": "KeyDiff", "bits": bits, "nominal": 16, "ours": False, "nll": start + 0.01 * bits,
-                      "needle": [bits == 4] * 4} for bits in (3, 4)]
-            done.append(((4096, "book.txt", 1), base, rows))
+
+        def add(base, **columns):
+            rows = [{"window": 64, "bytes": 100, "rate": 16.0, "nominal": 16, "family": "balance" if name == "ours" else "KeyDiff",
+                     "ours": name == "ours", "bits": {"ours": 0, "four": 4, "three": 3}[name], **row}
+                    for name, row in columns.items()]
+            done.append(((4096, "book.txt", 1, 4), base, rows))
+
+        all_right = {"needle": [True] * 4, "babi": [True] * 4}
+        for nll in (3.0, 3.4):
+            add(all_right, ours={**all_right, "needle": [i < ours[0] for i in range(4)]}, four=all_right,
+                three={**all_right, "needle": [False] * 4})
+            text = {"nll": nll, "kl": 0.1, "error": [0.1, 0.3]}
+            add({**text, "kl": 0.0, "error": [0.0, 0.0]}, ours={**text, "nll": nll + ours[1]}, four={**text, "nll": nll + 0.04},
+                three={**text, "nll": nll + 0.03})
         return results.sum_up(done)
 
     def met(self, ours):
@@ -303,9 +313,9 @@ class Bars(unittest.TestCase):
     def test_sums(self):
         table = self.sums((3, 0.05))[4096, 64]
         self.assertEqual(table[0].family, "exact")
-        self.assertEqual((len(table[0].nll), table[0].needle), (2, 1.0))
+        self.assertEqual((len(table[0].lists["nll"]), table[0].needle), (2, 1.0))
         ours = results.find(table, "balance", 16)
-        self.assertEqual((ours.needle, round(ours.delta, 6), round(ours.error, 6), ours.rate), (0.75, 0.05, 0.2, 16.0))
+        self.assertEqual((ours.needle, round(ours.above, 6), round(ours.error, 6), ours.rate), (0.75, 0.05, 0.2, 16.0))
 
     def test_a_picture_of_them_is_well_formed(self):
         from xml.dom import minidom

@@ -1,6 +1,6 @@
 """Quality of KV summaries on a real model: what a compressed cache still knows, for every byte that it keeps.
 
-    BKV_MODEL_DIR=MODEL make bench-quality                          all columns, 13 contexts of 4,096 and 7 of 16,384 tokens
+    BKV_MODEL_DIR=MODEL make bench-quality                          all columns, 4,096 and 16,384 tokens, 212 questions of each kind
     BKV_MODEL_DIR=MODEL make bench-quality QUALITY="--quick"        a few minutes on two cores
     PYTHONPATH=tests python3 -m bench.quality --help                the options
 
@@ -8,14 +8,14 @@ BKV_MODEL_DIR is a folder with lm.py (a language model in NumPy), its weights an
 files in BKV_TEXTS (default: BKV_MODEL_DIR/../books); any plain prose will do. Only `make kernels`, Python and NumPy are needed;
 `--device cuda` computes with CuPy instead.
 
-A context is a stretch of a book with facts hidden in it. The model reads it once; its cache, but for the newest tokens (the
-window, which an engine still holds exactly), is then stored in each of the ways below, before any question is known. From
-what is stored the model answers questions and reads on:
+A context is a stretch of a book, with facts hidden in it or as it is. The model reads it once; its cache, but for the newest
+tokens (the window, which an engine still holds exactly), is then stored in each of the ways below, before any question is
+known. From what is stored the model answers questions (where there are facts) or reads on (where there are none):
 
     needle      "what is the access code of Olive Dalton?": right when each of six digits is the model's first choice
     bAbI        "where is Cora now?": two moves are told, the later counts; right when each token of the place is
     NLL         nats a token of the 256 tokens that follow in the book
-    KL          of the model with the summary from the exact one on these tokens; also where forgetting lowers the NLL
+    KL          of the model with the summary from the exact one, on these tokens
     error       relative Frobenius error of the attention outputs of the next 64 queries of the exact model, layer by layer
 
 The ways, at true stored bytes (codes, scales, zeros, indices, weights; rate = bytes as bf16 / bytes stored):

@@ -9,8 +9,9 @@ from support import BUILD
 
 from . import context, picture, results, worker
 
-QUICK = {"lengths": "4096:2", "windows": "64", "bits": "4", "questions": 8}
-FULL = {"lengths": "4096:13,16384:7", "windows": "64,512", "bits": "4,3", "questions": 0}
+QUICK = {"lengths": "4096:4:2", "windows": "64", "bits": "4"}
+FULL = {"lengths": "4096:18:13,16384:13:7", "windows": "64,512", "bits": "4,3"}
+QUESTIONS, QUESTIONS_LONG = 6, 8  # of each kind in a context, and in one of over 8,192 tokens; more confuse the exact model
 
 def numbers(text):
     return [int(word) for word in text.split(",")]
@@ -21,11 +22,14 @@ def parse():
     add = parser.add_argument
     add("--texts", default=os.environ.get("BKV_TEXTS"), help="folder of .txt files (BKV_TEXTS; default BKV_MODEL_DIR/../books)")
     add("--quick", action="store_true", help=f"a few minutes on two cores: --lengths {QUICK['lengths']} and less of the rest")
-    add("--lengths", help=f"tokens:contexts,... (default {FULL['lengths']})")
-    add("--windows", help=f"newest tokens that stay exact (default {FULL['windows']}); baselines with the first one alone")
+    add("--lengths", help="tokens : contexts with facts : contexts of plain text, ... "
+        f"(default {FULL['lengths']})")
+    add("--windows", help=f"newest tokens that stay exact (default {FULL['windows']}); questions and baselines "
+        "with the first one alone")
     add("--rates", default="8,16,32", help="bytes as bf16 / bytes stored")
     add("--bits", help=f"of the baselines' elements (default {FULL['bits']})")
-    add("--questions", type=int, help="codes, and people, hidden in each context (default 8; 16 beyond 8,192 tokens)")
+    add("--questions", type=int, help=f"codes, and people, hidden in a context (default {QUESTIONS}; {QUESTIONS_LONG} beyond "
+        "8,192 tokens)")
     add("--seeds", default="7,101,202", help="dealt to the contexts in turn")
     add("--only", help="families of ours, comma-separated, and/or \"baselines\"")
     add("--backend", default="ref", help="of the kernels")
@@ -46,13 +50,15 @@ def parse():
 
 
 def plan(options):
-    """[(tokens, text, seed)], longest contexts first, so that no process is left with one at the end."""
+    """[(tokens, text, seed, questions)], longest contexts first, so that no process is left with one at the end."""
     jobs = []
     for word in options.lengths.split(","):
-        tokens, _, count = word.partition(":")
-        texts = context.find_texts(options.texts, int(tokens))
-        for i in range(int(count or 1)):
-            jobs.append((int(tokens), texts[i % len(texts)], options.seeds[i % len(options.seeds)] * 1000 + i))
+        tokens, facts, plain = numbers(word.replace(":", ","))
+        texts = context.find_texts(options.texts, tokens)
+        questions = options.questions or (QUESTIONS_LONG if tokens > 8192 else QUESTIONS)
+        for i in range(facts + plain):
+            seed = options.seeds[i % len(options.seeds)] * 1000 + i
+            jobs.append((tokens, texts[i % len(texts)], seed, questions if i < facts else 0))
     return sorted(jobs, key=lambda job: -job[0])
 
 
@@ -68,7 +74,8 @@ def main():
         for future in futures.as_completed([pool.submit(worker.run, job) for job in jobs]):
             job, base, rows, seconds = future.result()
             done.append((job, base, rows))
-            print(f"  {os.path.basename(job[1])}, {job[0]:,} tokens, seed {job[2]}: {seconds:.0f} s", flush=True)
+            kind = f"{job[3]} codes and {job[3]} people" if job[3] else "plain text"
+            print(f"  {os.path.basename(job[1])}, {job[0]:,} tokens, seed {job[2]}, {kind}: {seconds:.0f} s", flush=True)
     done.sort(key=lambda item: jobs.index(item[0]))
     sums = results.sum_up(done)
     met = results.report_all(sums, options.rates)

@@ -1,6 +1,8 @@
-"""Contexts: stretches of books with facts hidden in them, the model's exact cache of them, and what is asked afterwards.
+"""Contexts: stretches of books, the model's exact cache of them, and what is asked afterwards.
 
-Every context has a seed of its own, from which come where in its book it begins, whose codes and moves are told, and where.
+In some, facts are hidden, and questions follow; others are the book alone, and the book goes on. The two are apart because
+facts that have nothing to do with the book disturb its reading, and a cache that forgets them would read on better than the
+exact one. Every context has a seed of its own: where in its book it begins, whose codes and moves are told, and where.
 """
 import glob
 import hashlib
@@ -21,10 +23,10 @@ PLACE_QUESTION = "\nQuestion: where is {name} now? Answer:"
 MOVES = 2  # of each person; the last counts
 
 # The names and places that the model was taught with.
-CODE_FIRST = ["Olive", "Arthur", "Clara", "Edmund", "Flora", "George", "Helen", "Julian", "Martha", "Oscar", "Ruth", "Walter"]
-CODE_LAST = ["Dalton", "Marsh", "Hollis", "Prescott", "Whitmore", "Barnes", "Coleman", "Fletcher", "Grayson", "Keller"]
-PEOPLE = ["Bernard", "Adam", "Cora", "Tessa", "Samuel", "Laura", "Felix", "Quentin", "Edgar", "Oliver", "Grace", "Diana", "Karl",
-          "Daniel", "Isaac", "Phoebe", "Jack", "Alice", "Sarah", "Thomas", "Peter", "Beatrice", "Rosa", "Ralph"]
+FIRST = ["Adam", "Alice", "Arthur", "Beatrice", "Bernard", "Cora", "Daniel", "Diana", "Edgar", "Felix", "Flora", "George", "Grace",
+         "Harold", "Irene", "Isaac", "Jack", "Karl", "Laura", "Leo", "Mary", "Olive", "Oliver", "Peter", "Phoebe", "Quentin",
+         "Ralph", "Rosa", "Samuel", "Sarah", "Tessa", "Thomas", "Vera", "Victor", "Walter"]
+LAST = ["Barker", "Carver", "Dalton", "Graves", "Harlow", "Irving", "Keller", "Lambert", "Norton", "Osborne", "Sawyer", "Vaughn"]
 PLACES = ["kitchen", "market", "stable", "garden", "bridge", "hallway", "bathroom", "tower", "office", "mill", "harbour",
           "bedroom", "attic", "library", "cellar", "chapel"]
 
@@ -44,17 +46,19 @@ def characters(tokens):
     return 7 * (tokens + CONTINUE + 64)
 
 
-def code_facts(rng, count):
-    """[(sentence, question, answer)] of codes."""
-    names = rng.sample([f"{first} {last}" for first in CODE_FIRST for last in CODE_LAST], count)
-    codes = [f"{rng.randrange(10 ** 6):06d}" for _ in names]
-    return [(NEEDLE.format(name=name, code=code), CODE_QUESTION.format(name=name), " " + code)
-            for name, code in zip(names, codes)]
+def code_facts(rng, names):
+    """[(sentence, question, answer)] of a code for each name."""
+    facts = []
+    for name, last in zip(names, rng.sample(LAST, len(names))):
+        code = f"{rng.randrange(10 ** 6):06d}"
+        full = f"{name} {last}"
+        facts.append((NEEDLE.format(name=full, code=code), CODE_QUESTION.format(name=full), " " + code))
+    return facts
 
 
-def move_facts(rng, count):
+def move_facts(rng, names):
     """(sentences in the order of telling, [(question, answer)])."""
-    told = [name for name in rng.sample(PEOPLE, count) for _ in range(MOVES)]
+    told = [name for name in names for _ in range(MOVES)]
     rng.shuffle(told)
     where, sentences = {}, []
     for name in told:
@@ -64,7 +68,9 @@ def move_facts(rng, count):
 
 
 class Context:
-    """ids [tokens], rest [CONTINUE + 1] and what is asked; k, v, q once read() ran."""
+    """ids [tokens], then either questions (needles, babi) or, without any, the text that follows (rest [CONTINUE + 1]).
+
+    k, v, q: once read() ran."""
 
     def __init__(self, tokenizer, path, tokens, seed, questions):
         rng = random.Random(f"{seed}/{os.path.basename(path)}/{tokens}")
@@ -73,9 +79,11 @@ class Context:
             text = file.read()
         start = rng.randrange(len(text) // 50, max(len(text) // 50 + 1, len(text) - characters(tokens)))
         text = tokenizer.encode(text[start:start + characters(tokens)])
-        codes = code_facts(rng, questions)
-        moves, places = move_facts(rng, questions)
-        self.ids, self.rest = self.hide(rng, tokenizer, text, [code[0] for code in codes], moves)
+        names = rng.sample(FIRST, 2 * questions)
+        codes = code_facts(rng, names[:questions])
+        moves, places = move_facts(rng, names[questions:])
+        self.ids, rest = self.hide(rng, tokenizer, text, [code[0] for code in codes], moves)
+        self.rest = [] if questions else rest
         self.needles = [self.pair(tokenizer, question, answer) for _, question, answer in codes]
         self.babi = [self.pair(tokenizer, question, answer) for question, answer in places]
 
@@ -117,8 +125,8 @@ class Context:
             os.replace(path + f".{os.getpid()}.npz", path)
 
     def batch(self):
-        """The continuation, then the codes, then the places, in one pass."""
-        return Batch([(self.rest[:1], self.rest[1:]), *self.needles, *self.babi], self.tokens)
+        """What is read in one pass: the continuation, or the questions."""
+        return Batch([(self.rest[:1], self.rest[1:])] if self.rest else self.needles + self.babi, self.tokens)
 
     def exact(self):
         """The whole cache as a summary of itself."""
@@ -138,30 +146,31 @@ class Judge:
         self.model, self.context, self.passage = model, context, context.batch()
         empty = context.k[:, :, :0], context.v[:, :, :0]
         caches = model.caches(context.exact(), *empty)
-        self.base, self.sure, self.queries = self.judge_caches(caches, QUERIES)
-        self.outputs = model.attention(self.queries, caches)
+        self.sure, own, chosen, self.queries = model.read(self.passage, caches, QUERIES)
+        self.base = self.answers(own, chosen)
+        if context.rest:
+            self.base.update(kl=0.0, error=[0.0] * len(caches))
+            self.outputs = model.attention(self.queries, caches)
 
-    def judge_caches(self, caches, keep=0):
-        """(answers and NLL, log-probabilities [CONTINUE, vocabulary] of what follows, kept queries)."""
-        table, own, chosen, kept = self.model.read(self.passage, caches, keep)
-        spans, first = self.passage.spans, 1 + len(self.context.needles)
-        answers = [bool(chosen[span].all()) for span in spans]
-        return ({"needle": answers[1:first], "babi": answers[first:], "nll": float(-own[spans[0]].astype(np.float64).mean())},
-                table[spans[0]], kept)
+    def answers(self, own, chosen):
+        """Which questions are answered, or the NLL of the continuation."""
+        if self.context.rest:
+            return {"nll": float(-own.astype(np.float64).mean())}
+        right = [bool(chosen[span].all()) for span in self.passage.spans]
+        codes = len(self.context.needles)
+        return {"needle": right[:codes], "babi": right[codes:]}
 
     def judge(self, summary, window):
-        """Answers, NLL, divergence from the exact model and attention error by layer of a summary of all but the newest
-        `window` tokens."""
+        """Of a summary of all but the newest `window` tokens: answers; or NLL, divergence from the exact model and attention
+        error by layer. And the bytes stored, and bytes as bf16 over them."""
         k, v = self.context.k, self.context.v
         start = k.shape[2] - window
         caches = self.model.caches(summary, k[:, :, start:], v[:, :, start:])
-        result, table, _ = self.judge_caches(caches)
-        xp = self.model.xp
-        result["kl"] = float((xp.exp(self.sure) * (self.sure - table)).sum(-1).mean())
-        result["error"] = []
-        for exact, near in zip(self.outputs, self.model.attention(self.queries, caches)):
-            far = ((near - exact) ** 2).sum((0, 2)) / (exact ** 2).sum((0, 2))
-            result["error"].append(float((far ** 0.5).mean()))
-        result["bytes"] = int(summary.bytes)
-        result["rate"] = (k[:, :, :start].size + v[:, :, :start].size) * 2 / summary.bytes
+        table, own, chosen, _ = self.model.read(self.passage, caches)
+        result = {**self.answers(own, chosen), "bytes": int(summary.bytes),
+                  "rate": (k[:, :, :start].size + v[:, :, :start].size) * 2 / summary.bytes}
+        if self.context.rest:
+            result["kl"] = float((self.model.xp.exp(self.sure) * (self.sure - table)).sum(-1).mean())
+            result["error"] = [float(((((near - exact) ** 2).sum((0, 2)) / (exact ** 2).sum((0, 2))) ** 0.5).mean())
+                               for exact, near in zip(self.outputs, self.model.attention(self.queries, caches))]
         return result

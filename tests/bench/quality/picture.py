@@ -11,7 +11,7 @@ STYLE = {  # family: colour, width, dash
 }
 MARKS = {"int4 alone": "#52606d", "int2 alone": "#52606d", "dense4": "#c8102e", "dense8": "#c8102e"}
 MEASURES = [("needle recall", lambda s: s.needle, 0.0, 1.0), ("bAbI recall", lambda s: s.babi, 0.0, 1.0),
-            ("NLL above exact, nats", lambda s: s.delta, 0.0, 0.16), ("attention error", lambda s: s.error, 0.0, 0.8)]
+            ("NLL above exact, nats", lambda s: s.above, 0.0, 0.16), ("attention error", lambda s: s.error, 0.0, 0.8)]
 
 
 class Panel:
@@ -63,7 +63,7 @@ def frontier(table, family, measure, lowest):
     """[(rate, value)] of a family: at each nominal rate its best width."""
     points = {}
     for s in table:
-        if s.family == family and s.nominal:
+        if s.family == family and s.nominal and measure(s) is not None:
             seen = points.get(s.nominal)
             better = seen is None or (measure(s) < seen[1] if lowest else measure(s) > seen[1])
             points[s.nominal] = (s.rate, measure(s)) if better else seen
@@ -77,7 +77,7 @@ def draw_panel(out, panel, table, title, measure, lowest):
         if points:
             out.append(curve([(panel.x(rate), panel.y(value)) for rate, value in points], colour, width, dash))
     for s in table:
-        if s.family in MARKS:
+        if s.family in MARKS and measure(s) is not None:
             x, y = panel.x(s.rate), panel.y(measure(s))
             out.append(f'<rect x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7" fill="{MARKS[s.family]}" '
                        f'transform="rotate(45 {x:.1f} {y:.1f})"><title>{escape(s.name)}</title></rect>')

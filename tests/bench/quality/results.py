@@ -12,22 +12,26 @@ SAME_BYTES = 1.01  # records of one budget differ by what alignment and whole to
 PIECE_ERROR, PIECE_NLL = 1.10, 0.02  # a fold against compressing in one piece
 
 
+def mean(values):
+    """None of nothing: a table without contexts of a kind has no such measure."""
+    return sum(values) / len(values) if values else None
+
+
 class Sum:
     """One way of storing contexts of one length, over all of them."""
 
     def __init__(self, tokens, row):
         self.tokens, self.family, self.bits, self.nominal = tokens, row["family"], row["bits"], row["nominal"]
         self.window, self.ours = row["window"], row["ours"]
-        self.answers = {"needle": [], "babi": []}
-        self.nll, self.above, self.kl, self.errors, self.stored, self.raw = [], [], [], [], 0, 0.0
+        self.lists = {"needle": [], "babi": [], "nll": [], "above": [], "kl": [], "error": []}
+        self.stored, self.raw = 0, 0.0
 
     def add(self, row, base):
-        for name, answers in self.answers.items():
-            answers += row[name]
-        self.nll.append(row["nll"])
-        self.above.append(row["nll"] - base["nll"])
-        self.kl.append(row["kl"])
-        self.errors.append(row["error"])
+        for name in ("needle", "babi"):
+            self.lists[name] += row.get(name, [])
+        for name in ("nll", "kl", "error"):
+            self.lists[name] += [row[name]] if name in row else []
+        self.lists["above"] += [row["nll"] - base["nll"]] if "nll" in row else []
         self.stored += row["bytes"]
         self.raw += row["bytes"] * row["rate"]
 
@@ -36,39 +40,29 @@ class Sum:
         return self.family + (f" int{self.bits}" if self.bits and self.nominal else "") + \
             (f" {self.nominal}x" if self.nominal else "")
 
-    def share(self, kind):
-        return sum(self.answers[kind]) / max(1, len(self.answers[kind]))
-
-    needle = property(lambda self: self.share("needle"))
-    babi = property(lambda self: self.share("babi"))
-    mean_nll = property(lambda self: sum(self.nll) / len(self.nll))
-    divergence = property(lambda self: sum(self.kl) / len(self.kl))
-    delta = property(lambda self: sum(self.above) / len(self.above))
+    needle = property(lambda self: mean(self.lists["needle"]))
+    babi = property(lambda self: mean(self.lists["babi"]))
+    nll = property(lambda self: mean(self.lists["nll"]))
+    above = property(lambda self: mean(self.lists["above"]))
+    kl = property(lambda self: mean(self.lists["kl"]))
+    layers = property(lambda self: [mean(layer) for layer in zip(*self.lists["error"])])
+    error = property(lambda self: mean(self.layers))
     rate = property(lambda self: self.raw / self.stored if self.stored else 1.0)
 
     @property
     def spread(self):
-        """Standard error of delta over contexts."""
-        n = len(self.above)
-        return math.sqrt(sum((x - self.delta) ** 2 for x in self.above) / (n - 1) / n) if n > 1 else 0.0
-
-    @property
-    def layers(self):
-        return [sum(layer) / len(layer) for layer in zip(*self.errors)]
-
-    @property
-    def error(self):
-        return sum(self.layers) / len(self.layers)
+        """Standard error of `above` over contexts."""
+        values, middle = self.lists["above"], self.above
+        n = len(values)
+        return math.sqrt(sum((x - middle) ** 2 for x in values) / (n - 1) / n) if n > 1 else None
 
 
 def sum_up(done):
     """{(tokens, window): [Sum]} with the exact cache first, from [(job, exact judgement, rows)]."""
     sums = {}
-    for (tokens, _, _), base, rows in done:
-        layers = len(rows[0]["error"])
+    for (tokens, *_), base, rows in done:
         for window in sorted({row["window"] for row in rows}):
-            exact = {**base, "family": "exact", "bits": 0, "nominal": 0, "window": window, "ours": False, "error": [0.0] * layers,
-                     "kl": 0.0, "bytes": 0, "rate": 1.0}
+            exact = {**base, "family": "exact", "bits": 0, "nominal": 0, "window": window, "ours": False, "bytes": 0, "rate": 1.0}
             table = sums.setdefault((tokens, window), {})
             for row in [exact, *(row for row in rows if row["window"] == window)]:
                 table.setdefault((row["family"], row["bits"], row["nominal"]), Sum(tokens, row)).add(row, base)
@@ -81,7 +75,7 @@ def find(table, family, nominal):
 
 def best(table, nominal, measure, lowest):
     """The best baseline at a rate: any of its widths; every token at few bits competes where it has not fewer bytes."""
-    rivals = [s for s in table if not s.ours and s.family != "exact" and
+    rivals = [s for s in table if not s.ours and s.family != "exact" and measure(s) is not None and
               (s.nominal == nominal or (s.nominal == 0 and nominal / 2 < s.rate <= nominal))]
     return (min if lowest else max)(rivals, key=measure, default=None)
 
@@ -93,6 +87,10 @@ def against(name, value, unit, other, at_least):
     return report.row(name, value, unit, other, 1.0, at_least)
 
 
+WHAT = (("needle", "answered", lambda s: s.needle, False), ("bAbI", "answered", lambda s: s.babi, False),
+        ("NLL", "nats", lambda s: s.nll, True))
+
+
 def judge_rate(rows, at, table, family, nominal):
     """Bars of one of our families at a rate, and the best baseline at the same bytes."""
     ours = find(table, family, nominal)
@@ -100,15 +98,15 @@ def judge_rate(rows, at, table, family, nominal):
         return
     needle, babi, nll = BARS.get(nominal, (None, None, None))
     name = f"{at}, {ours.name}"
-    rows += [report.row(f"{name}: needle", ours.needle, "answered", None, needle),
-             report.row(f"{name}: bAbI", ours.babi, "answered", None, babi),
-             report.row(f"{name}: NLL above exact", ours.delta, "nats", None, nll, at_least=False),
-             report.row(f"{name}: rate", ours.rate, "x", None, nominal)]
-    for what, unit, measure, lowest in (("needle", "answered", lambda s: s.needle, False),
-                                        ("bAbI", "answered", lambda s: s.babi, False),
-                                        ("NLL", "nats", lambda s: s.mean_nll, True)):
+    for what, unit, value, bar, at_least in (("needle", "answered", ours.needle, needle, True),
+                                             ("bAbI", "answered", ours.babi, babi, True),
+                                             ("NLL above exact", "nats", ours.above, nll, False),
+                                             ("rate", "x", ours.rate, nominal, True)):
+        if value is not None:
+            rows.append(report.row(f"{name}: {what}", value, unit, None, bar, at_least))
+    for what, unit, measure, lowest in WHAT:
         rival = best(table, nominal, measure, lowest)
-        if rival:
+        if rival and measure(ours) is not None:
             rows.append(against(f"{name}: {what} against the best baseline, {rival.name}", measure(ours), unit, measure(rival),
                                 not lowest))
 
@@ -118,20 +116,19 @@ def judge_folds(rows, at, table, nominal):
     flat, cooled = find(table, "fold", nominal), find(table, "cooled fold", nominal)
     if flat and cooled:
         name = f"{at}, {nominal}x, cooled against flat"
-        rows += [against(f"{name}: needle", cooled.needle, "answered", flat.needle, True),
-                 against(f"{name}: bAbI", cooled.babi, "answered", flat.babi, True),
-                 against(f"{name}: NLL", cooled.mean_nll, "nats", flat.mean_nll, False),
-                 against(f"{name}: attention error", cooled.error, "relative", flat.error, False),
-                 report.row(f"{name}: bytes", cooled.stored, "bytes", flat.stored, SAME_BYTES, at_least=False)]
+        for what, unit, measure, lowest in (*WHAT, ("attention error", "relative", lambda s: s.error, True)):
+            if measure(flat) is not None:
+                rows.append(against(f"{name}: {what}", measure(cooled), unit, measure(flat), not lowest))
+        rows.append(report.row(f"{name}: bytes", cooled.stored, "bytes", flat.stored, SAME_BYTES, at_least=False))
     piece = find(table, "balance in one piece", nominal)
-    if flat and piece:
+    if flat and piece and flat.nll is not None:
         name = f"{at}, {nominal}x, fold of blocks against one piece"
         rows += [report.row(f"{name}: attention error", flat.error, "relative", piece.error, PIECE_ERROR, at_least=False),
-                 report.row(f"{name}: NLL above it", flat.mean_nll - piece.mean_nll, "nats", None, PIECE_NLL, at_least=False)]
+                 report.row(f"{name}: NLL above it", flat.nll - piece.nll, "nats", None, PIECE_NLL, at_least=False)]
 
 
 def judge(sums, rates):
-    """All rows: bars first, then every measure of every column."""
+    """Rows with bars."""
     rows = []
     shortest = min(window for _, window in sums)
     for (tokens, window), table in sums.items():
@@ -144,36 +141,38 @@ def judge(sums, rates):
             elif window == LONG_WINDOW and nominal in LONG_BARS:
                 for ours in (find(table, family, nominal) for family in JUDGED):
                     if ours:
-                        rows.append(report.row(f"{at}, {ours.name}: NLL above exact", ours.delta, "nats", None,
+                        rows.append(report.row(f"{at}, {ours.name}: NLL above exact", ours.above, "nats", None,
                                                LONG_BARS[nominal], at_least=False))
     return rows
 
 
 def measures(sums):
-    """Plain rows without bars."""
+    """Every measure of every column, without bars."""
     rows = []
     for (tokens, window), table in sums.items():
         for s in table:
-            name = f"{tokens:,} tokens, window {window}, all of {s.name}"
-            rows += [report.row(f"{name}: rate", s.rate, "x"), report.row(f"{name}: needle", s.needle, "answered"),
-                     report.row(f"{name}: bAbI", s.babi, "answered"), report.row(f"{name}: NLL", s.mean_nll, "nats"),
-                     report.row(f"{name}: NLL above exact", s.delta, "nats"),
-                     report.row(f"{name}: standard error of that", s.spread, "nats"),
-                     report.row(f"{name}: divergence from exact", s.divergence, "nats"),
-                     report.row(f"{name}: attention error", s.error, "relative")]
-            rows += [report.row(f"{name}: attention error, layer {i}", value, "relative") for i, value in enumerate(s.layers)]
+            values = [("rate", "x", s.rate), ("needle", "answered", s.needle), ("bAbI", "answered", s.babi),
+                      ("NLL", "nats", s.nll), ("NLL above exact", "nats", s.above), ("standard error of that", "nats", s.spread),
+                      ("divergence from exact", "nats", s.kl), ("attention error", "relative", s.error),
+                      *((f"attention error, layer {i}", "relative", value) for i, value in enumerate(s.layers))]
+            rows += [report.row(f"{tokens:,} tokens, window {window}, all of {s.name}: {what}", value, unit)
+                     for what, unit, value in values if value is not None]
     return rows
+
+
+def cell(value, form):
+    return "" if value is None else form.format(value)
 
 
 def show(sums):
     for (tokens, window), table in sums.items():
         exact = table[0]
-        print(f"\n{tokens:,} tokens, newest {window} exact, {len(exact.nll)} contexts, {len(exact.answers['needle'])} codes, "
-              f"{len(exact.answers['babi'])} places")
-        lines = []
-        for s in sorted(table, key=lambda s: (s.nominal, not s.ours, s.delta)):
-            lines.append([s.name, f"{s.rate:.2f}x", f"{s.needle:.3f}", f"{s.babi:.3f}", f"{s.mean_nll:.4f}", f"{s.delta:+.4f}",
-                          f"{s.spread:.4f}", f"{s.divergence:.4f}", f"{s.error:.3f}", *(f"{layer:.2f}" for layer in s.layers)])
+        print(f"\n{tokens:,} tokens, newest {window} exact: {len(exact.lists['needle'])} codes, {len(exact.lists['babi'])} places, "
+              f"{len(exact.lists['nll'])} plain texts")
+        lines = [[s.name, f"{s.rate:.2f}x", cell(s.needle, "{:.3f}"), cell(s.babi, "{:.3f}"), cell(s.nll, "{:.4f}"),
+                  cell(s.above, "{:+.4f}"), cell(s.spread, "{:.4f}"), cell(s.kl, "{:.4f}"), cell(s.error, "{:.3f}"),
+                  *(f"{layer:.2f}" for layer in s.layers)]
+                 for s in sorted(table, key=lambda s: (s.nominal, not s.ours, s.above or 0))]
         report.table(["stored as", "vs bf16", "needle", "bAbI", "NLL", "above exact", "+-", "KL", "error",
                       *(f"L{i}" for i in range(len(exact.layers)))], lines)
 

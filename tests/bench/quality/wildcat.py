@@ -12,6 +12,7 @@ from .baselines import SINK
 
 BLOCK = 128
 JITTER = 1e-7
+NOTHING = 1e-5  # of the diagonal: a residual that is rounding alone
 
 
 def draw(rng, gram, residual):
@@ -34,7 +35,7 @@ def pivots(xp, rng, k, most, scale):
     diagonal = xp.exp(scale * squares - shift)
     residual, factor, chosen = diagonal.copy(), xp.empty((n, most), np.float32), []
     while len(chosen) < most:
-        left = residual.astype(np.float64)
+        left = xp.where(residual > NOTHING * diagonal, residual, 0).astype(np.float64)
         total = float(left.sum())
         if total <= 0:
             break

@@ -7,8 +7,6 @@ from support import BUILD
 from . import configurations, context
 from .model import Model
 
-MANY_QUESTIONS = 16  # of each kind in a context of over 8,192 tokens; half as many in a shorter one
-
 loaded = {}  # what this process loads once
 
 
@@ -18,13 +16,11 @@ def start(options):
 
 def run(job):
     """One context in all columns: (job, exact judgement, rows, seconds)."""
-    (tokens, path, seed), options, model = job, loaded["options"], loaded["model"]
+    (tokens, path, seed, questions), options, model = job, loaded["options"], loaded["model"]
     began = time.monotonic()
-    questions = options.questions or (MANY_QUESTIONS if tokens > 8192 else MANY_QUESTIONS // 2)
     story = context.Context(model.tokenizer, path, tokens, seed, questions)
     story.read(model, None if options.no_cache else os.path.join(BUILD, "quality-cache"))
     judge = context.Judge(model, story)
-    rows = configurations.columns(story, judge, options.windows, options.rates, options.bits, options.backend, options.only)
+    windows = options.windows[:1] if questions else options.windows
+    rows = configurations.columns(story, judge, windows, options.rates, options.bits, options.backend, options.only)
     return job, judge.base, rows, time.monotonic() - began
-
-
