@@ -47,9 +47,14 @@ static void fold_source_read(const bkv_source_t *source, uint32_t first, uint32_
     while (count > 0) {
         uint32_t at = first - from->starts[child], left = from->views[child].tokens - at;
         uint32_t part = count < left ? count : left;
-        bkv_section_read_range(&from->views[child], at, part, k, v, NULL);
-        k = k ? k + (size_t)part * source->key_dim : NULL;
-        v = v ? v + (size_t)part * source->value_dim : NULL;
+        if (k) {
+            source->lanes->read_keys(&from->views[child], at, part, k);
+            k += (size_t)part * source->key_dim;
+        }
+        if (v) {
+            source->lanes->read_values(&from->views[child], at, part, v);
+            v += (size_t)part * source->value_dim;
+        }
         first += part;
         count -= part;
         child++;

@@ -78,6 +78,10 @@ typedef struct bkv_lanes {
     void (*quant_keys)(const float *rows, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes,
                        float *scratch);
     void (*quant_values)(const float *rows, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes);
+
+    // Keys or values of rows [first, first + count) of a section, as bkv_section_read gives them: the same to the bit.
+    void (*read_keys)(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *k);
+    void (*read_values)(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *v);
 } bkv_lanes_t;
 
 extern const bkv_lanes_t bkv_lanes_ref;

@@ -134,6 +134,14 @@ static void ref_quant_values(const float *rows, uint32_t count, uint32_t dim, ui
     }
 }
 
+static void ref_read_keys(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *k) {
+    bkv_section_read_range(view, first, count, k, NULL, NULL);
+}
+
+static void ref_read_values(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *v) {
+    bkv_section_read_range(view, first, count, NULL, v, NULL);
+}
+
 const bkv_lanes_t bkv_lanes_ref = {
     .dot = ref_dot,
     .axpy = ref_axpy,
@@ -146,4 +154,6 @@ const bkv_lanes_t bkv_lanes_ref = {
     .mix = ref_mix,
     .quant_keys = bkv_quant_key_group,
     .quant_values = ref_quant_values,
+    .read_keys = ref_read_keys,
+    .read_values = ref_read_values,
 };

@@ -62,6 +62,9 @@ static void vector_to_float(bkv_dtype_t dtype, const void *src, size_t n, float 
     bkv_row_to_float(dtype, bytes + bkv_dtype_bytes(dtype) * whole, n - whole, out + whole);
 }
 
+// Reading sections is a file of its own.
+#include "lanes_read.h"
+
 // -- products
 
 // Strips of BKV_TILE rows as columns: strip s has at [d][c] element d of row 16 s + c, 0 where there is no such row.
@@ -376,7 +379,8 @@ static void vector_quant_values(const float *rows, uint32_t count, uint32_t dim,
         .dot = vector_dot, .axpy = vector_axpy, .to_float = vector_to_float, .products = matrices##_products,                  \
         .products_scratch = matrices##_products_scratch, .kernel = matrices##_kernel,                                          \
         .kernel_scratch = matrices##_kernel_scratch, .shares = vector_shares, .mix = matrices##_mix,                           \
-        .quant_keys = vector_quant_keys, .quant_values = vector_quant_values,                                                  \
+        .quant_keys = vector_quant_keys, .quant_values = vector_quant_values, .read_keys = vector_read_keys,                   \
+        .read_values = vector_read_values,                                                                                     \
     }
 
 #endif

@@ -6,6 +6,7 @@
 #include "cpu.h"
 #include "oracle.h"
 #include "quant.h"
+#include "record.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
@@ -364,4 +365,50 @@ static void check_quant(const level_t *level) {
 
 Test(lanes, quantising_is_the_same_to_the_bit) {
     on_every_level(check_quant);
+}
+
+static void check_read(const level_t *level) {
+    static const uint32_t dims[][2] = {{8, 24}, {64, 40}, {128, 128}, {136, 72}, {104, 200}};
+    static const bkv_codec_params_t codecs[] = {{.codec = BKV_CODEC_RAW},
+                                                {.codec = BKV_CODEC_DENSE8},
+                                                {.codec = BKV_CODEC_DENSE4},
+                                                {.codec = BKV_CODEC_BALANCE, .rate = 4, .seed = 1},
+                                                {.codec = BKV_CODEC_BALANCE, .rate = 16, .seed = 1},
+                                                {.codec = BKV_CODEC_BALANCE, .rate = 48, .seed = 1}};
+    uint32_t seen = 0;
+    for (uint32_t d = 0; d < 5; d++) {
+        bkv_shape_t shape = {1, 1, 256, dims[d][0], dims[d][1], d % 2 ? BKV_FP16 : BKV_BF16};
+        bkv_block_t block;
+        oracle_block(&shape, d, 1, &block);
+        for (uint32_t c = 0; c < 6; c++) {
+            bkv_error_t err;
+            if (oracle_try(&block, &codecs[c], 0, &err) != BKV_OK) {
+                continue; // too small for the rate
+            }
+            size_t length;
+            bkv_section_view_t view;
+            bkv_record_section(oracle_compress(&block, &codecs[c], 0, &length), 0, 0, &view);
+            seen |= 1u << (view.key_bits & 15);
+            for (uint32_t first = 0; first < view.tokens; first = 3 * first + 1) {
+                for (uint32_t count = 1; count <= view.tokens - first; count = 2 * count + 5) {
+                    size_t keys = (size_t)count * shape.key_dim, values = (size_t)count * shape.value_dim;
+                    float *want = oracle_alloc((keys + values) * sizeof(float));
+                    float *k = oracle_exact(keys * sizeof(float)), *v = oracle_exact(values * sizeof(float));
+                    bkv_section_read_range(&view, first, count, want, want + keys, NULL);
+                    level->lanes->read_keys(&view, first, count, k);
+                    level->lanes->read_values(&view, first, count, v);
+                    cr_assert(memcmp(want, k, keys * sizeof(float)) == 0, "%s: keys, dims %u, %u bits, %u from %u", level->name,
+                              d, view.key_bits, count, first);
+                    cr_assert(memcmp(want + keys, v, values * sizeof(float)) == 0, "%s: values, dims %u, %u bits, %u from %u",
+                              level->name, d, view.value_bits, count, first);
+                    free(want), free(k), free(v);
+                }
+            }
+        }
+    }
+    cr_assert((seen & (1u << 3)) && (seen & (1u << 4)) && (seen & (1u << 8)) && (seen & (1u << 15)), "bits seen: %x", seen);
+}
+
+Test(lanes, sections_are_read_the_same_to_the_bit) {
+    on_every_level(check_read);
 }
