@@ -159,10 +159,10 @@ BKV_API bkv_status_t bkv_put(bkv_client_t *client, const bkv_spec_id_t *id, cons
 BKV_API bkv_status_t bkv_get(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                              const bkv_range_t *range, uint32_t timeout_ms, bkv_record_t *records, bkv_error_t *err);
 
-// A summary of consecutive blocks, oldest first: one record, or one for each band of params->profile, oldest first, which are to
-// be used together. records has room for params->profile.count of them, at least 1; *record_count says how many there are. On
-// failure there are none, and each has the call's status. Their keys are the fold's, under which they can be got again. A profile that is none:
-// INVALID_ARGUMENT, and records are left alone.
+// A summary of consecutive blocks, oldest first: one record, or with a profile one or more for each of its bands, oldest first,
+// which are to be used together. records has room for one, with a profile for BKV_FOLD_RECORDS; *record_count says how many
+// there are. On failure there are none, and each has the call's status. Their keys are the fold's, under which they can be got
+// again. A profile that is none: INVALID_ARGUMENT, and records are left alone.
 BKV_API bkv_status_t bkv_fold_remote(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                                      const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records,
                                      size_t *record_count, bkv_error_t *err);

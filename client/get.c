@@ -372,7 +372,7 @@ bkv_status_t bkv_get_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_
 // ---- Fold ----
 
 static size_t fold_room(const bkv_fold_params_t *params) {
-    return params->profile.count > 1 ? params->profile.count : 1;
+    return params->profile.count > 0 ? BKV_FOLD_RECORDS : 1;
 }
 
 static bkv_call_t *fold_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,

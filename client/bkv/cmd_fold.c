@@ -28,14 +28,14 @@ bkv_status_t bkv_cmd_fold(bkv_cli_t *cli, bkv_error_t *err) {
     }
     status = bkv_session_start(&session, cli, err);
     if (status == BKV_OK) {
-        bkv_record_t *records = bkv_xcalloc(BKV_MAX_BANDS, sizeof *records);
+        bkv_record_t *records = bkv_xcalloc(BKV_FOLD_RECORDS, sizeof *records);
         const bkv_keyset_t *keyset = &session.keyset;
         size_t count = 0;
         status = bkv_fold_remote(session.client, &session.id, keyset->keys, keyset->count, &params, 0, records, &count, err);
         if (status == BKV_OK) {
             status = bkv_records_emit(cli, keyset, records, count, err);
         }
-        bkv_records_free(records, BKV_MAX_BANDS);
+        bkv_records_free(records, BKV_FOLD_RECORDS);
     }
     bkv_session_end(&session);
     return status;

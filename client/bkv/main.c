@@ -19,7 +19,7 @@ static const bkv_command_t commands[] = {
     {"lookup", "[KEY...]", "which blocks are resident", SPEC_OF_KEYS, 0, -1, bkv_cmd_lookup, NULL},
     {"fold", "[KEY...]", "a summary of consecutive blocks", SPEC_OF_KEYS | BKV_CLI_OUT | BKV_CLI_RECORD | BKV_CLI_BUDGET, 0, -1,
      bkv_cmd_fold,
-     "--budget, or with --keys --rate, says how large it is; --profile how dense by age, one record for each band. With\n"
+     "--budget, or with --keys --rate, says how large it is; --profile how dense by age, a record or more for each band. With\n"
      "--profile alone its rates are meant as they are.\n"},
     {"attend", "[KEY...]", "attention over resident blocks, in the daemon", SPEC_OF_KEYS | BKV_CLI_OUT | BKV_CLI_QUERIES, 0, -1,
      bkv_cmd_attend, "--out writes out.N [query heads, queries, dim] and lse.N [query heads, queries], F32.\n"},

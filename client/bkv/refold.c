@@ -72,7 +72,8 @@ static bkv_status_t fold_part(const tree_t *tree, uint32_t first, uint32_t count
     return status;
 }
 
-static bkv_status_t plan(const bkv_refold_t *refold, bkv_cool_band_t bands[BKV_MAX_BANDS], uint32_t *count, bkv_error_t *err) {
+static bkv_status_t plan(const bkv_refold_t *refold, bkv_cool_band_t bands[BKV_FOLD_RECORDS], uint32_t *count,
+                         bkv_error_t *err) {
     if (refold->profile->count == 0) {
         bands[0] = (bkv_cool_band_t){.count = refold->count, .budget = refold->budget};
         *count = 1;
@@ -91,7 +92,7 @@ static bkv_status_t plan(const bkv_refold_t *refold, bkv_cool_band_t bands[BKV_M
 }
 
 bkv_status_t bkv_refold(const bkv_refold_t *refold, void **results, size_t *count, bkv_error_t *err) {
-    bkv_cool_band_t bands[BKV_MAX_BANDS];
+    bkv_cool_band_t bands[BKV_FOLD_RECORDS];
     uint32_t band_count;
     *count = 0;
     bkv_status_t status = plan(refold, bands, &band_count, err);

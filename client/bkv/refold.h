@@ -14,7 +14,7 @@ typedef struct bkv_refold {
     const bkv_profile_t *profile; // count 0: one record
 } bkv_refold_t;
 
-// results has room for BKV_MAX_BANDS; those made, oldest first, are sealed and the caller's to free.
+// results has room for BKV_FOLD_RECORDS; those made, oldest first, are sealed and the caller's to free.
 bkv_status_t bkv_refold(const bkv_refold_t *refold, void **results, size_t *count, bkv_error_t *err);
 
 // A sealed copy of a record, no larger than it must be; free() it. INTERNAL: no reader would take it.

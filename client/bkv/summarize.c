@@ -129,7 +129,7 @@ static bkv_status_t fold_all(const bkv_summarize_t *options, bkv_summaries_t *su
     if (options->params.codec == BKV_CODEC_BALANCE && refold.budget > summaries->raw_bytes / options->params.rate) {
         refold.budget = summaries->raw_bytes / options->params.rate;
     }
-    void *results[BKV_MAX_BANDS];
+    void *results[BKV_FOLD_RECORDS];
     size_t count;
     bkv_status_t status = bkv_refold(&refold, results, &count, err);
     if (status != BKV_OK) {

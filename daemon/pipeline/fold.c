@@ -75,7 +75,7 @@ static bkv_status_t survey(fold_t *fold, bkv_error_t *err) {
     if (fold->blocks == NULL || fold->before == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for %u", fold->count);
     }
-    uint64_t now_ms = fold->pipeline->config.now_ms(), expected = 0;
+    uint64_t now_ms = fold->pipeline->config.now_ms(), expected = 0, tokens = 0;
     fold->before[0] = 0;
     for (uint32_t i = 0; i < fold->count; i++) {
         bkv_record_header_t header;
@@ -83,6 +83,11 @@ static bkv_status_t survey(fold_t *fold, bkv_error_t *err) {
         bkv_status_t status = look(fold, i, now_ms, &header, &length, err);
         if (status == BKV_OK && i > 0 && header.position != expected) {
             status = refuse_gap(fold, i, header.position, expected, err);
+        }
+        tokens += status == BKV_OK ? header.tokens : 0;
+        if (status == BKV_OK && tokens > BKV_MAX_TOKENS) {
+            status = bkv_fail(err, BKV_INVALID_ARGUMENT, "keys[%u]: %llu tokens so far are more than %u", i,
+                              (unsigned long long)tokens, BKV_MAX_TOKENS);
         }
         if (status != BKV_OK) {
             return status;
@@ -110,7 +115,7 @@ static uint64_t total_budget(const fold_t *fold) {
 }
 
 // What each record of the answer covers. Without a profile, under a budget in bytes, nothing need be known of the records.
-static bkv_status_t plan(fold_t *fold, bkv_cool_band_t bands[BKV_MAX_BANDS], uint32_t *count, bkv_error_t *err) {
+static bkv_status_t plan(fold_t *fold, bkv_cool_band_t bands[BKV_FOLD_RECORDS], uint32_t *count, bkv_error_t *err) {
     bool blind = fold->profile.count == 0 && fold->rate == 0;
     bkv_status_t status = blind ? BKV_OK : survey(fold, err);
     if (status == BKV_OK && fold->profile.count > 0) {
@@ -174,7 +179,7 @@ void bkv_fold_release(bkv_pipeline_t *pipeline, bkv_fold_result_t *result) {
 }
 
 static bkv_status_t answer_fold(fold_t *fold, bkv_scratch_t *scratch, bkv_fold_result_t *result, bkv_error_t *err) {
-    bkv_cool_band_t bands[BKV_MAX_BANDS];
+    bkv_cool_band_t bands[BKV_FOLD_RECORDS];
     uint32_t count = 0;
     bkv_status_t status = plan(fold, bands, &count, err);
     for (uint32_t i = 0; i < count && status == BKV_OK; i++) {

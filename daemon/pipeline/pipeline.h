@@ -160,10 +160,10 @@ typedef struct bkv_fold_record {
     bkv_delivery_t delivery;
 } bkv_fold_record_t;
 
-// One record for each band, oldest first; 0 on error. The callback's to release, or to copy and have released later.
+// The records, oldest first (see bkv_cool_plan); 0 on error. The callback's to release, or to copy and have released later.
 typedef struct bkv_fold_result {
     uint32_t count;
-    bkv_fold_record_t records[BKV_MAX_BANDS];
+    bkv_fold_record_t records[BKV_FOLD_RECORDS];
 } bkv_fold_result_t;
 
 typedef void (*bkv_fold_done_t)(void *user, const bkv_error_t *error, bkv_fold_result_t *result);

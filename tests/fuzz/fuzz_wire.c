@@ -93,6 +93,34 @@ static void fuzz_lookup(const ProtobufCMessage *message) {
     }
 }
 
+static void fuzz_fold(const ProtobufCMessage *message) {
+    const Balancekv__V1__FoldRequest *request = (const Balancekv__V1__FoldRequest *)message;
+    bkv_profile_t profile, again;
+    bkv_error_t err;
+    if (bkv_wire_get_profile(request->n_profile, request->profile, &profile, &err) != BKV_OK ||
+        bkv_profile_check(&profile, &err) != BKV_OK || profile.count == 0) {
+        return;
+    }
+    char text[BKV_PROFILE_TEXT];
+    bkv_profile_format(&profile, text);
+    assert(bkv_profile_parse(text, &again, &err) == BKV_OK && memcmp(&again, &profile, sizeof(profile)) == 0);
+    const bkv_shape_t shape = {.layers = 2, .heads = 2, .tokens = 1, .key_dim = 16, .value_dim = 8, .dtype = BKV_BF16};
+    bkv_cool_block_t blocks[MAX_BATCH];
+    bkv_cool_band_t bands[BKV_FOLD_RECORDS];
+    uint32_t count, covered = 0;
+    for (uint32_t i = 0; i < MAX_BATCH; i++) {
+        blocks[i] = (bkv_cool_block_t){.tokens = 64 + i, .bytes = 2000 + 7 * i};
+    }
+    if (bkv_cool_plan(&shape, blocks, MAX_BATCH, &profile, request->budget_bytes, bands, &count, &err) == BKV_OK) {
+        uint64_t sum = 0;
+        for (uint32_t i = 0; i < count; i++) {
+            covered += bands[i].count;
+            sum += bands[i].budget;
+        }
+        assert(covered == MAX_BATCH && (request->budget_bytes == 0 || sum <= request->budget_bytes));
+    }
+}
+
 static void ignore(const ProtobufCMessage *message) {
     (void)message;
 }
@@ -105,7 +133,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         {&balancekv__v1__open_request__descriptor, fuzz_open},
         {&balancekv__v1__lookup_request__descriptor, fuzz_lookup},
         {&balancekv__v1__get_request__descriptor, ignore},
-        {&balancekv__v1__fold_request__descriptor, ignore},
+        {&balancekv__v1__fold_request__descriptor, fuzz_fold},
         {&balancekv__v1__pin_request__descriptor, ignore},
         {&balancekv__v1__unpin_request__descriptor, ignore},
         {&balancekv__v1__drop_request__descriptor, ignore},

@@ -189,6 +189,9 @@ class Worker:
         data = self.expect([Code.NOT_FOUND], self.client.fold, self.spec_id, keys, 20000, ttl_ms=1000)
         if data is not None and (len(data) > 20000 or record.Record(data).tokens != TOKENS * len(keys)):
             raise AssertionError("a fold is not what was asked for")
+        bands = self.expect([Code.NOT_FOUND], self.client.bands, self.spec_id, keys, [(TOKENS, 4), (0, 16)], rate=10, ttl_ms=1000)
+        if bands is not None and sum(record.Record(band).tokens for band in bands) != TOKENS * len(keys):
+            raise AssertionError("a fold by age does not cover its blocks")
 
     def attend(self):
         q = np.ones((LAYERS, HEADS, 2, KEY_DIM), np.float32)

@@ -78,7 +78,7 @@ class View(c.Structure):
                 ("value_bits", c.c_uint8), ("index_kind", c.c_uint8), ("has_weights", c.c_bool), ("dtype", c.c_int)]
 
 
-MAX_BANDS = 8
+MAX_BANDS, FOLD_RECORDS = 8, 20
 
 
 class Band(c.Structure):
@@ -192,7 +192,7 @@ class Client:
 
     def fold_raw(self, keys, budget=0, rate=0, profile=""):
         """The fold's records as received, oldest first; the caller frees them with free(). profile: text, see kernels/cool.h."""
-        records, names, count = (RecordC * MAX_BANDS)(), (Key * len(keys))(*keys), c.c_size_t()
+        records, names, count = (RecordC * FOLD_RECORDS)(), (Key * len(keys))(*keys), c.c_size_t()
         params = FoldParams(budget_bytes=budget, rate=rate)
         check(library().bkv_profile_parse(profile.encode(), c.byref(params.profile), c.byref(self.error)), self.error)
         check(library().bkv_fold_remote(self.handle, c.byref(self.spec_id), names, c.c_size_t(len(keys)), c.byref(params), 0,

@@ -128,6 +128,15 @@ class Client:
             raise error
         return records[0]
 
+    def bands(self, spec_id, keys, profile, timeout=20, **fields):
+        """The records of a Fold by age, oldest first; profile: [(age, rate)], newest first."""
+        bands = [pb.Band(age=age, rate=rate) for age, rate in profile]
+        request = pb.FoldRequest(spec_id=spec_id, keys=keys, profile=bands, **fields)
+        records, _, _, error = self.collect(self.records("Fold", request, timeout), 20)
+        if error is not None:
+            raise error
+        return [record for record in records if record is not None]
+
     def attend(self, spec_id, keys, q, layers=0, first_layer=0, scale=0.0, timeout=20):
         """q float32 [layers][query_heads][queries][key_dim] as a NumPy array."""
         request = pb.AttendRequest(spec_id=spec_id, keys=keys, first_layer=first_layer, layers=layers, query_heads=q.shape[1],

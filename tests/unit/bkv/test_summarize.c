@@ -280,3 +280,40 @@ Test(bkv_summarize, folds_into_the_budget) {
     bkv_summaries_deinit(&summaries);
     bkv_trace_deinit(&trace);
 }
+
+Test(bkv_summarize, cools_with_age) {
+    char path[64];
+    bkv_trace_t trace;
+    bkv_summaries_t summaries, again;
+    bkv_error_t err;
+    bkv_summarize_t options = options_of(BKV_CODEC_DENSE8, 0);
+    options.block_tokens = 40;
+    options.fold_rate = 8;
+    cr_assert_eq(bkv_profile_parse("60:4,:16", &options.profile, &err), BKV_OK);
+    open_trace(&trace, path, BKV_TENSOR_F16);
+    cr_assert_eq(bkv_summarize_trace(&trace, &options, &summaries, &err), BKV_OK, "%s", err.message);
+    cr_assert_eq(summaries.count, 2);
+    cr_expect_leq(summaries.stored_bytes, summaries.raw_bytes / 8);
+    const bkv_record_header_t *older = summaries.records[0], *newer = summaries.records[1];
+    cr_expect_eq(newer->tokens, 80, "two blocks of 40 are the first that reach to age 60");
+    cr_expect_eq(older->position + older->tokens, newer->position);
+    cr_expect_eq(older->tokens + newer->tokens, TOKENS - WINDOW);
+    cr_expect_gt(newer->length * older->tokens, older->length * newer->tokens);
+    for (size_t i = 0; i < 2; i++) {
+        const bkv_record_header_t *header = summaries.records[i];
+        cr_expect_eq(bkv_record_check(header, header->length, NULL), BKV_OK);
+        cr_expect_eq(bkv_record_verify(header, header->length, NULL), BKV_OK);
+    }
+    options.budget = summaries.raw_bytes / 8; // the same, in bytes
+    options.fold_rate = 0;
+    cr_assert_eq(bkv_summarize_trace(&trace, &options, &again, &err), BKV_OK, "%s", err.message);
+    cr_assert_eq(again.count, 2);
+    cr_expect_eq(memcmp(newer, again.records[1], newer->length), 0);
+    bkv_summaries_deinit(&again);
+    options.budget = 600;
+    cr_expect_eq(bkv_summarize_trace(&trace, &options, &again, &err), BKV_INVALID_ARGUMENT);
+    cr_expect_eq(strncmp(err.message, "budget_bytes: 600", 17), 0, "%s", err.message);
+    bkv_summaries_deinit(&again);
+    bkv_summaries_deinit(&summaries);
+    bkv_trace_deinit(&trace);
+}

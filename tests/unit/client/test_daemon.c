@@ -253,7 +253,7 @@ Test(daemon, fold_that_cools) {
     scene_put(&scene, BLOCKS);
     bkv_fold_params_t params = {.rate = 8};
     cr_assert(bkv_profile_parse("64:3,:12", &params.profile, &scene.err) == BKV_OK, "%s", scene.err.message);
-    bkv_record_t records[2];
+    bkv_record_t records[BKV_FOLD_RECORDS];
     size_t count;
     cr_assert(bkv_fold_remote(scene.client, &scene.id, scene.keys, BLOCKS, &params, 0, records, &count, &scene.err) == BKV_OK,
               "%s", scene.err.message);

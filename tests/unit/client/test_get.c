@@ -309,7 +309,8 @@ Test(get, never_ends) {
 // What a fold's answer looks like: records of these tokens, one after another from position 0 on.
 typedef struct folded {
     uint32_t count, tokens[4];
-    int64_t gap; // between the first two
+    int64_t gap;          // between the first two
+    uint32_t first_index; // of the first record
 } folded_t;
 
 static void serve_fold(fake_call_t *call, void *user) {
@@ -322,7 +323,7 @@ static void serve_fold(fake_call_t *call, void *user) {
         uint8_t *record = fake_record(&key, folded->tokens[i], &length); // too large for small budgets, sent all the same
         ((bkv_record_header_t *)record)->position = position;
         bkv_record_seal(record);
-        fake_chunk(call, i, &key, length, record, length);
+        fake_chunk(call, folded->first_index + i, &key, length, record, length);
         position += folded->tokens[i] + (i == 0 ? (uint64_t)folded->gap : 0);
         free(record);
     }
@@ -332,7 +333,7 @@ static void serve_fold(fake_call_t *call, void *user) {
     fake_finish(call, code, code == GRPC_STATUS_OK ? "" : "profile[0].rate: not that one");
 }
 
-// One Fold of a server that answers so; records has room for 4.
+// One Fold of a server that answers so.
 static bkv_status_t fold_of(folded_t folded, const bkv_fold_params_t *params, bkv_record_t *records, size_t *count,
                             bkv_error_t *err) {
     fake_place_t place;
@@ -354,15 +355,15 @@ Test(get, fold) {
     bkv_record_t record;
     size_t count;
     bkv_error_t err = {0};
-    cr_assert(fold_of((folded_t){1, {5}, 0}, &params, &record, &count, &err) == BKV_OK, "%s", err.message);
+    cr_assert(fold_of((folded_t){1, {5}, 0, 0}, &params, &record, &count, &err) == BKV_OK, "%s", err.message);
     cr_assert(count == 1 && memcmp(&record.key, &fold, sizeof fold) == 0);
     assert_record(&record, 5);
     params.budget_bytes = 200;
-    cr_assert(fold_of((folded_t){1, {5}, 0}, &params, &record, &count, &err) == BKV_INTERNAL, "beyond the budget");
+    cr_assert(fold_of((folded_t){1, {5}, 0, 0}, &params, &record, &count, &err) == BKV_INTERNAL, "beyond the budget");
     cr_assert(count == 0 && record.data == NULL && record.status == BKV_INTERNAL);
     params.budget_bytes = 1 << 20;
-    cr_assert(fold_of((folded_t){0, {0}, 0}, &params, &record, &count, &err) == BKV_INTERNAL, "no record at all");
-    cr_assert(fold_of((folded_t){2, {5, 5}, 0}, &params, &record, &count, &err) == BKV_INTERNAL, "more than asked for");
+    cr_assert(fold_of((folded_t){0, {0}, 0, 0}, &params, &record, &count, &err) == BKV_INTERNAL, "no record at all");
+    cr_assert(fold_of((folded_t){2, {5, 5}, 0, 0}, &params, &record, &count, &err) == BKV_INTERNAL, "more than asked for");
     cr_assert(count == 0 && record.data == NULL);
 }
 
@@ -375,13 +376,13 @@ static void assert_none(const bkv_record_t *records, size_t count) {
 
 Test(get, fold_in_bands) {
     bkv_fold_params_t params = {.rate = 8, .profile = {.count = 3, .bands = {{16, 4}, {64, 8}, {0, 16}}}};
-    bkv_record_t records[4];
+    bkv_record_t records[BKV_FOLD_RECORDS];
     size_t count, length = 0;
     bkv_error_t err = {0};
     bkv_key_t any = fake_key(42, 0);
     const uint32_t tokens[] = {9, 4, 2};
     free(fake_record(&any, 9, &length));
-    cr_assert(fold_of((folded_t){3, {9, 4, 2}, 0}, &params, records, &count, &err) == BKV_OK, "%s", err.message);
+    cr_assert(fold_of((folded_t){3, {9, 4, 2}, 0, 0}, &params, records, &count, &err) == BKV_OK, "%s", err.message);
     cr_assert(count == 3);
     for (uint32_t i = 0; i < 3; i++) {
         bkv_shape_t shape;
@@ -389,24 +390,26 @@ Test(get, fold_in_bands) {
         cr_assert(shape.tokens == tokens[i] && records[i].key.bytes[1] == i);
         bkv_record_free(&records[i]);
     }
-    cr_assert(fold_of((folded_t){2, {9, 4}, 0}, &params, records, &count, &err) == BKV_OK, "fewer bands than asked for");
+    cr_assert(fold_of((folded_t){2, {9, 4}, 0, 0}, &params, records, &count, &err) == BKV_OK, "fewer bands than asked for");
     cr_assert(count == 2 && records[2].data == NULL);
     bkv_record_free(&records[0]);
     bkv_record_free(&records[1]);
 
-    cr_assert(fold_of((folded_t){2, {9, 4}, 1}, &params, records, &count, &err) == BKV_DATA_LOSS, "a gap between two");
+    cr_assert(fold_of((folded_t){2, {9, 4}, 1, 0}, &params, records, &count, &err) == BKV_DATA_LOSS, "a gap between two");
     assert_none(records, count);
-    cr_assert(fold_of((folded_t){4, {9, 4, 2, 1}, 0}, &params, records, &count, &err) == BKV_INTERNAL, "a band too many");
+    cr_assert(fold_of((folded_t){2, {9, 4}, 0, 1}, &params, records, &count, &err) == BKV_INTERNAL, "the first one missing");
+    assert_none(records, count);
+    cr_assert(fold_of((folded_t){1, {9}, 0, BKV_FOLD_RECORDS}, &params, records, &count, &err) == BKV_INTERNAL, "beyond all");
     assert_none(records, count);
     params.rate = 0;
     params.budget_bytes = length + 100;
-    cr_assert(fold_of((folded_t){3, {9, 9, 9}, 0}, &params, records, &count, &err) == BKV_INTERNAL,
+    cr_assert(fold_of((folded_t){3, {9, 9, 9}, 0, 0}, &params, records, &count, &err) == BKV_INTERNAL,
               "together beyond the budget");
     assert_none(records, count);
     params.profile.bands[0].rate = 99;
-    cr_assert(fold_of((folded_t){0, {0}, 0}, &params, records, &count, &err) == BKV_INVALID_ARGUMENT);
+    cr_assert(fold_of((folded_t){0, {0}, 0, 0}, &params, records, &count, &err) == BKV_INVALID_ARGUMENT);
     cr_assert(strstr(err.message, "profile[0].rate") != NULL, "%s", err.message);
     params.profile.bands[1].age = 3;
-    cr_assert(fold_of((folded_t){0, {0}, 0}, &params, records, &count, &err) == BKV_INVALID_ARGUMENT);
+    cr_assert(fold_of((folded_t){0, {0}, 0, 0}, &params, records, &count, &err) == BKV_INVALID_ARGUMENT);
     cr_assert(strstr(err.message, "profile[1].age: 3") != NULL, "refused before it is sent: %s", err.message);
 }

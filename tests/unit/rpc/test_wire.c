@@ -453,6 +453,24 @@ Test(rpc_wire, keys_are_checked_one_by_one) {
     cr_assert_arr_eq(out[1].bytes, key, sizeof(key));
 }
 
+Test(wire, profiles) {
+    Balancekv__V1__Band bands[9], *list[9];
+    for (uint32_t i = 0; i < 9; i++) {
+        balancekv__v1__band__init(&bands[i]);
+        bands[i].age = 100 + i;
+        bands[i].rate = UINT32_MAX - i;
+        list[i] = &bands[i];
+    }
+    bkv_profile_t profile;
+    bkv_error_t err;
+    cr_assert_eq(bkv_wire_get_profile(8, list, &profile, &err), BKV_OK);
+    cr_assert(profile.count == 8 && profile.bands[7].age == 107 && profile.bands[7].rate == UINT32_MAX - 7);
+    cr_assert_eq(bkv_wire_get_profile(0, NULL, &profile, &err), BKV_OK);
+    cr_assert_eq(profile.count, 0);
+    cr_assert_eq(bkv_wire_get_profile(9, list, &profile, &err), BKV_INVALID_ARGUMENT);
+    cr_assert_eq(strncmp(err.message, "profile: 9 bands", 16), 0, "%s", err.message);
+}
+
 Test(rpc_wire, block_is_taken_over_field_by_field) {
     Balancekv__V1__PutBlock block = sample_block();
     bkv_ingest_args_t args;

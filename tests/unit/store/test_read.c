@@ -101,6 +101,28 @@ Test(store_read, contains_is_no_use) {
     bkv_store_destroy(store);
 }
 
+Test(store_read, peek_shows_the_header_and_is_no_use) {
+    bkv_store_t *store = small_store();
+    bkv_record_header_t header;
+    uint64_t length = 0;
+    bkv_key_t key = fixture_key(0);
+    cr_assert(!bkv_store_peek(store, &fixture_spec, &key, NOW, &header, &length));
+    bkv_error_t err;
+    cr_assert_eq(fixture_put(store, 0, MIB, TENANT, 100, NOW, &err), BKV_OK);
+    cr_assert(bkv_store_peek(store, &fixture_spec, &key, NOW + 99, &header, &length));
+    cr_assert_arr_eq(header.key, key.bytes, BKV_KEY_BYTES);
+    cr_assert(length == MIB && header.length == length);
+    const bkv_spec_id_t other = {.bytes = {1}};
+    cr_assert(!bkv_store_peek(store, &other, &key, NOW, &header, &length));
+    cr_assert(!bkv_store_peek(store, &fixture_spec, &key, NOW + 100, &header, &length), "its time is over");
+    cr_assert(fixture_metrics(store).hits_total == 0 && fixture_metrics(store).misses_total == 0);
+    fixture_add(store, 1, MIB);
+    cr_assert_eq(fixture_get(store, 1, NOW), BKV_OK);
+    fixture_add(store, 2, MIB);
+    cr_assert(!fixture_has(store, 0), "a peek keeps nothing");
+    bkv_store_destroy(store);
+}
+
 Test(store_read, lease_keeps_from_eviction) {
     bkv_store_t *store = small_store();
     fixture_add(store, 0, MIB);
