@@ -288,6 +288,43 @@ static inline void codes_store(vec_t value, vec_t inverse, vec_t zero, float top
     vec_store_bytes(codes, vec_min(vec_max(code, vec_set(0)), vec_set(top)));
 }
 
+// Codes of a few rows on their way from vectors of lanes to packed bytes: packing loads them wider than they were stored, which
+// waits until the stores are done.
+#define ROWS_AT_ONCE 4
+
+typedef struct row_codes {
+    uint8_t rows[ROWS_AT_ONCE][BKV_MAX_DIM + BKV_VEC];
+} row_codes_t;
+
+static inline void rows_pack(const row_codes_t *codes, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *out) {
+    for (uint32_t t = 0; t < count; t++) {
+        vec_pack(codes->rows[t], dim, bits, out + (size_t)t * (dim * bits / 8));
+    }
+}
+
+// Smallest and largest of one vector of channels over all rows, in four chains.
+static inline void channel_ranges(const float *rows, uint32_t count, uint32_t dim, uint32_t width, vec_t *low, vec_t *high) {
+    vec_t least[4], most[4];
+    for (uint32_t c = 0; c < 4; c++) {
+        least[c] = most[c] = vec_load_part(rows, width);
+    }
+    uint32_t t = 1;
+    for (; t + 4 <= count; t += 4) {
+        for (uint32_t c = 0; c < 4; c++) {
+            vec_t row = vec_load_part(rows + (size_t)(t + c) * dim, width);
+            least[c] = vec_min(least[c], row);
+            most[c] = vec_max(most[c], row);
+        }
+    }
+    for (; t < count; t++) {
+        vec_t row = vec_load_part(rows + (size_t)t * dim, width);
+        least[0] = vec_min(least[0], row);
+        most[0] = vec_max(most[0], row);
+    }
+    *low = vec_min(vec_min(least[0], least[1]), vec_min(least[2], least[3]));
+    *high = vec_max(vec_max(most[0], most[1]), vec_max(most[2], most[3]));
+}
+
 static void vector_quant_keys(const float *rows, uint32_t count, uint32_t dim, uint32_t bits, uint8_t *params, uint8_t *codes,
                               float *scratch) {
     float *inverses = scratch, *zeros = scratch + dim, top = (float)((1u << bits) - 1u);
@@ -297,25 +334,24 @@ static void vector_quant_keys(const float *rows, uint32_t count, uint32_t dim, u
     }
     for (uint32_t i = 0; i < dim; i += BKV_VEC) {
         uint32_t width = dim - i < BKV_VEC ? dim - i : BKV_VEC;
-        vec_t low = vec_load_part(rows + i, width), high = low, inverse, zero;
-        for (uint32_t t = 1; t < count; t++) {
-            vec_t row = vec_load_part(rows + (size_t)t * dim + i, width);
-            low = vec_min(low, row);
-            high = vec_max(high, row);
-        }
+        vec_t low, high, inverse, zero;
+        channel_ranges(rows + i, count, dim, width, &low, &high);
         vec_int_t pair = params_choose(low, high, top, &inverse, &zero);
         memcpy(params + 4 * (size_t)i, &pair, 4 * (size_t)width);
         vec_store_part(inverses + i, width, inverse);
         vec_store_part(zeros + i, width, zero);
     }
-    uint8_t row_codes[BKV_MAX_DIM + BKV_VEC];
-    for (uint32_t t = 0; t < count; t++) {
-        const float *row = rows + (size_t)t * dim;
+    row_codes_t few;
+    for (uint32_t first = 0; first < count; first += ROWS_AT_ONCE) {
+        uint32_t part = count - first < ROWS_AT_ONCE ? count - first : ROWS_AT_ONCE;
+        const float *row = rows + (size_t)first * dim;
         for (uint32_t i = 0; i < dim; i += BKV_VEC) {
-            codes_store(vec_load_part(row + i, dim - i), vec_load_part(inverses + i, dim - i),
-                        vec_load_part(zeros + i, dim - i), top, row_codes + i);
+            vec_t inverse = vec_load_part(inverses + i, dim - i), zero = vec_load_part(zeros + i, dim - i);
+            for (uint32_t t = 0; t < part; t++) {
+                codes_store(vec_load_part(row + (size_t)t * dim + i, dim - i), inverse, zero, top, few.rows[t] + i);
+            }
         }
-        vec_pack(row_codes, dim, bits, codes + (size_t)t * (dim * bits / 8));
+        rows_pack(&few, part, dim, bits, codes + (size_t)first * (dim * bits / 8));
     }
 }
 
@@ -353,14 +389,18 @@ static void value_rows(const float *rows, uint32_t count, uint32_t dim, uint32_t
             memcpy(params + 4 * ((size_t)t * groups + g), (const uint8_t *)&pair + 4 * (size_t)t, 4);
         }
     }
-    uint8_t row_codes[BKV_MAX_DIM + BKV_VEC];
-    for (uint32_t t = 0; t < count; t++) {
-        const float *row = rows + (size_t)t * dim;
-        for (uint32_t i = 0; i < dim; i += BKV_VEC) {
-            uint32_t g = i / BKV_VALUE_GROUP_DIMS;
-            codes_store(vec_load_part(row + i, dim - i), vec_set(inverses[g][t]), vec_set(zeros[g][t]), top, row_codes + i);
+    row_codes_t few;
+    for (uint32_t first = 0; first < count; first += ROWS_AT_ONCE) {
+        uint32_t part = count - first < ROWS_AT_ONCE ? count - first : ROWS_AT_ONCE;
+        for (uint32_t t = 0; t < part; t++) {
+            const float *row = rows + (size_t)(first + t) * dim;
+            for (uint32_t i = 0; i < dim; i += BKV_VEC) {
+                uint32_t g = i / BKV_VALUE_GROUP_DIMS;
+                vec_t inverse = vec_set(inverses[g][first + t]), zero = vec_set(zeros[g][first + t]);
+                codes_store(vec_load_part(row + i, dim - i), inverse, zero, top, few.rows[t] + i);
+            }
         }
-        vec_pack(row_codes, dim, bits, codes + (size_t)t * (dim * bits / 8));
+        rows_pack(&few, part, dim, bits, codes + (size_t)first * (dim * bits / 8));
     }
 }
 
