@@ -17,11 +17,18 @@ extern const bkv_backend_t bkv_backend_cuda;
 // The bytes that a balance record of this shape may have: bf16 bytes / rate, rounded down to whole 16 bytes.
 uint64_t bkv_balance_budget(const bkv_shape_t *shape, uint32_t rate);
 
-// What each section of a balance record keeps: bits of both planes, and the most of `available` tokens that `budget` bytes
-// in all hold, shared equally by the sections. shape->tokens are the source tokens that the record stands for; weighted
-// says that the available ones carry weights already. False when not even one token of each section fits.
-bool bkv_balance_plan(const bkv_shape_t *shape, uint32_t available, bool weighted, uint64_t budget, bkv_section_t *section,
+// Whether `budget` bytes hold a record of this shape: one token in each section.
+bool bkv_balance_fits(const bkv_shape_t *shape, uint64_t budget);
+
+// What each section of a balance record keeps under `budget` bytes, divided by `shares` (see bkv_codec_params_t): bits of both
+// planes and, of the sections[i].tokens that are available on entry, the most that fit. shape->tokens are the source tokens
+// that the record stands for; weighted says that the available ones carry weights already, *weights that those kept do. The
+// sections' offsets are still to be given (bkv_record_place). False when the budget does not fit.
+bool bkv_balance_plan(const bkv_shape_t *shape, bool weighted, uint64_t budget, const uint8_t *shares, bkv_section_t *sections,
                       bool *weights);
+
+// How many of the m tokens that a section keeps of n are kept for being outliers.
+uint32_t bkv_protect_count(uint32_t n, uint32_t m);
 
 // dense8 and dense4, every token of every section. scratch: bkv_dense_scratch bytes.
 void bkv_dense_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,

@@ -42,25 +42,25 @@ static uint32_t sink_tokens(const bkv_block_t *block, const bkv_codec_params_t *
 bkv_status_t bkv_balance_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
                                   const bkv_record_id_t *id, void *record, void *workspace, bkv_error_t *err) {
     const bkv_shape_t *shape = &block->shape;
-    bkv_section_t section;
+    bkv_record_init(record, shape, id, BKV_CODEC_BALANCE, 0);
+    bkv_record_header_t *header = record;
+    bkv_section_t *sections = bkv_record_directory(record);
+    for (uint32_t i = 0; i < shape->layers * shape->heads; i++) {
+        sections[i].tokens = shape->tokens;
+    }
     bool weights;
-    if (!bkv_balance_plan(shape, shape->tokens, false, bkv_balance_budget(shape, params->rate), &section, &weights)) {
+    if (!bkv_balance_plan(shape, false, bkv_balance_budget(shape, params->rate), params->shares, sections, &weights)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "rate: %u leaves no room for a token", params->rate);
     }
-    bkv_record_init(record, shape, id, BKV_CODEC_BALANCE, weights ? BKV_RECORD_WEIGHTS : 0);
-    bkv_record_header_t *header = record;
+    header->flags = weights ? BKV_RECORD_WEIGHTS : 0;
     header->rate = (uint8_t)params->rate;
     header->seed = params->seed;
-    uint32_t sections = shape->layers * shape->heads;
-    for (uint32_t i = 0; i < sections; i++) {
-        bkv_record_directory(record)[i] = section;
-    }
     bkv_record_place(record);
 
     bkv_scratch_t scratch = {.base = workspace};
     bkv_selection_t selection;
     bkv_selection_carve(&scratch, lanes, shape->tokens, shape->key_dim, shape->value_dim, &selection);
-    for (uint32_t i = 0; i < sections; i++) {
+    for (uint32_t i = 0; i < shape->layers * shape->heads; i++) {
         bkv_source_t source = {.lanes = lanes,
                                .tokens = shape->tokens,
                                .key_dim = shape->key_dim,
@@ -76,7 +76,7 @@ bkv_status_t bkv_balance_compress(const bkv_lanes_t *lanes, const bkv_block_t *b
             selection.source_weight[t] = 1;
         }
         bkv_source_hold(&source, &selection);
-        bkv_select(&source, sink_tokens(block, params, id), section.tokens, &random, &selection);
+        bkv_select(&source, sink_tokens(block, params, id), sections[i].tokens, &random, &selection);
         bkv_selection_write(&source, NULL, &selection, record);
     }
     return BKV_OK;

@@ -42,7 +42,7 @@ uint64_t bkv_codec_bound(const bkv_shape_t *shape, const bkv_codec_params_t *par
         break;
     case BKV_CODEC_BALANCE: {
         uint64_t budget = bkv_balance_budget(shape, params->rate);
-        if (bkv_balance_plan(shape, shape->tokens, false, budget, &section, &weights)) {
+        if (bkv_balance_fits(shape, budget)) {
             return budget;
         }
         // Nothing fits the rate: what the smallest record would take.
@@ -181,11 +181,8 @@ static bkv_status_t check_compress(const bkv_block_t *block, const bkv_codec_par
     if (id->position > UINT64_MAX - block->shape.tokens) {
         return FAIL("position: %llu leaves no room for %u tokens", (unsigned long long)id->position, block->shape.tokens);
     }
-    bkv_section_t section;
-    bool weights;
     uint64_t budget = params->codec == BKV_CODEC_BALANCE ? bkv_balance_budget(&block->shape, params->rate) : 0;
-    if (params->codec == BKV_CODEC_BALANCE &&
-        !bkv_balance_plan(&block->shape, block->shape.tokens, false, budget, &section, &weights)) {
+    if (params->codec == BKV_CODEC_BALANCE && !bkv_balance_fits(&block->shape, budget)) {
         return FAIL("tokens: %u are too few for rate %u, whose %llu bytes hold no record", block->shape.tokens, params->rate,
                     (unsigned long long)budget);
     }

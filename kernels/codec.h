@@ -29,6 +29,10 @@ typedef struct bkv_codec_params {
     uint32_t rate; // balance only, BKV_MIN_RATE..BKV_MAX_RATE: bytes of the block as bf16 / bytes of its record >= rate
     uint32_t sink; // tokens at sequence positions below this are always kept (as far as the budget allows)
     uint64_t seed; // of the walk
+    // balance only: one byte for each section of the block, [layers][heads], 1..255: in which proportion the sections share the
+    // record's bytes; NULL: equally. A few heads carry most of a model's loss, and which ones is a property of the model:
+    // measured once, it is worth more than any other choice here (see plan.c). The caller's memory; must outlive the params.
+    const uint8_t *shares;
 } bkv_codec_params_t;
 
 // Names a record: copied into its header.

@@ -14,11 +14,6 @@
 
 #define WORKSPACE_ALIGN 256
 
-// As selection_ref.c has it, with the measurements that chose it.
-static uint32_t protect_count(uint32_t n, uint32_t m) {
-    return m >= n / 5 ? m * 5 / 8 : m * 3 / 4;
-}
-
 // Everything that follows from shape and params alone. False when no record fits the rate.
 static bool job_plan(const bkv_cuda_t *cuda, const bkv_shape_t *shape, const bkv_codec_params_t *params, uint32_t count,
                      bkv_gpu_job_t *job) {
@@ -36,13 +31,17 @@ static bool job_plan(const bkv_cuda_t *cuda, const bkv_shape_t *shape, const bkv
         return true;
     }
     bool weights;
-    uint64_t budget = bkv_balance_budget(shape, params->rate);
-    if (!bkv_balance_plan(shape, shape->tokens, false, budget, &job->section, &weights)) {
+    uint64_t budget = bkv_balance_budget(shape, params->rate), sections = (uint64_t)shape->layers * shape->heads;
+    if (!bkv_balance_fits(shape, budget)) {
         return false;
     }
+    bkv_shape_t one = *shape;
+    one.layers = one.heads = 1;
+    uint64_t share = (budget - bkv_record_preamble(shape->layers, shape->heads)) / sections;
+    bkv_balance_plan(&one, false, bkv_record_preamble(1, 1) + share, NULL, &job->section, &weights);
     job->rate = (uint8_t)params->rate;
     job->flags = weights ? BKV_RECORD_WEIGHTS : 0;
-    job->protect = protect_count(shape->tokens, job->section.tokens);
+    job->protect = bkv_protect_count(shape->tokens, job->section.tokens);
     return true;
 }
 

@@ -152,27 +152,24 @@ static bool record_plan(const void *const *records, uint32_t count, const bkv_re
         shape.tokens += header->tokens;
         weighted = weighted || header->flags & BKV_RECORD_WEIGHTS;
     }
-    bkv_section_t section;
-    bool weights;
-    if (!bkv_balance_plan(&shape, tokens_available(records, count), weighted, budget, &section, &weights)) {
-        return false;
+    if (!bkv_balance_fits(&shape, budget)) {
+        return false; // before anything is written: there may be no room even for a header
     }
-    bkv_record_init(record, &shape, id, BKV_CODEC_BALANCE, (uint8_t)(flags | (weights ? BKV_RECORD_WEIGHTS : 0)));
+    bkv_record_init(record, &shape, id, BKV_CODEC_BALANCE, flags);
     bkv_record_header_t *header = record;
     header->first_layer = first->first_layer;
     header->first_head = first->first_head;
     header->position = first->position;
     header->seed = seed;
+    bkv_section_t *sections = bkv_record_directory(record);
     for (uint32_t i = 0; i < shape.layers * shape.heads; i++) {
-        uint32_t available = 0;
         for (uint32_t r = 0; r < count; r++) {
-            available += bkv_record_directory_const(records[r])[i].tokens;
+            sections[i].tokens += bkv_record_directory_const(records[r])[i].tokens;
         }
-        bkv_section_t *entry = &bkv_record_directory(record)[i];
-        *entry = section;
-        entry->tokens = available < section.tokens ? available : section.tokens;
-        entry->index_kind = (uint8_t)bkv_index_choose(shape.tokens, entry->tokens);
     }
+    bool weights;
+    bkv_balance_plan(&shape, weighted, budget, NULL, sections, &weights);
+    header->flags = (uint8_t)(flags | (weights ? BKV_RECORD_WEIGHTS : 0));
     return true;
 }
 

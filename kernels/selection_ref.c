@@ -77,13 +77,6 @@ void bkv_selection_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint3
     selection->ranges = bkv_scratch_take(scratch, 4ull * key_dim * sizeof(float));
 }
 
-// How many of the m tokens kept are kept for being outliers: more than half, as the refit makes up for walked tokens but
-// not for a needle lost. Codes found of 48 at 16x and 32x, with the attention error, at 3 bits: 1/2: 44 (0.247), 38 (0.302);
-// 5/8: 48 (0.249), 41 (0.304); 3/4: 48 (0.253), 44 (0.313); 7/8: 48 (0.267), 44 (0.334).
-static uint32_t protect_count(uint32_t n, uint32_t m) {
-    return m >= n / 5 ? m * 5 / 8 : m * 3 / 4;
-}
-
 // 1 / |row|, or 0 for a row of zeros, which has no direction.
 static float inverse_norm(const bkv_lanes_t *lanes, const float *row, uint32_t dim) {
     float square = lanes->dot(row, row, dim);
@@ -192,7 +185,7 @@ void bkv_select(const bkv_source_t *source, uint32_t sink, uint32_t m, bkv_rando
         return;
     }
     memset(selection->fate, BKV_DROPPED, n);
-    uint32_t protect = protect_count(n, m), first = sink < m / 2 ? sink : m / 2;
+    uint32_t protect = bkv_protect_count(n, m), first = sink < m / 2 ? sink : m / 2;
     assert(first <= protect);
     memset(selection->fate, BKV_PROTECTED, first);
     score_keys(source, selection);
