@@ -45,7 +45,7 @@ bkv_status_t bkv_balance_compress(const bkv_lanes_t *lanes, const bkv_block_t *b
 size_t bkv_balance_workspace(const bkv_lanes_t *lanes, const bkv_shape_t *shape);
 
 bkv_status_t bkv_fold_records(const bkv_lanes_t *lanes, const void *const *records, uint32_t count, const bkv_record_id_t *id,
-                              uint64_t budget, uint64_t seed, void *record, void *workspace, size_t *length, bkv_error_t *err);
+                              const bkv_fold_params_t *params, void *record, void *workspace, size_t *length, bkv_error_t *err);
 size_t bkv_fold_scratch(const bkv_lanes_t *lanes, const void *const *records, uint32_t count);
 
 bkv_status_t bkv_ref_attend(const void *const *records, uint32_t count, const bkv_attend_args_t *args, void *workspace,

@@ -30,9 +30,10 @@ static bkv_status_t compress(const bkv_lanes_t *lanes, const bkv_block_t *block,
     static size_t isa##_compress_workspace(const bkv_shape_t *shape, const bkv_codec_params_t *params) {                       \
         return compress_workspace(&bkv_lanes_##isa, shape, params);                                                            \
     }                                                                                                                          \
-    static bkv_status_t isa##_fold(const void *const *records, uint32_t count, const bkv_record_id_t *id, uint64_t budget,     \
-                                   uint64_t seed, void *record, void *workspace, size_t *length, bkv_error_t *err) {           \
-        return bkv_fold_records(&bkv_lanes_##isa, records, count, id, budget, seed, record, workspace, length, err);           \
+    static bkv_status_t isa##_fold(const void *const *records, uint32_t count, const bkv_record_id_t *id,                      \
+                                   const bkv_fold_params_t *params, void *record, void *workspace, size_t *length,             \
+                                   bkv_error_t *err) {                                                                         \
+        return bkv_fold_records(&bkv_lanes_##isa, records, count, id, params, record, workspace, length, err);                 \
     }                                                                                                                          \
     static size_t isa##_fold_workspace(const void *const *records, uint32_t count, uint64_t budget) {                          \
         (void)budget;                                                                                                          \

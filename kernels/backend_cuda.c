@@ -139,9 +139,10 @@ static bkv_status_t cuda_compress(const bkv_block_t *block, const bkv_codec_para
     return status;
 }
 
-static bkv_status_t cuda_fold(const void *const *records, uint32_t count, const bkv_record_id_t *id, uint64_t budget,
-                              uint64_t seed, void *record, void *workspace, size_t *length, bkv_error_t *err) {
-    return bkv_backend_get(NULL)->fold(records, count, id, budget, seed, record, workspace, length, err);
+static bkv_status_t cuda_fold(const void *const *records, uint32_t count, const bkv_record_id_t *id,
+                              const bkv_fold_params_t *params, void *record, void *workspace, size_t *length,
+                              bkv_error_t *err) {
+    return bkv_backend_get(NULL)->fold(records, count, id, params, record, workspace, length, err);
 }
 
 static size_t cuda_fold_workspace(const void *const *records, uint32_t count, uint64_t budget) {

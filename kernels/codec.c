@@ -264,10 +264,10 @@ static bkv_status_t check_fold(const void *const *records, uint32_t count, bkv_e
 }
 
 bkv_status_t bkv_fold(const bkv_backend_t *backend, const void *const *records, uint32_t count, const bkv_record_id_t *id,
-                      uint64_t budget, uint64_t seed, void *record, void *workspace, size_t *length, bkv_error_t *err) {
+                      const bkv_fold_params_t *params, void *record, void *workspace, size_t *length, bkv_error_t *err) {
     assert((uintptr_t)record % BKV_RECORD_ALIGN == 0);
     bkv_status_t status = check_fold(records, count, err);
-    return status != BKV_OK ? status : backend->fold(records, count, id, budget, seed, record, workspace, length, err);
+    return status != BKV_OK ? status : backend->fold(records, count, id, params, record, workspace, length, err);
 }
 
 size_t bkv_fold_workspace(const bkv_backend_t *backend, const void *const *records, uint32_t count, uint64_t budget) {

@@ -35,6 +35,12 @@ typedef struct bkv_codec_params {
     const uint8_t *shares;
 } bkv_codec_params_t;
 
+typedef struct bkv_fold_params {
+    uint64_t budget;       // the record is never larger, in bytes
+    uint64_t seed;         // of the walk
+    const uint8_t *shares; // as in bkv_codec_params_t, one for each section of the records
+} bkv_fold_params_t;
+
 // Names a record: copied into its header.
 typedef struct bkv_record_id {
     bkv_key_t key;
@@ -76,7 +82,7 @@ typedef struct bkv_backend {
     // The three operations below; see the functions of the same names for their contracts.
     bkv_status_t (*compress)(const bkv_block_t *block, const bkv_codec_params_t *params, const bkv_record_id_t *id,
                              void *record, size_t capacity, void *workspace, size_t *length, bkv_error_t *err);
-    bkv_status_t (*fold)(const void *const *records, uint32_t count, const bkv_record_id_t *id, uint64_t budget, uint64_t seed,
+    bkv_status_t (*fold)(const void *const *records, uint32_t count, const bkv_record_id_t *id, const bkv_fold_params_t *params,
                          void *record, void *workspace, size_t *length, bkv_error_t *err);
     bkv_status_t (*attend)(const void *const *records, uint32_t count, const bkv_attend_args_t *args, void *workspace,
                            bkv_error_t *err);
@@ -130,13 +136,14 @@ BKV_API void bkv_block_from_payload(const bkv_shape_t *shape, const void *payloa
 
 // One summary of consecutive blocks: merge-and-reduce (arXiv 2502.07861, section 4: a binary tree whose nodes halve what
 // they merge) over the records, oldest first, each validated and of the same layers, heads and dims (positions must
-// follow one another). The result has flag FOLD, tokens = sum of tokens, position = the first's, and is at most `budget`
-// bytes. Children that fit as they are, are concatenated without loss beyond requantisation. Time is linear in the tokens
+// follow one another). The result has flag FOLD, tokens = sum of tokens, position = the first's, and is at most
+// params->budget bytes. Children that fit as they are, are concatenated without loss beyond requantisation. Time is linear in the tokens
 // that the children keep; the workspace is 21 bytes for each of those of one head, about 200 for each record, and at most
 // 256 KiB + 3 KiB * the larger dim. A budget under the smallest
-// possible record, or records that do not fit together: INVALID_ARGUMENT. record: 16-byte aligned, `budget` bytes of room.
+// possible record, or records that do not fit together: INVALID_ARGUMENT. record: 16-byte aligned, `budget` bytes
+// of room.
 BKV_API bkv_status_t bkv_fold(const bkv_backend_t *backend, const void *const *records, uint32_t count,
-                              const bkv_record_id_t *id, uint64_t budget, uint64_t seed, void *record, void *workspace,
+                              const bkv_record_id_t *id, const bkv_fold_params_t *params, void *record, void *workspace,
                               size_t *length, bkv_error_t *err);
 
 // Weighted attention over validated records of one shape family, in one softmax: numerator and denominator use the same

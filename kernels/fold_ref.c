@@ -140,7 +140,7 @@ static bkv_status_t source_load(const void *const *records, uint32_t layer, uint
 }
 
 // Header and directory. False when the budget holds no such record.
-static bool record_plan(const void *const *records, uint32_t count, const bkv_record_id_t *id, uint64_t budget, uint64_t seed,
+static bool record_plan(const void *const *records, uint32_t count, const bkv_record_id_t *id, const bkv_fold_params_t *params,
                         void *record) {
     const bkv_record_header_t *first = records[0];
     bkv_shape_t shape;
@@ -152,7 +152,7 @@ static bool record_plan(const void *const *records, uint32_t count, const bkv_re
         shape.tokens += header->tokens;
         weighted = weighted || header->flags & BKV_RECORD_WEIGHTS;
     }
-    if (!bkv_balance_fits(&shape, budget)) {
+    if (!bkv_balance_fits(&shape, params->budget)) {
         return false; // before anything is written: there may be no room even for a header
     }
     bkv_record_init(record, &shape, id, BKV_CODEC_BALANCE, flags);
@@ -160,7 +160,7 @@ static bool record_plan(const void *const *records, uint32_t count, const bkv_re
     header->first_layer = first->first_layer;
     header->first_head = first->first_head;
     header->position = first->position;
-    header->seed = seed;
+    header->seed = params->seed;
     bkv_section_t *sections = bkv_record_directory(record);
     for (uint32_t i = 0; i < shape.layers * shape.heads; i++) {
         for (uint32_t r = 0; r < count; r++) {
@@ -168,7 +168,7 @@ static bool record_plan(const void *const *records, uint32_t count, const bkv_re
         }
     }
     bool weights;
-    bkv_balance_plan(&shape, weighted, budget, NULL, sections, &weights);
+    bkv_balance_plan(&shape, weighted, params->budget, params->shares, sections, &weights);
     header->flags = (uint8_t)(flags | (weights ? BKV_RECORD_WEIGHTS : 0));
     return true;
 }
@@ -183,14 +183,15 @@ static uint32_t sink_tokens(const fold_scratch_t *fold, uint32_t tokens, uint64_
 }
 
 bkv_status_t bkv_fold_records(const bkv_lanes_t *lanes, const void *const *records, uint32_t count, const bkv_record_id_t *id,
-                              uint64_t budget, uint64_t seed, void *record, void *workspace, size_t *length, bkv_error_t *err) {
+                              const bkv_fold_params_t *params, void *record, void *workspace, size_t *length,
+                              bkv_error_t *err) {
     const bkv_record_header_t *first = records[0];
-    if (!record_plan(records, count, id, budget, seed, record)) {
+    if (!record_plan(records, count, id, params, record)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "budget: %llu bytes hold no record of %u layers and %u heads",
-                        (unsigned long long)budget, first->layers, first->heads);
+                        (unsigned long long)params->budget, first->layers, first->heads);
     }
     *length = (size_t)bkv_record_place(record);
-    assert(*length <= budget);
+    assert(*length <= params->budget);
     fold_scratch_t fold;
     scratch_carve(lanes, records, count, workspace, &fold);
     for (uint32_t i = 0; i < (uint32_t)first->layers * first->heads; i++) {
@@ -205,7 +206,7 @@ bkv_status_t bkv_fold_records(const bkv_lanes_t *lanes, const void *const *recor
         if (status != BKV_OK) {
             return status;
         }
-        bkv_random_t random = {.state = seed};
+        bkv_random_t random = {.state = params->seed};
         bkv_random_mix(&random, first->position);
         bkv_random_mix(&random, i);
         uint32_t m = bkv_record_directory(record)[i].tokens;

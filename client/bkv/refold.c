@@ -37,7 +37,8 @@ static bkv_status_t fold_list(const bkv_refold_t *refold, const void *const *lis
     bkv_record_id_t id = {.position = ((const bkv_record_header_t *)list[0])->position};
     void *record = bkv_xaligned(room), *workspace = bkv_xaligned(bkv_fold_workspace(refold->backend, list, count, room));
     size_t length = 0;
-    bkv_status_t status = bkv_fold(refold->backend, list, count, &id, room, refold->seed, record, workspace, &length, err);
+    const bkv_fold_params_t params = {.budget = room, .seed = refold->seed, .shares = refold->shares};
+    bkv_status_t status = bkv_fold(refold->backend, list, count, &id, &params, record, workspace, &length, err);
     if (status == BKV_OK) {
         status = bkv_record_keep(record, length, result, err);
     }

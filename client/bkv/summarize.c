@@ -125,6 +125,7 @@ static bkv_status_t fold_all(const bkv_summarize_t *options, bkv_summaries_t *su
                            .count = (uint32_t)summaries->count,
                            .budget = options->fold_rate > 0 ? summaries->raw_bytes / options->fold_rate : options->budget,
                            .seed = options->params.seed,
+                           .shares = options->params.shares,
                            .profile = &options->profile};
     if (options->params.codec == BKV_CODEC_BALANCE && refold.budget > summaries->raw_bytes / options->params.rate) {
         refold.budget = summaries->raw_bytes / options->params.rate;

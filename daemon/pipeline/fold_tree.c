@@ -92,8 +92,8 @@ static bkv_status_t fold_records(const tree_t *tree, const bkv_gather_t *gather,
                           .tenant = model->tenant,
                           .position = ((const bkv_record_header_t *)gather->records[0])->position};
     size_t length = 0;
-    status = bkv_fold(config->backend, gather->records, gather->count, &id, budget, model->params.seed, slot->data, workspace,
-                      &length, err);
+    const bkv_fold_params_t params = {.budget = budget, .seed = model->params.seed, .shares = model->params.shares};
+    status = bkv_fold(config->backend, gather->records, gather->count, &id, &params, slot->data, workspace, &length, err);
     if (status != BKV_OK) {
         bkv_store_abort(config->store, slot);
         return status;

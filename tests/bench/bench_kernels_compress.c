@@ -131,7 +131,7 @@ static double fold_seconds(const bkv_backend_t *backend, const void *const *reco
     double samples[5];
     for (int round = -1; round < 5; round++) {
         double start = bench_now();
-        bkv_status_t status = bkv_fold(backend, records, CHILDREN, &id, budget, 1, record, workspace, &length, &err);
+        bkv_status_t status = bkv_fold(backend, records, CHILDREN, &id, &(bkv_fold_params_t){.budget = budget, .seed = 1}, record, workspace, &length, &err);
         samples[round < 0 ? 0 : round] = bench_now() - start;
         bench_check(status, &err);
     }

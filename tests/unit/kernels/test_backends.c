@@ -200,11 +200,12 @@ enum { CHILDREN = 5 };
 
 static void *folded(const bkv_backend_t *backend, const void *const *records, uint64_t budget, uint64_t seed, size_t *length) {
     bkv_record_id_t id = {.tenant = 3};
+    const bkv_fold_params_t params = {.budget = budget, .seed = seed};
     bkv_error_t err = {0};
     size_t scratch = bkv_fold_workspace(backend, records, CHILDREN, budget);
     void *workspace = oracle_exact(scratch), *record = oracle_exact((size_t)budget);
     memset(workspace, 0xff, scratch);
-    bkv_status_t status = bkv_fold(backend, records, CHILDREN, &id, budget, seed, record, workspace, length, &err);
+    bkv_status_t status = bkv_fold(backend, records, CHILDREN, &id, &params, record, workspace, length, &err);
     cr_assert_eq(status, BKV_OK, "%s: %s", backend->name, err.message);
     cr_assert_eq(bkv_record_check(record, *length, &err), BKV_OK, "%s: %s", backend->name, err.message);
     free(workspace);

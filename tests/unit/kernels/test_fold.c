@@ -31,9 +31,10 @@ static bkv_status_t fold(const void *const *records, uint32_t count, uint64_t bu
                          size_t *length, bkv_error_t *err) {
     const bkv_backend_t *backend = bkv_backend_get("ref");
     bkv_record_id_t id = {.tenant = 3};
+    const bkv_fold_params_t params = {.budget = budget, .seed = seed};
     void *workspace = oracle_exact(bkv_fold_workspace(backend, records, count, budget));
     *record = oracle_exact((size_t)budget);
-    bkv_status_t status = bkv_fold(backend, records, count, &id, budget, seed, *record, workspace, length, err);
+    bkv_status_t status = bkv_fold(backend, records, count, &id, &params, *record, workspace, length, err);
     free(workspace);
     if (status == BKV_OK) {
         bkv_error_t why = {0};

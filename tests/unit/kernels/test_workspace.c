@@ -33,7 +33,7 @@ static uint8_t *fold_over(const void *const *records, uint32_t count, uint64_t b
     memset(record, filling, (size_t)budget);
     memset(workspace, filling, scratch);
     bkv_error_t err = {0};
-    cr_assert_eq(bkv_fold(ref, records, count, &id, budget, 1, record, workspace, length, &err), BKV_OK, "%s", err.message);
+    cr_assert_eq(bkv_fold(ref, records, count, &id, &(bkv_fold_params_t){.budget = budget, .seed = 1}, record, workspace, length, &err), BKV_OK, "%s", err.message);
     cr_assert_eq(bkv_record_check(record, *length, &err), BKV_OK, "%s", err.message);
     return record;
 }
