@@ -48,8 +48,9 @@ static void pack_three(const uint8_t *codes, uint32_t n, uint8_t *out) {
     for (uint32_t i = 0; i < whole; i += GROUP) {
         for (uint32_t half = 0; half < 6; half++, out += 2) {
             const uint8_t *five = codes + i + (size_t)half * 5;
+            uint32_t top = (uint32_t)codes[i + 30 + half % 2] >> half / 2;
             uint32_t bits = five[0] | (uint32_t)five[1] << 3 | (uint32_t)five[2] << 6 | (uint32_t)five[3] << 9 |
-                            (uint32_t)five[4] << 12 | (codes[i + 30 + half % 2] >> half / 2 & 1u) << 15;
+                            (uint32_t)five[4] << 12 | (top & 1u) << 15;
             bkv_store_u16(out, (uint16_t)bits);
         }
     }
