@@ -50,7 +50,7 @@ class Shape(c.Structure):
 
 
 class Params(c.Structure):
-    _fields_ = [("codec", c.c_int), ("rate", c.c_uint32), ("sink", c.c_uint32), ("seed", c.c_uint64)]
+    _fields_ = [("codec", c.c_int), ("rate", c.c_uint32), ("sink", c.c_uint32), ("seed", c.c_uint64), ("shares", c.c_void_p)]
 
 
 class RecordId(c.Structure):

@@ -5,11 +5,10 @@ from . import storage
 from .baselines import BASELINES, Source, integers
 from .kernels import Kernels
 from .model import ABSENT, Summary
-from .wildcat import WildCat
+from .wildcat import TAUS, WildCat
 
 BLOCK_TOKENS = 256
 RATES = (8, 16, 32)
-TAU = {4096: 1.0}  # see wildcat.py
 
 
 class Ours:
@@ -88,10 +87,11 @@ class Others:
                 for family, method in BASELINES.items():
                     yield family, bits, rate, method(source, bits, raw // rate)
         most = storage.most_tokens(source.n, source.dim, min(self.bits), raw // min(self.rates))
-        wildcat = WildCat(source, most, TAU.get(source.n, 1.0))
-        for rate in self.rates:
-            for bits in self.bits:
-                yield "WildCat", bits, rate, wildcat(bits, raw // rate)
+        for family, tau in TAUS.items():
+            wildcat = WildCat(source, most, tau)
+            for rate in self.rates:
+                for bits in self.bits:
+                    yield family, bits, rate, wildcat(bits, raw // rate)
 
 
 def columns(context, judge, windows, rates, bits, backend, only=None):

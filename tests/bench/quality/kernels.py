@@ -11,7 +11,11 @@ import numpy as np
 from support import BUILD, built
 from support.native import BALANCE, DENSE4, DENSE8, FP16, RAW, Block, Error, Params, RecordId, Shape, Stride, View
 
-MAX_BANDS = 8
+MAX_BANDS, FOLD_RECORDS = 8, 20
+
+
+class FoldParams(c.Structure):
+    _fields_ = [("budget", c.c_uint64), ("seed", c.c_uint64), ("shares", c.c_void_p)]
 
 
 class Profile(c.Structure):
@@ -52,9 +56,12 @@ def address(array):
 
 
 class Kernels:
-    """One backend. Records are NumPy arrays of bytes; keys and values float16 [layers, heads, tokens, dim]."""
+    """One backend. Records are NumPy arrays of bytes; keys and values float16 [layers, heads, tokens, dim].
 
-    def __init__(self, backend="ref"):
+    shares [layers, heads] of 1..255: in which proportion the heads share a balance record's bytes; None: equally."""
+
+    def __init__(self, backend="ref", shares=None):
+        self.shares = None if shares is None else np.ascontiguousarray(shares, np.uint8)
         alone = os.path.join(BUILD, "lib", "libbkvkernels.so")
         self.library = c.CDLL(alone if os.path.exists(alone) else built("lib", "libbalancekv.so"))
         self.library.bkv_backend_get.restype = c.c_void_p
@@ -68,11 +75,14 @@ class Kernels:
         if status != 0:
             raise KernelError(error.message.decode(errors="replace"))
 
+    def shares_address(self):
+        return None if self.shares is None else self.shares.ctypes.data
+
     def compress(self, k, v, codec, rate=0, sink=32, seed=0, position=0):
         """One block's record."""
         layers, heads, tokens, dim = k.shape
         shape = Shape(layers, heads, tokens, dim, v.shape[3], FP16)
-        params = Params(CODECS[codec], rate, sink, seed)
+        params = Params(CODECS[codec], rate, sink, seed, self.shares_address())
         ident, error, length = RecordId(position=position), Error(), c.c_size_t()
         block = Block(shape, k.ctypes.data, v.ctypes.data, Stride(*k.strides[:3]), Stride(*v.strides[:3]))
         room = self.library.bkv_codec_bound(c.byref(shape), c.byref(params))
@@ -93,31 +103,31 @@ class Kernels:
         """One record of at most `budget` bytes for consecutive ones."""
         pointers = (c.c_void_p * len(records))(*[record.ctypes.data for record in records])
         ident, error, length = RecordId(), Error(), c.c_size_t()
-        count, budget = c.c_uint32(len(records)), c.c_uint64(budget)
-        workspace = aligned(self.library.bkv_fold_workspace(self.backend, pointers, count, budget))
-        record = aligned(budget.value)
-        self.check(self.library.bkv_fold(self.backend, pointers, count, c.byref(ident), budget, c.c_uint64(seed),
-                                         address(record), address(workspace), c.byref(length), c.byref(error)), error)
+        params, count = FoldParams(budget, seed, self.shares_address()), c.c_uint32(len(records))
+        workspace = aligned(self.library.bkv_fold_workspace(self.backend, pointers, count, c.c_uint64(budget)))
+        record = aligned(budget)
+        self.check(self.library.bkv_fold(self.backend, pointers, count, c.byref(ident), c.byref(params), address(record),
+                                         address(workspace), c.byref(length), c.byref(error)), error)
         return record[:length.value]
 
-    def fold_tree(self, records, first, count, budget, seed):
-        """The run [first, first + count) of records merged as kernels/cool.h says: by nodes of bounded size."""
+    def fold_tree(self, records, budget, seed):
+        """One record of all, merged as kernels/cool.h says: by nodes of bounded size."""
         before = np.concatenate(([0], np.cumsum([len(record) for record in records]))).astype(np.uint64)
         node_bytes = self.library.bkv_cool_node_bytes(c.c_uint64(budget))
 
-        def children(first, count):
+        def part(first, count, budget):
             parts = (CoolPart * count)()
             used = self.library.bkv_cool_parts(address(before), c.c_uint32(first), c.c_uint32(count), c.c_uint64(node_bytes),
                                                parts)
-            return [records[part.first] if part.count == 1 else self.fold(children(part.first, part.count), node_bytes, seed)
-                    for part in parts[:used]]
-        return self.fold(children(first, count), budget, seed)
+            return self.fold([records[p.first] if p.count == 1 else part(p.first, p.count, node_bytes) for p in parts[:used]],
+                             budget, seed)
+        return part(0, len(records), budget)
 
     def fold_prefix(self, records, budget, profile, seed):
-        """[records] of a fold: one without a profile; with one ("512:4,2048:8,:16", or "auto:RATE") a record for each age."""
+        """[records] of a fold: one without a profile; with one ("512:4,2048:8,:16", or "auto:RATE") several, by age."""
         if not profile:
-            return [self.fold_tree(records, 0, len(records), budget, seed)]
-        ages, error, count, bands = Profile(), Error(), c.c_uint32(), (CoolBand * MAX_BANDS)()
+            return [self.fold_tree(records, budget, seed)]
+        ages, error, count, bands = Profile(), Error(), c.c_uint32(), (CoolBand * FOLD_RECORDS)()
         kind, _, rate = profile.partition(":")
         if kind == "auto":
             self.library.bkv_profile_for_rate(c.c_uint32(int(rate)), c.byref(ages))
@@ -128,7 +138,7 @@ class Kernels:
         blocks = (CoolBlock * len(records))(*[(self.tokens(record), len(record)) for record in records])
         self.check(self.library.bkv_cool_plan(c.byref(shape), blocks, c.c_uint32(len(records)), c.byref(ages),
                                               c.c_uint64(budget), bands, c.byref(count), c.byref(error)), error)
-        return [self.fold_tree(records, band.first, band.count, band.budget, seed) for band in bands[:count.value]]
+        return [self.fold_tree(records[band.first:band.first + band.count], band.budget, seed) for band in bands[:count.value]]
 
     def tokens(self, record):
         """Source tokens of a record."""
