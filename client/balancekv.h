@@ -57,6 +57,8 @@ typedef struct bkv_spec {
     uint32_t rate, sink_tokens;
     bool no_sink;
     uint64_t seed;
+    const uint8_t *shares; // share_count bytes, read during bkv_open: layers * kv_heads, each 1..255, or none
+    size_t share_count;
 } bkv_spec_t;
 
 typedef struct bkv_limits {
@@ -99,12 +101,12 @@ typedef struct bkv_record {
 } bkv_record_t;
 
 // What a fold is to be. Exactly one of budget_bytes and rate, or neither with a profile, whose rates then hold as they are.
-typedef struct bkv_fold_params {
+typedef struct bkv_fold_request {
     uint64_t budget_bytes; // most bytes of all records of the answer together
     uint32_t rate;         // in place of budget_bytes: what the tokens take as bf16, divided by this
     bkv_profile_t profile; // how dense by age (cool.h); count 0: one record, everything alike
     uint64_t ttl_ms;       // 0: the daemon's default
-} bkv_fold_params_t;
+} bkv_fold_request_t;
 
 typedef struct bkv_metric {
     const char *name, *help;
@@ -164,7 +166,7 @@ BKV_API bkv_status_t bkv_get(bkv_client_t *client, const bkv_spec_id_t *id, cons
 // there are. On failure there are none, and each has the call's status. Their keys are the fold's, under which they can be got
 // again. A profile that is none: INVALID_ARGUMENT, and records are left alone.
 BKV_API bkv_status_t bkv_fold_remote(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                                     const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records,
+                                     const bkv_fold_request_t *params, uint32_t timeout_ms, bkv_record_t *records,
                                      size_t *record_count, bkv_error_t *err);
 
 // Attention next to the data. args as in codec.h with first_layer, layers (at least 1) of the model; args->out and args->lse
@@ -222,7 +224,7 @@ BKV_API bkv_status_t bkv_get_submit(bkv_queue_t *queue, uint64_t tag, const bkv_
 BKV_API bkv_status_t bkv_lookup_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys,
                                        size_t count, uint32_t timeout_ms, bool *resident, size_t *prefix);
 BKV_API bkv_status_t bkv_fold_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys,
-                                     size_t count, const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records,
+                                     size_t count, const bkv_fold_request_t *params, uint32_t timeout_ms, bkv_record_t *records,
                                      size_t *record_count);
 
 #ifdef __cplusplus

@@ -371,12 +371,13 @@ bkv_status_t bkv_get_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_
 
 // ---- Fold ----
 
-static size_t fold_room(const bkv_fold_params_t *params) {
+static size_t fold_room(const bkv_fold_request_t *params) {
     return params->profile.count > 0 ? BKV_FOLD_RECORDS : 1;
 }
 
 static bkv_call_t *fold_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                            const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records, size_t *record_count) {
+                            const bkv_fold_request_t *params, uint32_t timeout_ms, bkv_record_t *records,
+                            size_t *record_count) {
     fetch_call_t *fetch = fetch_new(&fold_kind, client, id, timeout_ms, records, fold_room(params));
     ProtobufCBinaryData *list = bkv_client_key_list(keys, count);
     records_init(records, NULL, fold_room(params), fetch != NULL && list != NULL ? BKV_OK : BKV_RESOURCE_EXHAUSTED);
@@ -410,7 +411,7 @@ static bkv_call_t *fold_new(bkv_client_t *client, const bkv_spec_id_t *id, const
 }
 
 bkv_status_t bkv_fold_remote(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                             const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records, size_t *record_count,
+                             const bkv_fold_request_t *params, uint32_t timeout_ms, bkv_record_t *records, size_t *record_count,
                              bkv_error_t *err) {
     assert(client != NULL && id != NULL && (keys != NULL || count == 0) && params != NULL && records != NULL &&
            record_count != NULL);
@@ -426,7 +427,7 @@ bkv_status_t bkv_fold_remote(bkv_client_t *client, const bkv_spec_id_t *id, cons
 }
 
 bkv_status_t bkv_fold_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                             const bkv_fold_params_t *params, uint32_t timeout_ms, bkv_record_t *records,
+                             const bkv_fold_request_t *params, uint32_t timeout_ms, bkv_record_t *records,
                              size_t *record_count) {
     assert(queue != NULL && id != NULL && (keys != NULL || count == 0) && params != NULL && records != NULL &&
            record_count != NULL);

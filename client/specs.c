@@ -140,6 +140,7 @@ static grpc_slice open_request(const bkv_spec_t *spec) {
     message.sink_tokens = spec->sink_tokens;
     message.no_sink = spec->no_sink;
     message.seed = spec->seed;
+    message.shares = (ProtobufCBinaryData){.len = spec->share_count, .data = (uint8_t *)spec->shares};
     request.spec = &message;
     return bkv_client_pack(&request.base);
 }

@@ -6,9 +6,9 @@
 #include "session.h"
 
 // --rate is the fold's where a keys file has the spec; otherwise it is a part of the spec.
-static bkv_status_t read_params(bkv_cli_t *cli, bkv_fold_params_t *params, bkv_error_t *err) {
+static bkv_status_t read_params(bkv_cli_t *cli, bkv_fold_request_t *params, bkv_error_t *err) {
     bool rate = cli->keys != NULL && bkv_cli_given(cli, BKV_OPT_rate);
-    *params = (bkv_fold_params_t){.budget_bytes = cli->budget, .rate = rate && cli->budget == 0 ? cli->rate : 0};
+    *params = (bkv_fold_request_t){.budget_bytes = cli->budget, .rate = rate && cli->budget == 0 ? cli->rate : 0};
     if (rate && cli->rate == 0) {
         return bkv_cli_usage(cli, err, "--rate: 0 is not in 1..%d", BKV_MAX_BAND_RATE);
     }
@@ -21,7 +21,7 @@ static bkv_status_t read_params(bkv_cli_t *cli, bkv_fold_params_t *params, bkv_e
 
 bkv_status_t bkv_cmd_fold(bkv_cli_t *cli, bkv_error_t *err) {
     bkv_session_t session;
-    bkv_fold_params_t params;
+    bkv_fold_request_t params;
     bkv_status_t status = read_params(cli, &params, err);
     if (status != BKV_OK) {
         return status;

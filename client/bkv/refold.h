@@ -11,7 +11,7 @@ typedef struct bkv_refold {
     uint32_t count;
     uint64_t budget; // most bytes of all results together; 0 with a profile: what its rates come to
     uint64_t seed;
-    const uint8_t *shares; // as in bkv_codec_params_t
+    const uint8_t *shares;        // as in bkv_codec_params_t
     const bkv_profile_t *profile; // count 0: one record
 } bkv_refold_t;
 

@@ -22,6 +22,7 @@ struct bkv_model_table {
     uint32_t capacity;
     uint32_t mask; // slots - 1
     _Atomic uint32_t count;
+    uint8_t **shares;     // [capacity], of models[i]; NULL: none
     pthread_mutex_t lock; // taken by writers only
     _Atomic(const bkv_model_t *) slots[];
 };
@@ -80,6 +81,17 @@ static bool sha256(const void *bytes, size_t length, uint8_t digest[32]) {
     return EVP_Digest(bytes, length, digest, NULL, EVP_sha256(), NULL) == 1;
 }
 
+// Shares can be many, so they are hashed where they lie.
+static bool digest_model(const bkv_model_t *model, const encoder_t *encoder, uint8_t digest[32]) {
+    EVP_MD_CTX *context = EVP_MD_CTX_new();
+    bool ok = context != NULL && EVP_DigestInit_ex(context, EVP_sha256(), NULL) == 1 &&
+              EVP_DigestUpdate(context, encoder->bytes, encoder->length) == 1 &&
+              EVP_DigestUpdate(context, model->params.shares, model->share_count) == 1 &&
+              EVP_DigestFinal_ex(context, digest, NULL) == 1;
+    EVP_MD_CTX_free(context);
+    return ok;
+}
+
 static uint64_t load_le64(const uint8_t *bytes) {
     uint64_t value = 0;
     for (int i = 0; i < 8; i++) {
@@ -113,6 +125,15 @@ static void fill_defaults(bkv_model_t *model) {
     }
     if (model->params.rate == 0) {
         model->params.rate = DEFAULT_RATE; // for any codec: a Put may ask for balance and leave the rate to the spec
+    }
+}
+
+// Shares that are all alike are what no shares are, and should be the same spec.
+static void drop_equal_shares(bkv_model_t *model) {
+    const uint8_t *shares = model->params.shares;
+    if (model->share_count == 0 || memcmp(shares, shares + 1, model->share_count - 1) == 0) {
+        model->params.shares = NULL;
+        model->share_count = 0;
     }
 }
 
@@ -173,6 +194,21 @@ static bkv_status_t check_names(const bkv_model_t *model, bkv_error_t *err) {
     return BKV_OK;
 }
 
+static bkv_status_t check_shares(const bkv_model_t *model, bkv_error_t *err) {
+    size_t sections = (size_t)model->shape.layers * model->shape.heads;
+    if (model->share_count != 0 && model->share_count != sections) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "spec.shares: %zu bytes for %u layers of %u heads", model->share_count,
+                        model->shape.layers, model->shape.heads);
+    }
+    for (size_t i = 0; i < model->share_count; i++) {
+        if (model->params.shares[i] == 0) {
+            return bkv_fail(err, BKV_INVALID_ARGUMENT, "spec.shares: 0 for layer %zu, head %zu is not within 1..255",
+                            i / model->shape.heads, i % model->shape.heads);
+        }
+    }
+    return BKV_OK;
+}
+
 static bkv_status_t check_model(const bkv_model_t *model, bkv_error_t *err) {
     bkv_status_t status = check_names(model, err);
     if (status == BKV_OK) {
@@ -192,7 +228,7 @@ static bkv_status_t check_model(const bkv_model_t *model, bkv_error_t *err) {
     if (status == BKV_OK && bkv_codec_check(&model->params, &cause) != BKV_OK) {
         status = bkv_fail(err, cause.status, "spec.%s", cause.message);
     }
-    return status;
+    return status == BKV_OK ? check_shares(model, err) : status;
 }
 
 bkv_status_t bkv_model_complete(bkv_model_t *model, bkv_error_t *err) {
@@ -201,10 +237,11 @@ bkv_status_t bkv_model_complete(bkv_model_t *model, bkv_error_t *err) {
     if (status != BKV_OK) {
         return status;
     }
+    drop_equal_shares(model);
     encoder_t encoder;
     encode_model(model, &encoder);
     uint8_t digest[32];
-    if (!sha256(encoder.bytes, encoder.length, digest)) {
+    if (!digest_model(model, &encoder, digest)) {
         return bkv_fail(err, BKV_INTERNAL, "libcrypto has no SHA-256");
     }
     memcpy(model->id.bytes, digest, sizeof(model->id.bytes));
@@ -225,7 +262,10 @@ bkv_model_table_t *bkv_model_table_create(uint32_t capacity) {
         return NULL;
     }
     table->models = calloc(capacity, sizeof(table->models[0]));
-    if (table->models == NULL) {
+    table->shares = calloc(capacity, sizeof(table->shares[0]));
+    if (table->models == NULL || table->shares == NULL) {
+        free(table->models);
+        free(table->shares);
         free(table);
         return NULL;
     }
@@ -244,6 +284,10 @@ void bkv_model_table_destroy(bkv_model_table_t *table) {
         return;
     }
     pthread_mutex_destroy(&table->lock);
+    for (uint32_t i = 0; i < atomic_load_explicit(&table->count, memory_order_relaxed); i++) {
+        free(table->shares[i]);
+    }
+    free(table->shares);
     free(table->models);
     free(table);
 }
@@ -259,6 +303,20 @@ static uint32_t probe(const bkv_model_table_t *table, const bkv_spec_id_t *id, c
     }
 }
 
+// The model as the i-th of the table, which owns its shares from here on. False: no memory for them.
+static bool keep_model(bkv_model_table_t *table, uint32_t i, const bkv_model_t *model) {
+    table->models[i] = *model;
+    if (model->share_count > 0) {
+        table->shares[i] = malloc(model->share_count);
+        if (table->shares[i] == NULL) {
+            return false;
+        }
+        memcpy(table->shares[i], model->params.shares, model->share_count);
+        table->models[i].params.shares = table->shares[i];
+    }
+    return true;
+}
+
 bkv_status_t bkv_model_table_add(bkv_model_table_t *table, const bkv_model_t *model, bkv_error_t *err) {
     const bkv_model_t *found;
     bkv_status_t status = BKV_OK;
@@ -267,8 +325,9 @@ bkv_status_t bkv_model_table_add(bkv_model_table_t *table, const bkv_model_t *mo
     uint32_t count = atomic_load_explicit(&table->count, memory_order_relaxed);
     if (found == NULL && count == table->capacity) {
         status = bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "spec: %u specs are open already (limits.max_specs)", count);
+    } else if (found == NULL && !keep_model(table, count, model)) {
+        status = bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "spec.shares: no memory for them");
     } else if (found == NULL) {
-        table->models[count] = *model;
         atomic_store_explicit(&table->slots[slot], &table->models[count], memory_order_release);
         atomic_store_explicit(&table->count, count + 1, memory_order_relaxed);
     }

@@ -2,8 +2,9 @@
 //
 // Canonical encoding, of which the spec id is the first 16 bytes of SHA-256; all integers little-endian uint32 unless said
 // otherwise: "bkv-spec-1\0" | len, model | layers | kv_heads | key_dim | value_dim | dtype | block_tokens | len, tenant |
-// tp_rank | tp_size | codec | rate | sink_tokens | seed (uint64). Defaults are filled in first, so that a spec that leaves
-// a field at 0 and one that spells its default out are the same.
+// tp_rank | tp_size | codec | rate | sink_tokens | seed (uint64) | shares, where there are any (layers * kv_heads bytes). Defaults
+// are filled in first, so that a spec that leaves a field at 0 and one that spells its default out are the same; so are shares
+// that are all alike and none. Without shares the encoding is what it was before there were any, and ids stay as they were.
 #ifndef BKV_MODEL_H
 #define BKV_MODEL_H
 
@@ -19,7 +20,8 @@ typedef struct bkv_model {
     uint64_t tenant;   // first 8 bytes (little-endian) of SHA-256(tenant_name), as in record headers
     bkv_shape_t shape; // tokens = block_tokens
     uint32_t tp_rank, tp_size;
-    bkv_codec_params_t params;
+    bkv_codec_params_t params; // shares: see share_count
+    size_t share_count;        // bytes at params.shares: layers * kv_heads, or 0 and params.shares NULL
 } bkv_model_t;
 
 typedef struct bkv_model_table bkv_model_table_t;
@@ -29,10 +31,11 @@ bkv_model_table_t *bkv_model_table_create(uint32_t capacity);
 void bkv_model_table_destroy(bkv_model_table_t *table);
 
 // Fills defaults in (value_dim, block_tokens, tp_size, codec, rate; not params.sink, where 0 means none: whoever reads a wire
-// format resolves its own "unset"), checks every field (INVALID_ARGUMENT names it as "spec.<field>: ...") and computes tenant and id.
+// format resolves its own "unset"), checks every field (INVALID_ARGUMENT names it as "spec.<field>: ...") and computes tenant and
+// id. params.shares stays the caller's memory and may become NULL.
 bkv_status_t bkv_model_complete(bkv_model_t *model, bkv_error_t *err);
 
-// Remembers a completed model; the same again is success. RESOURCE_EXHAUSTED when the table is full.
+// Remembers a completed model, its shares copied; the same again is success. RESOURCE_EXHAUSTED when the table is full.
 bkv_status_t bkv_model_table_add(bkv_model_table_t *table, const bkv_model_t *model, bkv_error_t *err);
 
 // The model of an id; lives as long as the table. NULL: never opened here. Thread-safe, wait-free for readers.

@@ -274,7 +274,8 @@ bkv_status_t bkv_wire_get_spec(const Balancekv__V1__Spec *spec, bkv_model_t *mod
                   .value_dim = spec->value_dim},
         .tp_rank = spec->tp_rank,
         .tp_size = spec->tp_size,
-        .params = {.rate = spec->rate, .seed = spec->seed},
+        .params = {.rate = spec->rate, .seed = spec->seed, .shares = spec->shares.len > 0 ? spec->shares.data : NULL},
+        .share_count = spec->shares.len,
     };
     int dtype = (int)spec->dtype;
     if (dtype < BKV_BF16 || dtype > BKV_FP32) {
@@ -314,6 +315,7 @@ void bkv_wire_set_spec(const bkv_model_t *model, Balancekv__V1__Spec *spec) {
     spec->sink_tokens = model->params.sink;
     spec->no_sink = model->params.sink == 0;
     spec->seed = model->params.seed;
+    spec->shares = (ProtobufCBinaryData){.len = model->share_count, .data = (uint8_t *)model->params.shares};
 }
 
 bkv_status_t bkv_wire_get_spec_id(const ProtobufCBinaryData *bytes, bkv_spec_id_t *id, bkv_error_t *err) {

@@ -59,10 +59,10 @@ bkv_status_t bkv_wire_split(const ProtobufCMessageDescriptor *type, grpc_byte_bu
 
 // ---- fields ----
 
-// What a Spec says; bkv_model_complete still has to check it.
+// What a Spec says; bkv_model_complete still has to check it. Shares stay where the message has them.
 bkv_status_t bkv_wire_get_spec(const Balancekv__V1__Spec *spec, bkv_model_t *model, bkv_error_t *err);
 
-// The Spec of a completed model; its strings are the model's.
+// The Spec of a completed model; its strings and shares are the model's.
 void bkv_wire_set_spec(const bkv_model_t *model, Balancekv__V1__Spec *spec);
 
 bkv_status_t bkv_wire_get_spec_id(const ProtobufCBinaryData *bytes, bkv_spec_id_t *id, bkv_error_t *err);

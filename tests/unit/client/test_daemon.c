@@ -231,7 +231,7 @@ Test(daemon, fold_within_its_budget) {
     scene_t scene;
     scene_open(&scene, BKV_CODEC_BALANCE);
     scene_put(&scene, BLOCKS);
-    const bkv_fold_params_t params = {.budget_bytes = 40000};
+    const bkv_fold_request_t params = {.budget_bytes = 40000};
     bkv_record_t fold;
     size_t count;
     cr_assert(bkv_fold_remote(scene.client, &scene.id, scene.keys, BLOCKS, &params, 0, &fold, &count, &scene.err) == BKV_OK,
@@ -251,7 +251,7 @@ Test(daemon, fold_that_cools) {
     scene_t scene;
     scene_open(&scene, BKV_CODEC_DENSE8);
     scene_put(&scene, BLOCKS);
-    bkv_fold_params_t params = {.rate = 8};
+    bkv_fold_request_t params = {.rate = 8};
     cr_assert(bkv_profile_parse("64:3,:12", &params.profile, &scene.err) == BKV_OK, "%s", scene.err.message);
     bkv_record_t records[BKV_FOLD_RECORDS];
     size_t count;

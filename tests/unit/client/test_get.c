@@ -334,7 +334,7 @@ static void serve_fold(fake_call_t *call, void *user) {
 }
 
 // One Fold of a server that answers so.
-static bkv_status_t fold_of(folded_t folded, const bkv_fold_params_t *params, bkv_record_t *records, size_t *count,
+static bkv_status_t fold_of(folded_t folded, const bkv_fold_request_t *params, bkv_record_t *records, size_t *count,
                             bkv_error_t *err) {
     fake_place_t place;
     fake_place_make(&place);
@@ -351,7 +351,7 @@ static bkv_status_t fold_of(folded_t folded, const bkv_fold_params_t *params, bk
 
 Test(get, fold) {
     bkv_key_t fold = fake_key(42, 0);
-    bkv_fold_params_t params = {.budget_bytes = 1 << 20};
+    bkv_fold_request_t params = {.budget_bytes = 1 << 20};
     bkv_record_t record;
     size_t count;
     bkv_error_t err = {0};
@@ -375,7 +375,7 @@ static void assert_none(const bkv_record_t *records, size_t count) {
 }
 
 Test(get, fold_in_bands) {
-    bkv_fold_params_t params = {.rate = 8, .profile = {.count = 3, .bands = {{16, 4}, {64, 8}, {0, 16}}}};
+    bkv_fold_request_t params = {.rate = 8, .profile = {.count = 3, .bands = {{16, 4}, {64, 8}, {0, 16}}}};
     bkv_record_t records[BKV_FOLD_RECORDS];
     size_t count, length = 0;
     bkv_error_t err = {0};

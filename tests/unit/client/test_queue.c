@@ -171,7 +171,7 @@ Test(queue, deadlines_and_records) {
     bkv_spec_id_t id = fake_spec_id();
     bkv_key_t keys[2] = {fake_key(1, 0), fake_key(1, 1)};
     bkv_record_t records[2], fold;
-    const bkv_fold_params_t params = {.budget_bytes = 4096};
+    const bkv_fold_request_t params = {.budget_bytes = 4096};
     size_t folded = 7;
     bkv_completion_t completions[2];
     scene_open(&scene, 2, true);
