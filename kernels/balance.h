@@ -34,7 +34,7 @@ typedef enum bkv_fate { BKV_DROPPED = 0, BKV_WALKED = 1, BKV_PROTECTED = 2 } bkv
 // Scratch of one walk over at most BKV_WALK_TOKENS tokens.
 typedef struct bkv_walk {
     float *gram;    // [limit][limit]: the kernel
-    float *k, *v;   // [limit][dim]: of its tokens
+    float *k, *v;   // [limit][dim]: rows of the source: all of them where bkv_source_hold was called, else those at hand
     float *mean;    // [key_dim]
     void *products; // scratch of matrix products over at most `limit` tokens
     float *weight;  // [limit]
@@ -60,8 +60,7 @@ typedef struct bkv_selection {
     float *score;         // [tokens]
     uint32_t *list;       // [tokens]
     float *mean;          // [key_dim]
-    float *panel_k;       // [limit of the walk][key_dim]: as many rows as are looked at together
-    float *panel_v;       // [limit of the walk][value_dim]
+
     bkv_walk_t walk;
     // One key group of kept tokens on its way into the record:
     float *k, *v;             // [BKV_KEY_GROUP_MAX][dim]
@@ -78,7 +77,7 @@ typedef struct bkv_selection {
 void bkv_selection_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint32_t tokens, uint32_t key_dim,
                          uint32_t value_dim, bkv_selection_t *selection);
 
-// Reads all of a source that is small enough into the selection's panel, so that nothing is converted twice.
+// Reads all of a source that is small enough into the walk's rows, so that nothing is converted twice.
 void bkv_source_hold(bkv_source_t *source, const bkv_selection_t *selection);
 
 // Chooses exactly m of the source's tokens: protects the first `sink` and the outliers, walks the rest.

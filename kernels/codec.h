@@ -139,7 +139,7 @@ BKV_API void bkv_block_from_payload(const bkv_shape_t *shape, const void *payloa
 // follow one another). The result has flag FOLD, tokens = sum of tokens, position = the first's, and is at most
 // params->budget bytes. Children that fit as they are, are concatenated without loss beyond requantisation. Time is linear in the tokens
 // that the children keep; the workspace is 21 bytes for each of those of one head, about 200 for each record, and at most
-// 256 KiB + 3 KiB * the larger dim. A budget under the smallest
+// 640 KiB + 6 KiB * the larger dim. A budget under the smallest
 // possible record, or records that do not fit together: INVALID_ARGUMENT. record: 16-byte aligned, `budget` bytes
 // of room.
 BKV_API bkv_status_t bkv_fold(const bkv_backend_t *backend, const void *const *records, uint32_t count,

@@ -46,9 +46,9 @@ void bkv_source_gather(const bkv_source_t *source, const uint32_t *tokens, uint3
 
 void bkv_source_hold(bkv_source_t *source, const bkv_selection_t *selection) {
     if (source->tokens <= selection->walk.limit) {
-        source->read(source, 0, source->tokens, selection->panel_k, selection->panel_v);
-        source->k = selection->panel_k;
-        source->v = selection->panel_v;
+        source->read(source, 0, source->tokens, selection->walk.k, selection->walk.v);
+        source->k = selection->walk.k;
+        source->v = selection->walk.v;
     }
 }
 
@@ -62,8 +62,6 @@ void bkv_selection_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint3
     selection->mean = bkv_scratch_take(scratch, key_dim * sizeof(float));
     bkv_walk_carve(scratch, lanes, tokens, key_dim, value_dim, &selection->walk);
     uint64_t limit = selection->walk.limit;
-    selection->panel_k = bkv_scratch_take(scratch, limit * key_dim * sizeof(float));
-    selection->panel_v = bkv_scratch_take(scratch, limit * value_dim * sizeof(float));
     selection->k = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * key_dim * sizeof(float));
     selection->v = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * value_dim * sizeof(float));
     selection->token = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(uint32_t));
@@ -93,7 +91,7 @@ static void score_keys(const bkv_source_t *source, bkv_selection_t *selection) {
     for (uint32_t pass = 0; pass < 2; pass++) {
         for (uint32_t first = 0; first < source->tokens; first += step) {
             uint32_t count = source->tokens - first < step ? source->tokens - first : step;
-            const float *row = bkv_source_keys(source, first, count, selection->panel_k);
+            const float *row = bkv_source_keys(source, first, count, selection->walk.k);
             for (uint32_t t = first; t < first + count; t++, row += dim) {
                 if (pass == 0) {
                     inverse[t] = inverse_norm(lanes, row, dim);

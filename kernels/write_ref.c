@@ -93,8 +93,8 @@ static uint32_t anchors_load(const bkv_source_t *source, uint32_t count, const b
 static void tokens_share(const bkv_source_t *source, uint32_t first, uint32_t count, uint32_t rows,
                          const bkv_selection_t *selection) {
     const bkv_lanes_t *lanes = source->lanes;
-    const float *k = bkv_source_keys(source, first, count, selection->panel_k);
-    const float *v = bkv_source_values(source, first, count, selection->panel_v);
+    const float *k = bkv_source_keys(source, first, count, selection->walk.k);
+    const float *v = bkv_source_values(source, first, count, selection->walk.v);
     uint32_t stride = bkv_tile_pad(rows);
     for (uint32_t t = 0; t < count; t++) {
         selection->share[t] = selection->fate[first + t] == BKV_PROTECTED ? 0.0f : selection->source_weight[first + t];
