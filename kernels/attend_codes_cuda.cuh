@@ -58,6 +58,19 @@ __host__ __device__ constexpr bool three_upper(int i) {
     return i >= 30 ? i == 31 : i % 10 >= 5;
 }
 
+__device__ __forceinline__ half2 as_half2(uint32_t bits) {
+    half2 value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+template <class T> __device__ __forceinline__ uint32_t as_bits(T pair) {
+    uint32_t bits;
+    static_assert(sizeof(pair) == sizeof(bits), "a pair of 16 bits each");
+    memcpy(&bits, &pair, sizeof(bits));
+    return bits;
+}
+
 // All pairs of `words`, which are kind_words(KIND) words of one row or as many that have a half of one row's word each below
 // and of another row's above.
 template <int KIND> __device__ __forceinline__ void codes_open(const uint32_t *words, uint32_t *pairs) {
@@ -86,7 +99,8 @@ template <int KIND> __device__ __forceinline__ void codes_open(const uint32_t *w
             pairs[5 * i + 4] = high & 0x00380038u;
             last[i] = high & 0x00400040u;
         }
-        pairs[15] = last[0] + last[1] * 2 + last[2] * 4;
+        const half2 two = __floats2half2_rn(2, 2), four = __floats2half2_rn(4, 4); // exact, and no work for the integer units
+        pairs[15] = as_bits(__hfma2(as_half2(last[2]), four, __hfma2(as_half2(last[1]), two, as_half2(last[0]))));
     } else if constexpr (KIND == BKV_GPU_BITS4) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -116,19 +130,6 @@ __device__ __forceinline__ uint32_t halves_low(uint32_t a, uint32_t b) {
 
 __device__ __forceinline__ uint32_t halves_high(uint32_t a, uint32_t b) {
     return __byte_perm(a, b, 0x7632);
-}
-
-__device__ __forceinline__ half2 as_half2(uint32_t bits) {
-    half2 value;
-    memcpy(&value, &bits, sizeof(value));
-    return value;
-}
-
-template <class T> __device__ __forceinline__ uint32_t as_bits(T pair) {
-    uint32_t bits;
-    static_assert(sizeof(pair) == sizeof(bits), "a pair of 16 bits each");
-    memcpy(&bits, &pair, sizeof(bits));
-    return bits;
 }
 
 __device__ __forceinline__ uint32_t halves_multiply(uint32_t a, uint32_t b) {

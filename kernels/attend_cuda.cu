@@ -4,7 +4,7 @@
 #include "attend_launch_cuda.cuh"
 #include "attend_walk_cuda.cuh"
 
-#define PLAN_THREADS  256
+#define PLAN_THREADS  512
 #define MERGE_THREADS 256
 
 // --- before: one thread block for each (sequence, head), one thread for each of its records
@@ -231,7 +231,7 @@ extern "C" int bkv_gpu_attend(const bkv_gpu_attend_t *job, void *stream) {
 
 // The widest stage of a device's shared memory that a warp of `warps` gets.
 static uint32_t stage_bytes(uint32_t shared_memory, uint32_t warps) {
-    return shared_memory / (2 * warps) / 16 * 16;
+    return (shared_memory - BKV_GPU_BARRIERS_ROOM) / (2 * warps) / 16 * 16;
 }
 
 extern "C" bool bkv_gpu_attend_shape(bkv_gpu_attend_t *job, uint32_t shared_memory) {

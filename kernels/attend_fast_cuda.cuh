@@ -24,7 +24,7 @@
 #define LOG2E 1.4426950408889634f
 #define SUBS  (BKV_GPU_TILE_MAX / BKV_GPU_TILE_STEP)
 
-// What a weight times its scale is divided by: as large as float16 allows with some room, see tile_exponent.
+// Of a sum that has nothing yet, see tile_exponent.
 #define EXPONENT_NONE (-64)
 
 template <int KEY, int VALUE, int COLUMNS> struct fast_t {
@@ -37,10 +37,11 @@ template <int KEY, int VALUE, int COLUMNS> struct fast_t {
 
     uint32_t q[ROUNDS * PAIRS]; // of column g, in the order of three-bit codes, times a power of two
     float unit[2];              // of columns 2c and 2c + 1: turns products with q into logits of base 2
-    float top[2], sum[2];       // of columns 2c and 2c + 1: largest logit; this lane's share of the weights' sum
+    float top[2];               // of these columns: the largest logit
+    int exponent;               // what follows is to be multiplied by 2^(exponent + top)
+    float sum[2];               // of weights, this lane's share
     float zero[CHUNKS][HALVES][2];
     float out[CHUNKS][HALVES][8][4];
-    int exponent; // `out` is to be multiplied by 2^exponent
 };
 
 template <class F> __device__ __forceinline__ void fast_reset(F &f) {
@@ -118,40 +119,44 @@ template <class F> __device__ __forceinline__ void query_open(const bkv_gpu_atte
     f.unit[1] = lane_get(unit, 8 * c + 4);
 }
 
-// The query's side of the product with codes, and <q, zero>.
+// The query's side of the product with codes, and <q, zero> in the unit of that product.
 template <int KIND, class F>
 __device__ __forceinline__ void query_scale(const F &f, const uint8_t *shared, const stage_t &stage, uint32_t *b,
-                                            float zero[2]) {
+                                            float zero[4]) {
     const uint32_t c = threadIdx.x % 4;
     float sums[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int r = 0; r < F::ROUNDS; r++) {
         uint32_t group = c + 4 * r < F::KEY_DIM / 32 ? c + 4 * r : 0; // beyond the end q is 0
-        uint32_t place = stage.key_params + 144 * group, three[PAIRS], zeros[PAIRS];
+        const uint32_t *params = (const uint32_t *)(shared + stage.key_params + 144 * group);
+        uint32_t scales[PAIRS], zeros[PAIRS];
 #pragma unroll
         for (int e = 0; e < PAIRS; e++) {
-            int i = kind_lower(BKV_GPU_BITS3, e);
-            uint32_t low = params_word(shared, place, i);
-            uint32_t high = params_word(shared, place, i + kind_reach(BKV_GPU_BITS3, e));
-            three[e] = halves_multiply(f.q[PAIRS * r + e], halves_low(low, high));
+            uint32_t low = params[kind_lower(BKV_GPU_BITS3, e)];
+            uint32_t high = params[kind_lower(BKV_GPU_BITS3, e) + kind_reach(BKV_GPU_BITS3, e)];
+            scales[e] = halves_low(low, high);
             zeros[e] = halves_high(low, high);
         }
 #pragma unroll
-        for (int e = 0; e < PAIRS; e += 2) {
-            multiply_add<false>(sums, zeros[e], zeros[e], zeros[e + 1], zeros[e + 1], f.q[PAIRS * r + e],
+        for (int e = 0; e < PAIRS; e += 2) { // rows 0 to 7 are all the same; the others are never looked at
+            multiply_add<false>(sums, zeros[e], scales[e], zeros[e + 1], scales[e + 1], f.q[PAIRS * r + e],
                                 f.q[PAIRS * r + e + 1]);
         }
 #pragma unroll
         for (int e = 0; e < PAIRS; e++) {
+            scales[e] = halves_multiply(f.q[PAIRS * r + e], scales[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < PAIRS; e++) {
             const uint32_t shrink = (15u - (uint32_t)kind_shift(KIND, e)) << 10; // 2^-shift as float16
-            b[PAIRS * r + e] = pair_reorder<KIND>(three, e);
+            b[PAIRS * r + e] = pair_reorder<KIND>(scales, e);
             if (kind_shift(KIND, e) != 0) {
                 b[PAIRS * r + e] = halves_multiply(b[PAIRS * r + e], shrink | shrink << 16);
             }
         }
     }
-    zero[0] = sums[0];
-    zero[1] = sums[1];
+    zero[0] = zero[2] = sums[0] * 0x1p-24f;
+    zero[1] = zero[3] = sums[1] * 0x1p-24f;
 }
 
 // The same where keys are native: the query in their type. bfloat16 takes it in two parts, as it may hold only one.
@@ -168,91 +173,91 @@ template <int KIND, class F> __device__ __forceinline__ void query_native(const 
     }
 }
 
-// Products of all tokens of the tile with all columns, as multiply_add lays them out, and <q, zero>.
+// Products of 16 tokens with all columns, as multiply_add lays them out.
 template <int KIND, class F>
-__device__ __forceinline__ void tile_products(const F &f, const uint8_t *shared, const stage_t &stage, float s[SUBS][4],
-                                              float zero[2]) {
+__device__ __forceinline__ void rows_products(const uint8_t *shared, const stage_t &stage, int sub, const uint32_t *b,
+                                              const uint32_t *rest, const float zero[4], float s[4]) {
     constexpr bool native = kind_native(KIND), bf16 = KIND == BKV_GPU_BF16;
     constexpr int words = kind_words(KIND);
-    const uint32_t row = F::KEY_DIM * words / 8, stride = KIND != BKV_GPU_BITS3 && row % 64 == 0 ? row + 16 : row;
+    const uint32_t stride = row_stride<KIND, F::KEY_DIM>();
     const uint32_t g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
-    uint32_t b[F::ROUNDS * PAIRS], rest[bf16 ? F::ROUNDS * PAIRS : 1];
-    if constexpr (native) {
-        query_native<KIND>(f, b, rest);
-        zero[0] = zero[1] = 0;
-    } else {
-        query_scale<KIND>(f, shared, stage, b, zero);
+    // Of rows behind the last one, codes are whatever is there; other elements could be NaN.
+    uint32_t t = sub * BKV_GPU_TILE_STEP + g, u = t + 8;
+    t = native ? min(t, stage.count - 1) : t;
+    u = native ? min(u, stage.count - 1) : u;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        s[i] = zero[i];
     }
 #pragma unroll
-    for (int sub = 0; sub < SUBS; sub++) {
-        if (sub * BKV_GPU_TILE_STEP >= stage.count) {
-            break;
+    for (int r = 0; r < F::ROUNDS; r++) {
+        uint32_t group = c + 4 * r < F::KEY_DIM / 32 ? c + 4 * r : 0;
+        const uint32_t *at = (const uint32_t *)(shared + stage.keys + t * stride) + group * words;
+        const uint32_t *below = (const uint32_t *)(shared + stage.keys + u * stride) + group * words;
+        uint32_t packed[words], x[PAIRS], y[PAIRS];
+#pragma unroll
+        for (int i = 0; i < words; i++) {
+            packed[i] = at[i];
         }
-        // Of rows behind the last one, codes are whatever is there; other elements could be NaN.
-        uint32_t t = sub * BKV_GPU_TILE_STEP + g, u = t + 8;
-        t = native ? min(t, stage.count - 1) : t;
-        u = native ? min(u, stage.count - 1) : u;
-        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0}; // two chains, each half as long
+        codes_open<KIND>(packed, x);
 #pragma unroll
-        for (int r = 0; r < F::ROUNDS; r++) {
-            uint32_t group = c + 4 * r < F::KEY_DIM / 32 ? c + 4 * r : 0;
-            const uint32_t *at = (const uint32_t *)(shared + stage.keys + t * stride) + group * words;
-            const uint32_t *below = (const uint32_t *)(shared + stage.keys + u * stride) + group * words;
-            uint32_t packed[words], x[PAIRS], y[PAIRS];
-#pragma unroll
-            for (int i = 0; i < words; i++) {
-                packed[i] = at[i];
-            }
-            codes_open<KIND>(packed, x);
-#pragma unroll
-            for (int i = 0; i < words; i++) {
-                packed[i] = below[i];
-            }
-            codes_open<KIND>(packed, y);
-#pragma unroll
-            for (int e = 0; e < PAIRS; e += 2) {
-                float *d = e % 4 == 0 ? even : odd;
-                multiply_add<bf16>(d, x[e], y[e], x[e + 1], y[e + 1], b[PAIRS * r + e], b[PAIRS * r + e + 1]);
-                if constexpr (bf16) {
-                    multiply_add<bf16>(d, x[e], y[e], x[e + 1], y[e + 1], rest[PAIRS * r + e], rest[PAIRS * r + e + 1]);
-                }
-            }
+        for (int i = 0; i < words; i++) {
+            packed[i] = below[i];
         }
+        codes_open<KIND>(packed, y);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            s[sub][i] = even[i] + odd[i];
+        for (int e = 0; e < PAIRS; e += 2) {
+            multiply_add<bf16>(s, x[e], y[e], x[e + 1], y[e + 1], b[PAIRS * r + e], b[PAIRS * r + e + 1]);
+            if constexpr (bf16) {
+                multiply_add<bf16>(s, x[e], y[e], x[e + 1], y[e + 1], rest[PAIRS * r + e], rest[PAIRS * r + e + 1]);
+            }
         }
     }
 }
 
-// From products to logits of base 2, -INFINITY behind the last token. largest: of this lane's two columns, over all lanes.
-template <class F>
-__device__ __forceinline__ void tile_logits(const F &f, const uint8_t *shared, const stage_t &stage, float s[SUBS][4],
-                                            const float zero[2], float largest[2]) {
+// From products to logits of base 2, with weights; -INFINITY behind the last token. largest: of this lane's two columns.
+__device__ __forceinline__ void rows_logits(const uint8_t *shared, const stage_t &stage, int sub, float2 range,
+                                            const float unit[2], float s[4], float largest[2]) {
     const uint32_t g = threadIdx.x % WARP / 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t t = sub * BKV_GPU_TILE_STEP + g + 8 * i;
+        float weight = (float)shared[stage.weights + t] * range.y + range.x; // without weights the range is 0
+        weight = t < stage.count ? weight : -INFINITY;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            s[2 * i + j] = s[2 * i + j] * unit[j] + weight;
+            largest[j] = fmaxf(largest[j], s[2 * i + j]);
+        }
+    }
+}
+
+// Logits of all tokens of the tile and the largest of each column over all lanes. WHOLE: every step of 16 tokens has some,
+// which the compiler may then interleave.
+template <int KIND, bool WHOLE, class F>
+__device__ __forceinline__ void tile_logits(const F &f, const uint8_t *shared, const stage_t &stage, float s[SUBS][4],
+                                            float largest[2]) {
+    constexpr bool bf16 = KIND == BKV_GPU_BF16;
+    uint32_t b[F::ROUNDS * PAIRS], rest[bf16 ? F::ROUNDS * PAIRS : 1];
+    float zero[4] = {0, 0, 0, 0};
+    if constexpr (kind_native(KIND)) {
+        query_native<KIND>(f, b, rest);
+    } else {
+        query_scale<KIND>(f, shared, stage, b, zero);
+    }
     float2 range = __half22float2(as_half2(stage.weight_range));
     range.x *= LOG2E;
     range.y *= LOG2E;
-    float codes = (stage.kinds & 15) > BKV_GPU_BITS8 ? 1.0f : 0x1p24f;
-    float unit[2] = {f.unit[0] * codes, f.unit[1] * codes};
-    float base[2] = {zero[0] * f.unit[0] + range.x, zero[1] * f.unit[1] + range.x};
+    const float codes = kind_native(KIND) ? 1.0f : 0x1p24f;
+    const float unit[2] = {f.unit[0] * codes, f.unit[1] * codes};
     largest[0] = largest[1] = -INFINITY;
 #pragma unroll
     for (int sub = 0; sub < SUBS; sub++) {
-        if (sub * BKV_GPU_TILE_STEP >= stage.count) {
+        if (!WHOLE && sub * BKV_GPU_TILE_STEP >= stage.count) {
             break;
         }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint32_t t = sub * BKV_GPU_TILE_STEP + g + 8 * i;
-            float weight = stage.has_weights ? (float)shared[stage.weights + min(t, stage.count - 1)] * range.y : 0;
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float logit = s[sub][2 * i + j] * unit[j] + (base[j] + weight);
-                s[sub][2 * i + j] = t < stage.count ? logit : -INFINITY;
-                largest[j] = fmaxf(largest[j], s[sub][2 * i + j]);
-            }
-        }
+        rows_products<KIND, F>(shared, stage, sub, b, rest, zero, s[sub]);
+        rows_logits(shared, stage, sub, range, unit, s[sub], largest);
     }
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
@@ -265,10 +270,12 @@ __device__ __forceinline__ void tile_logits(const F &f, const uint8_t *shared, c
 // that lose bits, whatever the values' magnitude.
 template <class F> __device__ __forceinline__ int tile_exponent(const uint8_t *shared, const stage_t &stage) {
     uint32_t largest = 0x3c00; // native values have the scale 1
-    if (stage.kinds >> 4 <= BKV_GPU_BITS8) {
+    if (value_kind(stage.shape) <= BKV_GPU_BITS8) {
+        const uint32_t *params = (const uint32_t *)(shared + stage.value_params), last = stage.count * F::GROUPS - 1;
         largest = 0;
-        for (uint32_t i = threadIdx.x % WARP; i < stage.count * F::GROUPS; i += WARP) {
-            largest = max(largest, *(const uint32_t *)(shared + stage.value_params + 4 * i) & 0x7fffu);
+#pragma unroll
+        for (uint32_t i = 0; i < BKV_GPU_TILE_MAX * F::GROUPS; i += WARP) {
+            largest = max(largest, params[min(i + threadIdx.x % WARP, last)] & 0x7fffu);
         }
         largest = __reduce_max_sync(ALL_LANES, largest);
     }
@@ -282,10 +289,9 @@ template <class F> __device__ __forceinline__ void fast_rescale(F &f, const floa
     if (!__any_sync(ALL_LANES, top[0] != f.top[0] || top[1] != f.top[1] || exponent != f.exponent)) {
         return;
     }
-    float shift = exp2f((float)(f.exponent - exponent));
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        float shrink = exp2_fast(f.top[j] - top[j]); // 0 at first, when there is nothing yet
+        float shrink = exp2_fast(f.top[j] - top[j] + (float)(f.exponent - exponent)); // 0 at first, when there is nothing yet
         f.sum[j] *= shrink;
 #pragma unroll
         for (int v = 0; v < F::CHUNKS; v++) {
@@ -294,7 +300,7 @@ template <class F> __device__ __forceinline__ void fast_rescale(F &f, const floa
                 f.zero[v][h][j] *= shrink;
 #pragma unroll
                 for (int e = 0; e < PAIRS; e++) {
-                    f.out[v][h][e / 2][e % 2 * 2 + j] *= shrink * shift;
+                    f.out[v][h][e / 2][e % 2 * 2 + j] *= shrink;
                 }
             }
         }
@@ -305,13 +311,13 @@ template <class F> __device__ __forceinline__ void fast_rescale(F &f, const floa
 
 // The weights of 16 tokens as the right-hand side of the product with values; near + rest where that is bfloat16.
 template <int KIND, class F>
-__device__ __forceinline__ void tile_weights(F &f, const uint8_t *shared, const stage_t &stage, int sub, const float s[4],
-                                             uint32_t near[F::CHUNKS][F::HALVES][2], uint32_t rest[F::CHUNKS][F::HALVES][2]) {
+__device__ __forceinline__ void rows_weights(F &f, const uint8_t *shared, const stage_t &stage, int sub, const float s[4],
+                                             const float base[2], uint32_t near[F::CHUNKS][F::HALVES][2],
+                                             uint32_t rest[F::CHUNKS][F::HALVES][2]) {
     const uint32_t g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
-    const float shrink = __uint_as_float((uint32_t)(127 - f.exponent) << 23);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float p[2] = {exp2_fast(s[2 * i] - f.top[0]), exp2_fast(s[2 * i + 1] - f.top[1])};
+        float p[2] = {exp2_fast(s[2 * i] - base[0]), exp2_fast(s[2 * i + 1] - base[1])};
         f.sum[0] += p[0];
         f.sum[1] += p[1];
         uint32_t t = min(sub * BKV_GPU_TILE_STEP + g + 8 * i, stage.count - 1);
@@ -319,16 +325,16 @@ __device__ __forceinline__ void tile_weights(F &f, const uint8_t *shared, const 
         for (int v = 0; v < F::CHUNKS; v++) {
 #pragma unroll
             for (int h = 0; h < F::HALVES; h++) {
-                float2 params = make_float2(shrink, 0);
+                float a = p[0], b = p[1];
                 if constexpr (!kind_native(KIND)) {
                     uint32_t group = min(2 * v + (F::TWICE ? c / 2 : h), (uint32_t)F::GROUPS - 1);
                     uint32_t place = stage.value_params + 4 * (t * F::GROUPS + group);
-                    params = __half22float2(as_half2(*(const uint32_t *)(shared + place)));
-                    params.x *= shrink;
+                    float2 params = __half22float2(as_half2(*(const uint32_t *)(shared + place)));
                     f.zero[v][h][0] += p[0] * params.y;
                     f.zero[v][h][1] += p[1] * params.y;
+                    a *= params.x;
+                    b *= params.x;
                 }
-                float a = p[0] * params.x, b = p[1] * params.x;
                 if constexpr (KIND == BKV_GPU_BF16) {
                     __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
                     near[v][h][i] = transpose(as_bits(pair));
@@ -367,42 +373,49 @@ __device__ __forceinline__ void values_open(const uint8_t *shared, uint32_t t_pl
     codes_open<KIND>(both, x);
 }
 
+// Adds the values of 16 tokens.
 template <int KIND, class F>
-__device__ __forceinline__ void tile_values(F &f, const uint8_t *shared, const stage_t &stage, const float s[SUBS][4]) {
+__device__ __forceinline__ void rows_values(F &f, const uint8_t *shared, const stage_t &stage, int sub, const float s[4],
+                                            const float base[2]) {
     constexpr bool native = kind_native(KIND), bf16 = KIND == BKV_GPU_BF16;
-    const uint32_t row = F::VALUE_DIM * kind_words(KIND) / 8, stride = KIND != BKV_GPU_BITS3 && row % 64 == 0 ? row + 16 : row;
-    const uint32_t g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
+    const uint32_t stride = row_stride<KIND, F::VALUE_DIM>(), g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
+    uint32_t near[F::CHUNKS][F::HALVES][2], rest[F::CHUNKS][F::HALVES][2], place[4];
+    rows_weights<KIND>(f, shared, stage, sub, s, base, near, rest);
 #pragma unroll
-    for (int sub = 0; sub < SUBS; sub++) {
-        if (sub * BKV_GPU_TILE_STEP >= stage.count) {
-            break;
-        }
-        uint32_t near[F::CHUNKS][F::HALVES][2], rest[F::CHUNKS][F::HALVES][2];
-        tile_weights<KIND>(f, shared, stage, sub, s[sub], near, rest);
-        uint32_t place[4];
+    for (int i = 0; i < 4; i++) {
+        uint32_t t = sub * BKV_GPU_TILE_STEP + 2 * c + i / 2 * 8 + i % 2;
+        place[i] = stage.values + (native ? min(t, stage.count - 1) : t) * stride;
+    }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint32_t t = sub * BKV_GPU_TILE_STEP + 2 * c + i / 2 * 8 + i % 2;
-            place[i] = stage.values + (native ? min(t, stage.count - 1) : t) * stride;
-        }
+    for (int v = 0; v < F::CHUNKS; v++) {
+        const uint32_t chunk = v * 128 * kind_words(KIND) / 8, lane = 128 * v + 16 * g < F::VALUE_DIM ? g : 0;
+        uint32_t x[PAIRS], y[PAIRS];
+        values_open<KIND>(shared, place[0] + chunk, place[1] + chunk, lane, x);
+        values_open<KIND>(shared, place[2] + chunk, place[3] + chunk, lane, y);
 #pragma unroll
-        for (int v = 0; v < F::CHUNKS; v++) {
-            const uint32_t chunk = v * 128 * kind_words(KIND) / 8, lane = 128 * v + 16 * g < F::VALUE_DIM ? g : 0;
-            uint32_t x[PAIRS], y[PAIRS];
-            values_open<KIND>(shared, place[0] + chunk, place[1] + chunk, lane, x);
-            values_open<KIND>(shared, place[2] + chunk, place[3] + chunk, lane, y);
+        for (int e = 0; e < PAIRS; e += 2) {
 #pragma unroll
-            for (int e = 0; e < PAIRS; e += 2) {
-#pragma unroll
-                for (int h = 0; h < F::HALVES; h++) {
-                    float *d = f.out[v][h][e / 2];
-                    multiply_add<bf16>(d, x[e], x[e + 1], y[e], y[e + 1], near[v][h][0], near[v][h][1]);
-                    if constexpr (bf16) {
-                        multiply_add<bf16>(d, x[e], x[e + 1], y[e], y[e + 1], rest[v][h][0], rest[v][h][1]);
-                    }
+            for (int h = 0; h < F::HALVES; h++) {
+                float *d = f.out[v][h][e / 2];
+                multiply_add<bf16>(d, x[e], x[e + 1], y[e], y[e + 1], near[v][h][0], near[v][h][1]);
+                if constexpr (bf16) {
+                    multiply_add<bf16>(d, x[e], x[e + 1], y[e], y[e + 1], rest[v][h][0], rest[v][h][1]);
                 }
             }
         }
+    }
+}
+
+// Adds the values of all tokens of the tile, whose logits are s.
+template <int KIND, bool WHOLE, class F>
+__device__ __forceinline__ void tile_values(F &f, const uint8_t *shared, const stage_t &stage, const float s[SUBS][4]) {
+    const float base[2] = {f.top[0] + (float)f.exponent, f.top[1] + (float)f.exponent};
+#pragma unroll
+    for (int sub = 0; sub < SUBS; sub++) {
+        if (!WHOLE && sub * BKV_GPU_TILE_STEP >= stage.count) {
+            break;
+        }
+        rows_values<KIND>(f, shared, stage, sub, s[sub], base);
     }
 }
 

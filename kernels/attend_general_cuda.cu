@@ -75,10 +75,10 @@ template <int SLICES> __device__ void general_open(const bkv_gpu_attend_t &job, 
 
 // Logits of up to 32 tokens of a tile from `first`, one in each lane.
 template <int SLICES>
-__device__ float general_logits(const bkv_gpu_attend_t &job, const general_t<SLICES> &f, const bkv_gpu_section_t &section,
-                                uint32_t group, uint64_t first, uint32_t count) {
-    const uint32_t lane = threadIdx.x % WARP, kind = section.kinds & 15, row = bkv_gpu_row_bytes(kind, job.key_dim);
-    const uint8_t *keys = section_keys(section, job.key_dim) + first * row;
+__device__ float general_logits(const bkv_gpu_attend_t &job, const general_t<SLICES> &f, const place_t &section, uint32_t group,
+                                uint64_t first, uint32_t count) {
+    const uint32_t lane = threadIdx.x % WARP, kind = key_kind(section.shape), row = bkv_gpu_row_bytes(kind, job.key_dim);
+    const uint8_t *keys = section_keys(section, kind, job.key_dim) + first * row;
     float scaled[SLICES], zero = 0, logit = -INFINITY;
 #pragma unroll
     for (int k = 0; k < SLICES; k++) {
@@ -102,7 +102,7 @@ __device__ float general_logits(const bkv_gpu_attend_t &job, const general_t<SLI
         product = warp_sum(product);
         logit = lane == t ? product : logit;
     }
-    if (section.weighted && lane < count) {
+    if (is_weighted(section.shape) && lane < count) {
         float2 range = __half22float2(as_half2(section.weights));
         logit += (range.x + range.y * (float)section.keys[4 + first + lane]) * LOG2E;
     }
@@ -110,11 +110,11 @@ __device__ float general_logits(const bkv_gpu_attend_t &job, const general_t<SLI
 }
 
 template <int SLICES>
-__device__ void general_values(const bkv_gpu_attend_t &job, general_t<SLICES> &f, const bkv_gpu_section_t &section,
-                               uint64_t first, uint32_t count, float weight) {
-    const uint32_t lane = threadIdx.x % WARP, kind = section.kinds >> 4, row = bkv_gpu_row_bytes(kind, job.value_dim);
+__device__ void general_values(const bkv_gpu_attend_t &job, general_t<SLICES> &f, const place_t &section, uint64_t first,
+                               uint32_t count, float weight) {
+    const uint32_t lane = threadIdx.x % WARP, kind = value_kind(section.shape), row = bkv_gpu_row_bytes(kind, job.value_dim);
     const uint32_t groups = (job.value_dim + BKV_VALUE_GROUP_DIMS - 1) / BKV_VALUE_GROUP_DIMS;
-    const uint8_t *values = section_values(section, job.value_dim) + first * row;
+    const uint8_t *values = section_values(section, kind, job.value_dim) + first * row;
     for (uint32_t t = 0; t < count; t++, values += row) {
         float p = lane_get(weight, t);
 #pragma unroll

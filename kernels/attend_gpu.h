@@ -95,16 +95,23 @@ BKV_BOTH uint32_t bkv_gpu_rows_room(uint32_t kind, uint32_t dim, uint32_t tokens
     return bkv_gpu_row_padded(kind, dim) ? tokens * (row + 16) : (tokens * row + 31) / 16 * 16;
 }
 
-// For a key group's params, which get 16 bytes of padding every 128.
+// For a key group's params: those of 32 channels after another, and 16 bytes between.
 BKV_BOTH uint32_t bkv_gpu_params_room(uint32_t kind, uint32_t dim) {
-    return kind > BKV_GPU_BITS8 ? 0 : (4 * dim + 16) / 128 * 144 + 144;
+    return kind > BKV_GPU_BITS8 ? 0 : dim / 32 * 144;
 }
+
+// For the params of values.
+BKV_BOTH uint32_t bkv_gpu_scales_room(uint32_t kind, uint32_t dim, uint32_t tokens) {
+    return kind > BKV_GPU_BITS8 ? 0 : 4 * tokens * ((dim + 63) / 64) + 16;
+}
+
+// What a thread block needs before the stages of its warps.
+#define BKV_GPU_BARRIERS_ROOM 256
 
 BKV_BOTH uint32_t bkv_gpu_tile_room(uint32_t key_kind, uint32_t key_dim, uint32_t value_kind, uint32_t value_dim,
                                     uint32_t tokens) {
-    uint32_t value_params = value_kind > BKV_GPU_BITS8 ? 0 : 4 * tokens * ((value_dim + 63) / 64) + 16;
-    return tokens + 16 + bkv_gpu_params_room(key_kind, key_dim) + bkv_gpu_rows_room(key_kind, key_dim, tokens) + value_params +
-           bkv_gpu_rows_room(value_kind, value_dim, tokens);
+    return tokens + 16 + bkv_gpu_params_room(key_kind, key_dim) + bkv_gpu_rows_room(key_kind, key_dim, tokens) +
+           bkv_gpu_scales_room(value_kind, value_dim, tokens) + bkv_gpu_rows_room(value_kind, value_dim, tokens);
 }
 
 // What a device of `shared_memory` bytes a thread block runs these dims with: stage, thread_block_warps and columns. False

@@ -7,42 +7,49 @@
 
 // Takes one tile into the running result.
 template <class F> __device__ __forceinline__ void tile_take(F &f, const uint8_t *shared, const stage_t &stage) {
-    float s[SUBS][4], zero[2], largest[2];
-    switch (stage.kinds & 15) {
+    const bool whole = stage.count > BKV_GPU_TILE_MAX - BKV_GPU_TILE_STEP;
+    float s[SUBS][4], largest[2];
+    switch (key_kind(stage.shape)) {
     case BKV_GPU_BITS2:
-        tile_products<BKV_GPU_BITS2>(f, shared, stage, s, zero);
+        tile_logits<BKV_GPU_BITS2, false>(f, shared, stage, s, largest);
         break;
     case BKV_GPU_BITS3:
-        tile_products<BKV_GPU_BITS3>(f, shared, stage, s, zero);
+        if (whole) {
+            tile_logits<BKV_GPU_BITS3, true>(f, shared, stage, s, largest);
+        } else {
+            tile_logits<BKV_GPU_BITS3, false>(f, shared, stage, s, largest);
+        }
         break;
     case BKV_GPU_BITS4:
-        tile_products<BKV_GPU_BITS4>(f, shared, stage, s, zero);
+        tile_logits<BKV_GPU_BITS4, false>(f, shared, stage, s, largest);
         break;
     case BKV_GPU_BITS8:
-        tile_products<BKV_GPU_BITS8>(f, shared, stage, s, zero);
+        tile_logits<BKV_GPU_BITS8, false>(f, shared, stage, s, largest);
         break;
     case BKV_GPU_BF16:
-        tile_products<BKV_GPU_BF16>(f, shared, stage, s, zero);
+        tile_logits<BKV_GPU_BF16, false>(f, shared, stage, s, largest);
         break;
     default:
-        tile_products<BKV_GPU_FP16>(f, shared, stage, s, zero);
+        tile_logits<BKV_GPU_FP16, false>(f, shared, stage, s, largest);
         break;
     }
-    tile_logits(f, shared, stage, s, zero, largest);
     fast_rescale(f, largest, tile_exponent<F>(shared, stage));
-    switch (stage.kinds >> 4) {
+    switch (value_kind(stage.shape)) {
     case BKV_GPU_BITS2:
-        return tile_values<BKV_GPU_BITS2>(f, shared, stage, s);
+        return tile_values<BKV_GPU_BITS2, false>(f, shared, stage, s);
     case BKV_GPU_BITS3:
-        return tile_values<BKV_GPU_BITS3>(f, shared, stage, s);
+        if (whole) {
+            return tile_values<BKV_GPU_BITS3, true>(f, shared, stage, s);
+        }
+        return tile_values<BKV_GPU_BITS3, false>(f, shared, stage, s);
     case BKV_GPU_BITS4:
-        return tile_values<BKV_GPU_BITS4>(f, shared, stage, s);
+        return tile_values<BKV_GPU_BITS4, false>(f, shared, stage, s);
     case BKV_GPU_BITS8:
-        return tile_values<BKV_GPU_BITS8>(f, shared, stage, s);
+        return tile_values<BKV_GPU_BITS8, false>(f, shared, stage, s);
     case BKV_GPU_BF16:
-        return tile_values<BKV_GPU_BF16>(f, shared, stage, s);
+        return tile_values<BKV_GPU_BF16, false>(f, shared, stage, s);
     default:
-        return tile_values<BKV_GPU_FP16>(f, shared, stage, s);
+        return tile_values<BKV_GPU_FP16, false>(f, shared, stage, s);
     }
 }
 
@@ -91,14 +98,14 @@ __device__ __forceinline__ void fast_write(const bkv_gpu_attend_t &job, F &f, ui
         __syncwarp();
         float top = fmaxf(before, f.top[j]);
         float keep = before == -INFINITY ? 0 : exp2_fast(before - top),
-              gain = f.top[j] == -INFINITY ? 0 : exp2_fast(f.top[j] - top);
+              gain = f.top[j] == -INFINITY ? 0 : exp2_fast(f.top[j] - top + (float)f.exponent);
 #pragma unroll
         for (int v = 0; v < F::CHUNKS; v++) {
             float x[PAIRS];
             float zero = upper ? f.zero[v][F::HALVES - 1][j] : f.zero[v][0][j];
 #pragma unroll
             for (int e = 0; e < PAIRS; e++) {
-                int shift = kind_native((int)kind) ? f.exponent : f.exponent + 24 - kind_shift((int)kind, e);
+                int shift = kind_native((int)kind) ? 0 : 24 - kind_shift((int)kind, e);
                 float sums = upper ? f.out[v][F::HALVES - 1][e / 2][e % 2 * 2 + j] : f.out[v][0][e / 2][e % 2 * 2 + j];
                 x[e] = (sums * exp2f((float)shift) + zero) * gain;
             }
@@ -134,35 +141,37 @@ __global__ void __launch_bounds__(WARPS *WARP, 1) attend_fast(const __grid_const
     }
     const uint64_t start = share_start(total, warp, warps);
     uint32_t left = (uint32_t)(share_start(total, warp + 1, warps) - start);
-    uint32_t to = own * 2 * job.stage, other = to + job.stage;
+    uint32_t to = BKV_GPU_BARRIERS_ROOM + own * 2 * job.stage, other = to + job.stage;
     fast_t<KEY_DIM, VALUE_DIM, COLUMNS> f;
     walk_t walk;
     stage_t stage, next = {};
+    copies_t copies, others;
+    copies_open(copies, shared, 2 * own);
+    copies_open(others, shared, 2 * own + 1);
     walk_start(job, walk, start);
-    stage_fill<KEY_DIM, VALUE_DIM>(walk, shared, to, stage);
-    copy_commit();
-    uint32_t part = stage.part, kind = stage.kinds >> 4;
+    stage_fill<KEY_DIM, VALUE_DIM>(walk, shared, to, copies, stage);
+    copies_commit();
+    uint32_t part = stage.part, kind = value_kind(stage.shape);
     bool more = false;
     query_open(job, part, f);
     fast_reset(f);
     for (;;) {
         if (left > 1) {
             walk_next(job, walk);
-            stage_fill<KEY_DIM, VALUE_DIM>(walk, shared, other, next);
+            stage_fill<KEY_DIM, VALUE_DIM>(walk, shared, other, others, next);
         }
-        copy_commit();
-        if (stage.part != part || stage.kinds >> 4 != kind) {
+        copies_commit();
+        if (stage.part != part || value_kind(stage.shape) != kind) {
             fast_write(job, f, warp, part, kind, more);
             more = stage.part == part;
-            kind = stage.kinds >> 4;
+            kind = value_kind(stage.shape);
             if (!more) {
                 part = stage.part;
                 query_open(job, part, f);
             }
             fast_reset(f);
         }
-        copy_wait<1>();
-        __syncwarp();
+        copies_wait(copies, stage.count > 0);
         if (stage.count > 0) {
             tile_take(f, shared, stage);
         }
@@ -174,6 +183,9 @@ __global__ void __launch_bounds__(WARPS *WARP, 1) attend_fast(const __grid_const
         uint32_t swap = to;
         to = other;
         other = swap;
+        copies_t copies_swap = copies;
+        copies = others;
+        others = copies_swap;
     }
     fast_write(job, f, warp, part, kind, more);
 }
@@ -182,7 +194,7 @@ __global__ void __launch_bounds__(WARPS *WARP, 1) attend_fast(const __grid_const
 template <int KEY_DIM, int VALUE_DIM, int COLUMNS, int WARPS>
 int fast_launch(const bkv_gpu_attend_t *job, cudaStream_t stream) {
     auto *kernel = attend_fast<KEY_DIM, VALUE_DIM, COLUMNS, WARPS>;
-    int bytes = (int)(2 * job->stage * job->thread_block_warps);
+    int bytes = (int)(BKV_GPU_BARRIERS_ROOM + 2 * job->stage * job->thread_block_warps);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) {
         return (int)error;

@@ -34,41 +34,62 @@ __device__ __forceinline__ float *part_at(const bkv_gpu_attend_t &job, uint32_t 
     return job.parts + (uint64_t)(warp + part) * job.columns * (job.value_dim + 4);
 }
 
+// A section as a walk holds it.
+struct place_t {
+    const uint8_t *keys, *values; // as in bkv_gpu_section_t
+    uint32_t tokens, weights, tiles;
+    uint32_t shape; // kinds; whether weighted << 8; group_tokens << 16; group_tiles << 24
+};
+
+__device__ __forceinline__ uint32_t key_kind(uint32_t shape) {
+    return shape & 15;
+}
+
+__device__ __forceinline__ uint32_t value_kind(uint32_t shape) {
+    return shape >> 4 & 15;
+}
+
+__device__ __forceinline__ bool is_weighted(uint32_t shape) {
+    return (shape >> 8 & 1) != 0;
+}
+
 // Where a warp is. All lanes hold the same, but for `mine`: lane i has the section of record base + i.
 struct walk_t {
     const bkv_gpu_section_t *list;
     uint32_t part, count; // pair * blocks + block of columns; the pair's records
     uint32_t base, at;
-    uint32_t tile, tiles; // of section `now`
-    bkv_gpu_section_t mine, now;
+    uint32_t tile; // of section `now`
+    place_t mine, now;
 };
 
 template <class T> __device__ __forceinline__ T lane_get(T value, uint32_t lane) {
     return __shfl_sync(ALL_LANES, value, (int)lane);
 }
 
-__device__ inline void walk_section(walk_t &walk) {
-    uint32_t shape = walk.mine.kinds | walk.mine.weighted << 8 | walk.mine.group_tokens << 16 | walk.mine.group_tiles << 24;
-    shape = lane_get(shape, walk.at);
+__device__ __forceinline__ void walk_section(walk_t &walk) {
     walk.now.keys = (const uint8_t *)lane_get((unsigned long long)walk.mine.keys, walk.at);
     walk.now.values = (const uint8_t *)lane_get((unsigned long long)walk.mine.values, walk.at);
     walk.now.tokens = lane_get(walk.mine.tokens, walk.at);
     walk.now.weights = lane_get(walk.mine.weights, walk.at);
-    walk.now.tile = lane_get(walk.mine.tile, walk.at);
-    walk.now.kinds = (uint8_t)shape;
-    walk.now.weighted = (uint8_t)(shape >> 8);
-    walk.now.group_tokens = (uint8_t)(shape >> 16);
-    walk.now.group_tiles = (uint8_t)(shape >> 24);
-    walk.tiles = (walk.now.tokens + walk.now.group_tokens - 1) / walk.now.group_tokens * walk.now.group_tiles;
+    walk.now.tiles = lane_get(walk.mine.tiles, walk.at);
+    walk.now.shape = lane_get(walk.mine.shape, walk.at);
 }
 
-__device__ inline void walk_load(walk_t &walk, uint32_t base) {
-    uint32_t record = min(base + threadIdx.x % WARP, walk.count - 1);
-    const uint4 *at = (const uint4 *)&walk.list[record];
-    ((uint4 *)&walk.mine)[0] = at[0];
-    ((uint4 *)&walk.mine)[1] = at[1];
+// The sections of 32 records from `base` on. Returns the number of this lane's first tile.
+__device__ inline uint32_t walk_load(walk_t &walk, uint32_t base) {
+    bkv_gpu_section_t section;
+    const uint4 *at = (const uint4 *)&walk.list[min(base + threadIdx.x % WARP, walk.count - 1)];
+    uint4 halves[2] = {at[0], at[1]};
+    memcpy(&section, halves, sizeof(section));
+    walk.mine.keys = section.keys;
+    walk.mine.values = section.values;
+    walk.mine.tokens = section.tokens;
+    walk.mine.weights = section.weights;
+    walk.mine.tiles = (section.tokens + section.group_tokens - 1) / section.group_tokens * section.group_tiles;
+    walk.mine.shape = section.kinds | section.weighted << 8 | section.group_tokens << 16 | (uint32_t)section.group_tiles << 24;
     walk.base = base;
     walk.at = 0;
+    return section.tile;
 }
 
 __device__ inline void walk_open(const bkv_gpu_attend_t &job, walk_t &walk, uint32_t part) {
@@ -107,14 +128,13 @@ __device__ inline void walk_start(const bkv_gpu_attend_t &job, walk_t &walk, uin
         low += ((uint32_t)__popc(reached) - 1) * step;
         high = min(low + step, high);
     }
-    walk_load(walk, low);
+    walk.tile = within - lane_get(walk_load(walk, low), 0);
     walk_section(walk);
-    walk.tile = within - walk.now.tile;
 }
 
 // To the next tile, which there must be.
 __device__ inline void walk_next(const bkv_gpu_attend_t &job, walk_t &walk) {
-    if (++walk.tile < walk.tiles) {
+    if (++walk.tile < walk.now.tiles) {
         return;
     }
     walk.tile = 0;
@@ -138,16 +158,16 @@ struct span_t {
 };
 
 __device__ __forceinline__ span_t walk_span(const walk_t &walk) {
-    const bkv_gpu_section_t &section = walk.now;
-    uint32_t group = walk.tile, piece = 0, length = section.group_tokens;
-    if (section.group_tiles > 1) {
-        group = walk.tile / section.group_tiles;
-        piece = walk.tile - group * section.group_tiles;
-        length = (length + section.group_tiles - 1) / section.group_tiles;
+    const uint32_t group_tokens = walk.now.shape >> 16 & 255, group_tiles = walk.now.shape >> 24;
+    uint32_t group = walk.tile, piece = 0, length = group_tokens;
+    if (group_tiles > 1) {
+        group = walk.tile / group_tiles;
+        piece = walk.tile - group * group_tiles;
+        length = (length + group_tiles - 1) / group_tiles;
         length = (length + BKV_GPU_TILE_STEP - 1) / BKV_GPU_TILE_STEP * BKV_GPU_TILE_STEP;
     }
-    uint32_t first = group * section.group_tokens + piece * length;
-    uint32_t end = min(min((group + 1) * section.group_tokens, first + length), section.tokens);
+    uint32_t first = group * group_tokens + piece * length;
+    uint32_t end = min(min((group + 1) * group_tokens, first + length), walk.now.tokens);
     return {first, end > first ? end - first : 0, group};
 }
 
@@ -164,20 +184,19 @@ __device__ inline uint64_t walk_total(const bkv_gpu_attend_t &job) {
     return sum * job.blocks;
 }
 
-// Where a section's parts lie behind `keys` and `values`.
-__device__ __forceinline__ const uint8_t *section_params(const bkv_gpu_section_t &section) {
-    return section.keys + (section.weighted ? (section.tokens + 7) / 4 * 4 : 0);
+// Where a section's parts lie behind `keys` and `values`. The kind is its own; where it is known, it is a constant.
+__device__ __forceinline__ const uint8_t *section_params(const place_t &section) {
+    return section.keys + (is_weighted(section.shape) ? (section.tokens + 7) / 4 * 4 : 0);
 }
 
-__device__ __forceinline__ const uint8_t *section_keys(const bkv_gpu_section_t &section, uint32_t key_dim) {
-    bool native = (section.kinds & 15) > BKV_GPU_BITS8;
-    uint32_t groups = native ? 0 : max(1u, (section.tokens + BKV_KEY_GROUP_TOKENS / 2) / BKV_KEY_GROUP_TOKENS);
-    return section_params(section) + (uint64_t)groups * 4 * key_dim;
+__device__ __forceinline__ const uint8_t *section_keys(const place_t &section, uint32_t kind, uint32_t key_dim) {
+    uint32_t groups = max(1u, (section.tokens + BKV_KEY_GROUP_TOKENS / 2) / BKV_KEY_GROUP_TOKENS);
+    return section_params(section) + (kind > BKV_GPU_BITS8 ? 0 : (uint64_t)groups * 4 * key_dim);
 }
 
-__device__ __forceinline__ const uint8_t *section_values(const bkv_gpu_section_t &section, uint32_t value_dim) {
-    uint32_t groups = section.kinds >> 4 > BKV_GPU_BITS8 ? 0 : (value_dim + BKV_VALUE_GROUP_DIMS - 1) / BKV_VALUE_GROUP_DIMS;
-    return section.values + (uint64_t)section.tokens * 4 * groups;
+__device__ __forceinline__ const uint8_t *section_values(const place_t &section, uint32_t kind, uint32_t value_dim) {
+    uint32_t groups = (value_dim + BKV_VALUE_GROUP_DIMS - 1) / BKV_VALUE_GROUP_DIMS;
+    return section.values + (kind > BKV_GPU_BITS8 ? 0 : (uint64_t)section.tokens * 4 * groups);
 }
 
 #endif
