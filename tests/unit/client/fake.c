@@ -213,6 +213,9 @@ void fake_open(fake_call_t *call, uint64_t boot_epoch) {
     }
     uint8_t id[BKV_SPEC_ID_BYTES] = {0};
     memcpy(id, request->spec->model, strnlen(request->spec->model, sizeof id));
+    for (size_t i = 0; i < request->spec->shares.len; i++) {
+        id[sizeof id - 1] = (uint8_t)(id[sizeof id - 1] * 31 + request->spec->shares.data[i]);
+    }
     balancekv__v1__open_request__free_unpacked(request, NULL);
     Balancekv__V1__OpenResponse response = BALANCEKV__V1__OPEN_RESPONSE__INIT;
     response.spec_id = (ProtobufCBinaryData){.len = sizeof id, .data = id};

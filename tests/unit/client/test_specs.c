@@ -104,6 +104,24 @@ Test(specs, opened_again_after_a_restart) {
     scene_close(&scene);
 }
 
+Test(specs, shares_go_along_again_after_a_restart) {
+    scene_t scene;
+    bkv_error_t err = {0};
+    scene_open(&scene);
+    uint8_t shares[4] = {255, 1, 7, 9};
+    bkv_spec_t spec = fake_spec();
+    bkv_spec_id_t without = scene.id;
+    spec.shares = shares;
+    spec.share_count = sizeof shares;
+    cr_assert(bkv_open(scene.client, &spec, 0, &scene.id, NULL, &err) == BKV_OK, "%s", err.message);
+    cr_assert(memcmp(&scene.id, &without, sizeof without) != 0, "the fake's ids depend on the shares");
+    memset(shares, 0, sizeof shares); // they were the caller's, for the call only
+    scene.daemon.epoch = 2;
+    cr_assert(look_up(&scene, &err) == BKV_OK, "%s", err.message); // FAILED_PRECONDITION, had the id become another one
+    cr_assert(scene.daemon.opens == 3);
+    scene_close(&scene);
+}
+
 Test(specs, a_missing_key_is_no_restart) {
     scene_t scene;
     bkv_error_t err = {0};

@@ -27,6 +27,74 @@ Test(pipeline_model, id_is_the_documented_one) {
     cr_assert_eq(bkv_tenant_tag(""), UINT64_C(0x141cfc9842c4b0e3));
 }
 
+static void fill_shares(uint8_t shares[256]) {
+    for (int i = 0; i < 256; i++) {
+        shares[i] = (uint8_t)(i % 255 + 1);
+    }
+}
+
+Test(pipeline_model, shares_end_the_documented_encoding) {
+    const uint8_t expected[16] = {0x42, 0x04, 0x48, 0x0a, 0xca, 0x9e, 0xb4, 0xe9,
+                                  0x24, 0x9c, 0x8f, 0xea, 0xfd, 0xb9, 0x39, 0x56};
+    uint8_t shares[256];
+    fill_shares(shares);
+    bkv_model_t model = example();
+    model.params.shares = shares;
+    model.share_count = sizeof(shares);
+    cr_assert_eq(bkv_model_complete(&model, NULL), BKV_OK);
+    cr_assert_arr_eq(model.id.bytes, expected, sizeof(expected));
+    cr_assert_eq(model.params.shares, shares);
+}
+
+Test(pipeline_model, equal_shares_are_none) {
+    uint8_t shares[256];
+    memset(shares, 9, sizeof(shares));
+    bkv_model_t none = example(), equal = example();
+    equal.params.shares = shares;
+    equal.share_count = sizeof(shares);
+    cr_assert_eq(bkv_model_complete(&none, NULL), BKV_OK);
+    cr_assert_eq(bkv_model_complete(&equal, NULL), BKV_OK);
+    cr_assert_arr_eq(none.id.bytes, equal.id.bytes, sizeof(none.id.bytes));
+    cr_assert(equal.params.shares == NULL && equal.share_count == 0);
+}
+
+Test(pipeline_model, table_keeps_shares_of_its_own) {
+    bkv_model_table_t *table = bkv_model_table_create(2);
+    uint8_t shares[256], given[256];
+    fill_shares(shares);
+    memcpy(given, shares, sizeof(given));
+    bkv_model_t model = example();
+    model.params.shares = given;
+    model.share_count = sizeof(given);
+    cr_assert_eq(bkv_model_complete(&model, NULL), BKV_OK);
+    cr_assert_eq(bkv_model_table_add(table, &model, NULL), BKV_OK);
+    cr_assert_eq(bkv_model_table_add(table, &model, NULL), BKV_OK);
+    memset(given, 1, sizeof(given));
+    const bkv_model_t *found = bkv_model_table_find(table, &model.id);
+    cr_assert(found->params.shares != given && found->share_count == sizeof(shares));
+    cr_assert_arr_eq(found->params.shares, shares, sizeof(shares));
+    bkv_model_table_destroy(table);
+}
+
+Test(pipeline_model, bad_shares_are_named) {
+    uint8_t shares[256];
+    bkv_error_t err;
+    fill_shares(shares);
+    for (size_t count = 1; count <= 257; count += count == 1 ? 254 : 2) { // 1, 255, 257
+        bkv_model_t model = example();
+        model.params.shares = shares;
+        model.share_count = count;
+        cr_assert_eq(bkv_model_complete(&model, &err), BKV_INVALID_ARGUMENT);
+        cr_assert_not_null(strstr(err.message, "spec.shares: "), "%s", err.message);
+    }
+    shares[3 * 8 + 5] = 0;
+    bkv_model_t model = example();
+    model.params.shares = shares;
+    model.share_count = sizeof(shares);
+    cr_assert_eq(bkv_model_complete(&model, &err), BKV_INVALID_ARGUMENT);
+    cr_assert_str_eq(err.message, "spec.shares: 0 for layer 3, head 5 is not within 1..255");
+}
+
 Test(pipeline_model, defaults_spelled_out_are_the_same_spec) {
     bkv_model_t implicit = example(), explicit = example();
     explicit.shape.value_dim = 128;

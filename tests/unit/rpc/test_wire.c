@@ -357,6 +357,7 @@ Test(rpc_wire, compressed_messages_are_not_taken) {
 
 static Balancekv__V1__Spec sample_spec(void) {
     static char model[] = "m@1", tenant[] = "t";
+    static uint8_t shares[] = {1, 2, 3, 4, 5, 6, 7, 255};
     Balancekv__V1__Spec spec = BALANCEKV__V1__SPEC__INIT;
     spec.model = model;
     spec.tenant = tenant;
@@ -372,6 +373,7 @@ static Balancekv__V1__Spec sample_spec(void) {
     spec.rate = 8;
     spec.sink_tokens = 5;
     spec.seed = 99;
+    spec.shares = (ProtobufCBinaryData){.len = sizeof(shares), .data = shares};
     return spec;
 }
 
@@ -386,6 +388,8 @@ Test(rpc_wire, spec_goes_to_a_model_and_back) {
     cr_assert(model.shape.key_dim == 64 && model.shape.value_dim == 32 && model.shape.dtype == BKV_FP16);
     cr_assert(model.tp_rank == 1 && model.tp_size == 2 && model.params.codec == BKV_CODEC_DENSE8);
     cr_assert(model.params.rate == 8 && model.params.sink == 5 && model.params.seed == 99);
+    cr_assert_eq(model.share_count, 8);
+    cr_assert_arr_eq(model.params.shares, spec.shares.data, 8);
     bkv_wire_set_spec(&model, &back);
     uint8_t ours[512], theirs[512];
     size_t length = balancekv__v1__spec__pack(&spec, theirs);
