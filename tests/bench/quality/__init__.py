@@ -20,12 +20,13 @@ known. From what is stored the model answers questions (where there are facts) o
 
 The ways, at true stored bytes (codes, scales, zeros, indices, weights; rate = bytes as bf16 / bytes stored):
 
-    ours        libbkvkernels through ctypes: raw, dense8, dense4, balance, folds; configurations.py lists them
+    ours        libbkvkernels through ctypes: raw, dense8, dense4, balance, folds; configurations.py lists them. Which heads the
+                bytes go to is measured once for the model on other texts (shares.py)
     baselines   written here from their papers (baselines.py) over the same quantiser, each given as many tokens as the bytes
                 hold, with 4 and with 3 bits: uniform sampling, StreamingLLM, BalanceKV as its authors published it, KeyDiff,
                 SnapKV without the question, WildCat; and every token at int4, int2
 
 Files: context.py makes contexts, model.py runs the model over any cache, kernels.py calls our kernels, storage.py quantises and
-counts bytes for baselines.py, configurations.py is the list of columns, results.py sums up and judges against the bars,
+counts bytes for baselines.py and wildcat.py, configurations.py is the list of columns, results.py sums up and judges against the bars,
 picture.py draws, __main__.py spreads the work over processes.
 """

@@ -7,7 +7,7 @@ from concurrent import futures
 
 from support import BUILD
 
-from . import context, picture, results, worker
+from . import context, picture, results, shares, worker
 
 QUICK = {"lengths": "4096:4:2", "windows": "64", "bits": "4"}
 FULL = {"lengths": "4096:18:13,16384:13:7", "windows": "64,512", "bits": "4,3"}
@@ -21,6 +21,10 @@ def parse():
     parser = argparse.ArgumentParser(prog="bench.quality", description="How much a compressed KV cache still knows.")
     add = parser.add_argument
     add("--texts", default=os.environ.get("BKV_TEXTS"), help="folder of .txt files (BKV_TEXTS; default BKV_MODEL_DIR/../books)")
+    add("--calibrate", help="folder of .txt files that the heads' shares are measured on (default BKV_MODEL_DIR/../books; texts "
+        "that serve there serve for nothing else)")
+    add("--shares", default=os.path.join(BUILD, "quality-shares.json"), help="file of measured shares, made where it is missing; "
+        "\"equal\" for none")
     add("--quick", action="store_true", help=f"a few minutes on two cores: --lengths {QUICK['lengths']} and less of the rest")
     add("--lengths", help="tokens : contexts with facts : contexts of plain text, ... "
         f"(default {FULL['lengths']})")
@@ -43,7 +47,9 @@ def parse():
     options.model = os.environ.get("BKV_MODEL_DIR")
     if not options.model:
         parser.error("BKV_MODEL_DIR must name a folder with lm.py and its weights")
-    options.texts = options.texts or os.path.join(options.model, "..", "books")
+    books = os.path.join(options.model, "..", "books")
+    options.texts = options.texts or books
+    options.calibrate = options.calibrate or (books if os.path.isdir(books) else options.texts)
     options.windows, options.rates, options.bits = numbers(options.windows), numbers(options.rates), numbers(options.bits)
     options.seeds, options.only = numbers(options.seeds), options.only and options.only.split(",")
     return options
@@ -55,6 +61,8 @@ def plan(options):
     for word in options.lengths.split(","):
         tokens, facts, plain = numbers(word.replace(":", ","))
         texts = context.find_texts(options.texts, tokens)
+        if options.shares != "equal" and os.path.samefile(options.texts, options.calibrate):
+            texts = texts[shares.CONTEXTS:] or texts
         questions = options.questions or (QUESTIONS_LONG if tokens > 8192 else QUESTIONS)
         for i in range(facts + plain):
             seed = options.seeds[i % len(options.seeds)] * 1000 + i
@@ -71,7 +79,8 @@ def main():
     done = []
     spawn = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(count, spawn, worker.start, (options,)) as pool:
-        for future in futures.as_completed([pool.submit(worker.run, job) for job in jobs]):
+        known = None if options.shares == "equal" else pool.submit(worker.measure_shares).result()
+        for future in futures.as_completed([pool.submit(worker.run, job, known) for job in jobs]):
             job, base, rows, seconds = future.result()
             done.append((job, base, rows))
             kind = f"{job[3]} codes and {job[3]} people" if job[3] else "plain text"

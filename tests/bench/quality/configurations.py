@@ -12,15 +12,14 @@ RATES = (8, 16, 32)
 
 
 class Ours:
-    """A configuration of ours. `store` is called with (kernels, k, v, budget in bytes, seed) and returns records."""
+    """A configuration of ours. `store` is called with (kernels, k, v, budget in bytes, seed) and returns records; the kernels
+    know the model's shares (shares.py), unless `equal`."""
 
-    def __init__(self, family, rate, store):
-        self.family, self.rate, self.store = family, rate, store
-        self.name = f"{family} {rate}x" if rate else family
+    def __init__(self, family, rate, store, equal=False):
+        self.family, self.rate, self.store, self.equal = family, rate, store, equal
 
     def __call__(self, kernels, k, v, seed):
-        records = self.store(kernels, k, v, (k.size + v.size) * 2 // (self.rate or 1), seed)
-        return summary_of(kernels, records)
+        return summary_of(kernels, self.store(kernels, k, v, (k.size + v.size) * 2 // (self.rate or 1), seed))
 
 
 def blocks(codec, rate=0):
@@ -43,6 +42,7 @@ def fold(profile=None):
 
 OURS = [Ours("raw", 0, blocks("raw")), Ours("dense8", 0, blocks("dense8")), Ours("dense4", 0, blocks("dense4")),
         *(Ours("balance", rate, blocks("balance", rate)) for rate in RATES),
+        *(Ours("balance (equal shares)", rate, blocks("balance", rate), equal=True) for rate in RATES),
         Ours("balance in one piece", 16, one_piece(16)),
         *(Ours("fold", rate, fold()) for rate in RATES),
         *(Ours("cooled fold", rate, fold(f"auto:{rate}")) for rate in RATES)]
@@ -94,9 +94,9 @@ class Others:
                     yield family, bits, rate, wildcat(bits, raw // rate)
 
 
-def columns(context, judge, windows, rates, bits, backend, only=None):
-    """Every column of a context: [{family, bits, rate, window, ours, ...judgement}]. only: families, or None for all."""
-    kernels, rows = Kernels(backend), []
+def columns(context, judge, windows, options, shares):
+    """Every column of a context: [{family, bits, nominal rate, window, ours, ...judgement}]."""
+    with_shares, equal, rows = Kernels(options.backend, shares), Kernels(options.backend), []
 
     def add(family, bits, rate, window, ours, summary):
         rows.append({"family": family, "bits": bits, "nominal": rate, "window": window, "ours": ours,
@@ -105,10 +105,11 @@ def columns(context, judge, windows, rates, bits, backend, only=None):
     for window in windows:
         k, v = (array[:, :, :array.shape[2] - window] for array in (context.k, context.v))
         for config in OURS:
-            if (config.rate in (0, *rates)) and (only is None or config.family in only):
-                add(config.family, 0, config.rate, window, True, config(kernels, k, v, context.seed))
-    if only is None or "baselines" in only:
+            if config.rate in (0, *options.rates) and (options.only is None or config.family in options.only):
+                summary = config(equal if config.equal else with_shares, k, v, context.seed)
+                add(config.family, 0, config.rate, window, True, summary)
+    if options.only is None or "baselines" in options.only:
         source = Source(context.k, context.v, context.q, windows[0], context.seed, judge.model.xp)
-        for family, bits, rate, summary in Others(source, rates, bits):
+        for family, bits, rate, summary in Others(source, options.rates, options.bits):
             add(family, bits, rate, windows[0], False, summary)
     return rows

@@ -6,8 +6,9 @@ PANEL_W, PANEL_H, GAP_X, GAP_Y, LEFT, TOP, LEGEND = 270, 200, 62, 74, 64, 92, 11
 INK, SOFT, GRID = "#1f2933", "#66727f", "#e3e8ed"
 STYLE = {  # family: colour, width, dash
     "cooled fold": ("#c8102e", 3.2, ""), "balance": ("#e8743b", 2.4, ""), "fold": ("#e8743b", 1.6, "5 3"),
+    "balance (equal shares)": ("#e8743b", 1.2, "2 3"),
     "uniform": ("#9aa5b1", 1.4, ""), "StreamingLLM": ("#7b8794", 1.4, "2 3"), "BalanceKV (authors)": ("#5b8c5a", 1.6, ""),
-    "KeyDiff": ("#3d7ea6", 1.6, ""), "SnapKV": ("#8d6cab", 1.6, ""), "WildCat": ("#1b998b", 1.6, ""), "WildCat, tau 2": ("#1b998b", 1.4, "4 3"),
+    "KeyDiff": ("#3d7ea6", 1.6, ""), "SnapKV": ("#8d6cab", 1.6, ""), "WildCat": ("#1b998b", 1.6, ""), "WildCat (tau 2)": ("#1b998b", 1.4, "4 3"),
 }
 MARKS = {"int4 alone": "#52606d", "int2 alone": "#52606d", "dense4": "#c8102e", "dense8": "#c8102e"}
 MEASURES = [("needle recall", lambda s: s.needle, 0.0, 1.0), ("bAbI recall", lambda s: s.babi, 0.0, 1.0),
@@ -89,7 +90,7 @@ def draw_legend(out, top, width, families):
         x, y = LEFT + column * (i % 5), top + 24 * (i // 5)
         colour, thickness, dash = STYLE[family]
         out.append(line(x, y - 4, x + 28, y - 4, colour, thickness, dash))
-        out.append(text(x + 36, y, family, 12, INK, weight="600" if i < 3 else "400"))
+        out.append(text(x + 36, y, family, 12, INK, weight="600" if i < 4 else "400"))
     y = top + 24 * 2
     out.append(text(LEFT, y + 2, "Diamonds: every token at few bits (dense8, dense4 ours; int4, int2). Baselines with their best width "
                     "of 3 and 4 bits. Further up (recall) or down (NLL, error) and further left is better.", 12, SOFT))

@@ -49,7 +49,7 @@ def from_losses(found):
 
 def measure(model, folder, backend, window=64):
     """Shares [layers, heads] from texts of a folder."""
-    kernels, texts = Kernels(backend), context.find_texts(folder, TOKENS)
+    kernels, texts = Kernels(backend), context.find_texts(folder, TOKENS)[:CONTEXTS]
     found = 0
     for i in range(CONTEXTS):
         story = context.Context(model.tokenizer, texts[i % len(texts)], TOKENS, 5000 + i, 0)

@@ -13,7 +13,7 @@ import numpy as np
 from . import storage
 from .baselines import SINK
 
-TAUS = {"WildCat": 1.0, "WildCat, tau 2": 2.0}
+TAUS = {"WildCat": 1.0, "WildCat (tau 2)": 2.0}
 BLOCK = 128
 JITTER = 1e-7
 NOTHING = 1e-5  # of the diagonal: a residual that is rounding alone

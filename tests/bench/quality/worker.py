@@ -4,7 +4,7 @@ import time
 
 from support import BUILD
 
-from . import configurations, context
+from . import configurations, context, shares
 from .model import Model
 
 loaded = {}  # what this process loads once
@@ -14,13 +14,18 @@ def start(options):
     loaded["options"], loaded["model"] = options, Model(options.model, options.device)
 
 
-def run(job):
+def measure_shares():
+    """The model's shares, from the texts for that; kept in the build folder."""
+    options = loaded["options"]
+    return shares.of_model(loaded["model"], options.calibrate, options.backend, options.shares)
+
+
+def run(job, model_shares):
     """One context in all columns: (job, exact judgement, rows, seconds)."""
     (tokens, path, seed, questions), options, model = job, loaded["options"], loaded["model"]
     began = time.monotonic()
     story = context.Context(model.tokenizer, path, tokens, seed, questions)
     story.read(model, None if options.no_cache else os.path.join(BUILD, "quality-cache"))
     judge = context.Judge(model, story)
-    windows = options.windows[:1] if questions else options.windows
-    rows = configurations.columns(story, judge, windows, options.rates, options.bits, options.backend, options.only)
+    rows = configurations.columns(story, judge, options.windows[:1] if questions else options.windows, options, model_shares)
     return job, judge.base, rows, time.monotonic() - began
