@@ -59,6 +59,15 @@ int bkv_gpu_wait(void *stream) {
     return NO_NVCC;
 }
 
+int bkv_gpu_upload(const bkv_gpu_job_t *job, const uint8_t *bytes, uint32_t first, uint32_t count, void *stream) {
+    (void)job;
+    (void)bytes;
+    (void)first;
+    (void)count;
+    (void)stream;
+    return NO_NVCC;
+}
+
 int bkv_gpu_setup(const bkv_gpu_job_t *job, const bkv_gpu_block_t *blocks, uint32_t first, uint32_t count, void *stream) {
     (void)job;
     (void)blocks;

@@ -6,6 +6,7 @@
 #include "device_cuda.h"
 
 #include <assert.h>
+#include <stdlib.h>
 
 #define FAIL(...) bkv_fail(err, BKV_INVALID_ARGUMENT, __VA_ARGS__)
 
@@ -14,63 +15,104 @@
 
 #define WORKSPACE_ALIGN 256
 
-// Everything that follows from shape and params alone. False when no record fits the rate.
-static bool job_plan(const bkv_cuda_t *cuda, const bkv_shape_t *shape, const bkv_codec_params_t *params, uint32_t count,
-                     bkv_gpu_job_t *job) {
-    *job = (bkv_gpu_job_t){.seed = params->seed,
-                           .count = count,
-                           .shape = *shape,
-                           .sink = params->sink,
-                           .shared_memory = cuda->traits.shared_memory,
-                           .processors = cuda->traits.processors,
-                           .codec = (uint8_t)params->codec};
-    uint8_t bits = params->codec == BKV_CODEC_RAW ? BKV_BITS_NATIVE : params->codec == BKV_CODEC_DENSE8 ? 8 : 4;
-    job->section = (bkv_section_t){.tokens = shape->tokens, .key_bits = bits, .value_bits = bits, .index_kind = BKV_INDEX_ALL};
-    if (params->codec != BKV_CODEC_BALANCE) {
-        job->seed = 0; // a header has one where there was a walk
-        return true;
+// A call under way: the job, and the preamble of its records, from malloc.
+typedef struct bkv_plan {
+    bkv_gpu_job_t job;
+    uint8_t *preamble;
+    size_t length; // of a record
+    bool raw;
+} bkv_plan_t;
+
+static void fill_directory(const bkv_shape_t *shape, bkv_codec_t codec, bkv_section_t *sections) {
+    uint8_t bits = codec == BKV_CODEC_RAW ? BKV_BITS_NATIVE : codec == BKV_CODEC_DENSE8 ? 8 : 4;
+    for (uint32_t i = 0; i < shape->layers * shape->heads; i++) {
+        sections[i] =
+            (bkv_section_t){.tokens = shape->tokens, .key_bits = bits, .value_bits = bits, .index_kind = BKV_INDEX_ALL};
     }
-    bool weights;
-    uint64_t budget = bkv_balance_budget(shape, params->rate), sections = (uint64_t)shape->layers * shape->heads;
-    if (!bkv_balance_fits(shape, budget)) {
-        return false;
-    }
-    bkv_shape_t one = *shape;
-    one.layers = one.heads = 1;
-    uint64_t share = (budget - bkv_record_preamble(shape->layers, shape->heads)) / sections;
-    bkv_balance_plan(&one, false, bkv_record_preamble(1, 1) + share, NULL, &job->section, &weights);
-    job->rate = (uint8_t)params->rate;
-    job->flags = weights ? BKV_RECORD_WEIGHTS : 0;
-    job->protect = bkv_protect_count(shape->tokens, job->section.tokens);
-    return true;
 }
 
-static bool keeps_all(const bkv_gpu_job_t *job) {
-    return job->section.tokens == job->shape.tokens;
+// The most tokens that any section keeps from the walk.
+static uint32_t walked_most(const bkv_shape_t *shape, const bkv_section_t *sections) {
+    uint32_t most = 0;
+    for (uint32_t i = 0; i < shape->layers * shape->heads; i++) {
+        uint32_t m = sections[i].tokens, walked = m < shape->tokens ? m - bkv_protect_count(shape->tokens, m) : 0;
+        most = walked > most ? walked : most;
+    }
+    return most;
 }
 
+// Everything that follows from shape and params alone. plan->preamble is the caller's to free; NULL without memory for it.
+static void plan_make(const bkv_cuda_t *cuda, const bkv_shape_t *shape, const bkv_codec_params_t *params, uint32_t count,
+                      bkv_plan_t *plan) {
+    uint64_t bytes = bkv_record_preamble(shape->layers, shape->heads);
+    *plan = (bkv_plan_t){.preamble = malloc((size_t)bytes), .raw = params->codec == BKV_CODEC_RAW};
+    if (!plan->preamble) {
+        return;
+    }
+    bkv_record_id_t none = {0};
+    bkv_record_init(plan->preamble, shape, &none, params->codec, 0);
+    bkv_record_header_t *header = (bkv_record_header_t *)plan->preamble;
+    bkv_section_t *sections = bkv_record_directory(plan->preamble);
+    bool weights = false;
+    fill_directory(shape, params->codec, sections);
+    if (params->codec == BKV_CODEC_BALANCE) {
+        bool fits = bkv_balance_plan(shape, false, bkv_balance_budget(shape, params->rate), params->shares, sections, &weights);
+        assert(fits && "checked");
+        (void)fits;
+        header->flags = weights ? BKV_RECORD_WEIGHTS : 0;
+        header->rate = (uint8_t)params->rate;
+        header->seed = params->seed;
+    }
+    plan->length = (size_t)bkv_record_place(plan->preamble);
+    plan->job = (bkv_gpu_job_t){.preamble_bytes = (uint32_t)bytes,
+                                .seed = params->seed,
+                                .count = count,
+                                .shape = *shape,
+                                .sink = params->sink,
+                                .walked = walked_most(shape, sections),
+                                .shared_memory = cuda->traits.shared_memory,
+                                .processors = cuda->traits.processors,
+                                .weights = weights};
+}
+
+// Records without weights keep every token of every section.
 static bool needs_scratch(const bkv_gpu_job_t *job) {
-    return !keeps_all(job) && !bkv_gpu_balance_fits(job);
+    return job->weights && !bkv_gpu_balance_fits(job);
 }
 
-static size_t blocks_bytes(uint32_t count) {
-    return (count * sizeof(bkv_gpu_block_t) + WORKSPACE_ALIGN - 1) / WORKSPACE_ALIGN * WORKSPACE_ALIGN;
+static size_t round_up(uint64_t bytes) {
+    return (size_t)((bytes + WORKSPACE_ALIGN - 1) / WORKSPACE_ALIGN * WORKSPACE_ALIGN);
 }
 
 // How many heads the general kernel has under way at a time.
 static uint32_t scratch_count(const bkv_gpu_job_t *job) {
-    uint64_t heads = (uint64_t)job->count * job->shape.layers * job->shape.heads,
-             most = (uint64_t)job->processors * GENERAL_BLOCKS;
+    uint64_t heads = (uint64_t)job->count * job->shape.layers * job->shape.heads;
+    uint64_t most = (uint64_t)job->processors * GENERAL_BLOCKS;
     return (uint32_t)(heads < most ? heads : most);
+}
+
+// Gives the parts of the workspace their places; returns its size.
+static size_t workspace_carve(bkv_gpu_job_t *job, uint8_t *workspace) {
+    size_t blocks = round_up(job->count * sizeof(bkv_gpu_block_t)), preamble = round_up(job->preamble_bytes);
+    job->blocks = (bkv_gpu_block_t *)(void *)workspace;
+    job->preamble = workspace + blocks;
+    job->scratch = workspace + blocks + preamble;
+    if (needs_scratch(job)) {
+        job->scratch_count = scratch_count(job);
+        job->scratch_stride = bkv_gpu_general_scratch(job);
+    }
+    return blocks + preamble + (size_t)(job->scratch_count * job->scratch_stride);
 }
 
 size_t bkv_cuda_compress_workspace(const bkv_cuda_t *cuda, const bkv_shape_t *shape, const bkv_codec_params_t *params,
                                    uint32_t count) {
-    bkv_gpu_job_t job;
-    if (!job_plan(cuda, shape, params, count, &job) || !needs_scratch(&job)) {
-        return blocks_bytes(count);
-    }
-    return blocks_bytes(count) + (size_t)(scratch_count(&job) * bkv_gpu_general_scratch(&job));
+    bkv_plan_t plan;
+    plan_make(cuda, shape, params, count, &plan);
+    bkv_gpu_job_t job = plan.job;
+    static uint8_t nowhere[1]; // sizes do not depend on the address
+    size_t bytes = plan.preamble ? workspace_carve(&job, nowhere) : SIZE_MAX;
+    free(plan.preamble);
+    return bytes;
 }
 
 static bool same_shape(const bkv_shape_t *a, const bkv_shape_t *b) {
@@ -111,8 +153,11 @@ static bkv_status_t check_args(const bkv_cuda_compress_args_t *args, bkv_error_t
     return status;
 }
 
-static bkv_status_t check_memory(const bkv_cuda_t *cuda, const bkv_cuda_compress_args_t *args, bkv_error_t *err) {
+static bkv_status_t check_room(const bkv_cuda_compress_args_t *args, bkv_error_t *err) {
     const bkv_shape_t *shape = &args->blocks[0].shape;
+    if (args->params.codec == BKV_CODEC_BALANCE && !bkv_balance_fits(shape, bkv_balance_budget(shape, args->params.rate))) {
+        return FAIL("tokens: %u are too few for rate %u, whose bytes hold no record", shape->tokens, args->params.rate);
+    }
     uint64_t bound = bkv_codec_bound(shape, &args->params);
     if (bound > BKV_RECORD_MAX) {
         return FAIL("tokens: %u make a record of %llu bytes, above %llu", shape->tokens, (unsigned long long)bound,
@@ -122,10 +167,6 @@ static bkv_status_t check_memory(const bkv_cuda_t *cuda, const bkv_cuda_compress
         (uintptr_t)args->records % BKV_RECORD_ALIGN != 0) {
         return FAIL("record_stride: %zu bytes, a record may need %llu, and all must be aligned to 16", args->record_stride,
                     (unsigned long long)bound);
-    }
-    size_t need = bkv_cuda_compress_workspace(cuda, shape, &args->params, args->count);
-    if (args->workspace_bytes < need || (uintptr_t)args->workspace % WORKSPACE_ALIGN != 0) {
-        return FAIL("workspace: %zu bytes, %zu are needed, aligned to %d", args->workspace_bytes, need, WORKSPACE_ALIGN);
     }
     return BKV_OK;
 }
@@ -145,70 +186,76 @@ static bkv_gpu_block_t describe(const bkv_block_t *block, const bkv_record_id_t 
                              .position = id->position};
 }
 
-static int enqueue(const bkv_gpu_job_t *job, const bkv_cuda_compress_args_t *args) {
+static int enqueue_setup(const bkv_plan_t *plan, const bkv_cuda_compress_args_t *args) {
+    const bkv_gpu_job_t *job = &plan->job;
     int error = 0;
+    for (uint32_t first = 0; error == 0 && first < job->preamble_bytes; first += BKV_GPU_UPLOAD_BYTES) {
+        uint32_t left = job->preamble_bytes - first, count = left < BKV_GPU_UPLOAD_BYTES ? left : BKV_GPU_UPLOAD_BYTES;
+        error = bkv_gpu_upload(job, plan->preamble + first, first, count, args->stream);
+    }
     for (uint32_t first = 0; error == 0 && first < args->count; first += BKV_GPU_SETUP_BLOCKS) {
         bkv_gpu_block_t blocks[BKV_GPU_SETUP_BLOCKS];
-        uint32_t count = args->count - first < BKV_GPU_SETUP_BLOCKS ? args->count - first : BKV_GPU_SETUP_BLOCKS;
+        uint32_t left = args->count - first, count = left < BKV_GPU_SETUP_BLOCKS ? left : BKV_GPU_SETUP_BLOCKS;
         for (uint32_t i = 0; i < count; i++) {
             blocks[i] = describe(&args->blocks[first + i], &args->ids[first + i]);
         }
         error = bkv_gpu_setup(job, blocks, first, count, args->stream);
     }
+    return error;
+}
+
+static int enqueue(const bkv_plan_t *plan, const bkv_cuda_compress_args_t *args) {
+    int error = enqueue_setup(plan, args);
     if (error != 0) {
         return error;
     }
-    if (args->params.codec == BKV_CODEC_RAW) {
-        return bkv_gpu_raw(job, args->stream);
+    if (plan->raw) {
+        return bkv_gpu_raw(&plan->job, args->stream);
     }
-    if (keeps_all(job)) {
-        return bkv_gpu_dense(job, args->stream);
+    if (!plan->job.weights) {
+        return bkv_gpu_dense(&plan->job, args->stream);
     }
-    return bkv_gpu_balance_fits(job) ? bkv_gpu_balance(job, args->stream) : bkv_gpu_general(job, args->stream);
+    return needs_scratch(&plan->job) ? bkv_gpu_general(&plan->job, args->stream) : bkv_gpu_balance(&plan->job, args->stream);
 }
 
-static size_t record_length(const bkv_gpu_job_t *job) {
-    bkv_plane_layout_t layout;
-    bkv_plane_layout(job->shape.tokens, job->section.tokens, job->shape.key_dim, job->shape.value_dim, job->section.key_bits,
-                     job->section.value_bits, (bkv_index_kind_t)job->section.index_kind, (job->flags & BKV_RECORD_WEIGHTS) != 0,
-                     job->shape.dtype, &layout);
-    return (size_t)(bkv_record_preamble(job->shape.layers, job->shape.heads) +
-                    (layout.key_bytes + layout.value_bytes) * job->shape.layers * job->shape.heads);
-}
-
-bkv_status_t bkv_cuda_compress(const bkv_cuda_t *cuda, const bkv_cuda_compress_args_t *args, size_t *length, bkv_error_t *err) {
-    bkv_status_t status = check_args(args, err);
-    bkv_gpu_job_t job;
-    if (status == BKV_OK && !job_plan(cuda, &args->blocks[0].shape, &args->params, args->count, &job)) {
-        status = FAIL("tokens: %u are too few for rate %u, whose bytes hold no record", args->blocks[0].shape.tokens,
-                      args->params.rate);
+static bkv_status_t plan_run(const bkv_cuda_t *cuda, const bkv_cuda_compress_args_t *args, bkv_plan_t *plan, bkv_error_t *err) {
+    size_t need = workspace_carve(&plan->job, args->workspace);
+    if (args->workspace_bytes < need || (uintptr_t)args->workspace % WORKSPACE_ALIGN != 0) {
+        return FAIL("workspace: %zu bytes, %zu are needed, aligned to %d", args->workspace_bytes, need, WORKSPACE_ALIGN);
     }
-    if (status == BKV_OK) {
-        status = check_memory(cuda, args, err);
-    }
-    if (status != BKV_OK) {
-        return status;
-    }
-    uint8_t *workspace = args->workspace;
-    job.blocks = args->workspace;
-    job.records = args->records;
-    job.record_stride = args->record_stride;
-    job.status = (unsigned long long *)args->status;
-    job.scratch = workspace + blocks_bytes(args->count);
-    job.scratch_stride = needs_scratch(&job) ? bkv_gpu_general_scratch(&job) : 0;
-    job.scratch_count = scratch_count(&job);
+    plan->job.records = args->records;
+    plan->job.record_stride = args->record_stride;
+    plan->job.status = (unsigned long long *)(void *)args->status;
     int before, error = bkv_gpu_enter(cuda->device, &before);
     if (error == 0) {
-        error = enqueue(&job, args);
+        error = enqueue(plan, args);
         bkv_gpu_leave(before);
     }
     if (error != 0) {
         return bkv_fail(err, BKV_INTERNAL, "device: %d, %s", cuda->device, bkv_gpu_error(error));
     }
-    if (length) {
-        *length = record_length(&job);
-    }
     return BKV_OK;
+}
+
+bkv_status_t bkv_cuda_compress(const bkv_cuda_t *cuda, const bkv_cuda_compress_args_t *args, size_t *length, bkv_error_t *err) {
+    bkv_status_t status = check_args(args, err);
+    if (status == BKV_OK) {
+        status = check_room(args, err);
+    }
+    if (status != BKV_OK) {
+        return status;
+    }
+    bkv_plan_t plan;
+    plan_make(cuda, &args->blocks[0].shape, &args->params, args->count, &plan);
+    if (!plan.preamble) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "memory: none for a record's directory");
+    }
+    status = plan_run(cuda, args, &plan, err);
+    free(plan.preamble);
+    if (status == BKV_OK && length) {
+        *length = plan.length;
+    }
+    return status;
 }
 
 bkv_status_t bkv_cuda_compress_check(const bkv_shape_t *shape, uint64_t status, bkv_error_t *err) {

@@ -6,46 +6,36 @@
 
 #define THREADS 256
 
+struct upload_bytes {
+    uint8_t byte[BKV_GPU_UPLOAD_BYTES];
+};
+
+static __global__ void upload_kernel(const __grid_constant__ upload_bytes bytes, uint8_t *to, uint32_t count) {
+    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
+        to[i] = bytes.byte[i];
+    }
+}
+
 struct setup_blocks {
     bkv_gpu_block_t block[BKV_GPU_SETUP_BLOCKS];
 };
 
-// One thread block writes one record's preamble. Planes lie layer by layer, all keys of a layer, then all its values.
+// One thread block begins one record: the preamble that all share, and what is its own in the header.
 static __global__ void setup_kernel(const __grid_constant__ bkv_gpu_job_t job, const __grid_constant__ setup_blocks blocks,
                                     uint32_t first) {
     const bkv_gpu_block_t &block = blocks.block[blockIdx.x];
-    uint32_t heads = job.shape.heads, sections = job.shape.layers * heads, number = first + blockIdx.x;
-    section_layout at = section_lay(job, job.section);
-    uint64_t preamble = sizeof(bkv_record_header_t) + (uint64_t)sections * sizeof(bkv_section_t);
+    uint32_t number = first + blockIdx.x;
     uint8_t *record = job.records + number * job.record_stride;
-    for (uint32_t i = threadIdx.x; i < sections; i += blockDim.x) {
-        uint32_t layer = i / heads, head = i % heads;
-        uint64_t start = preamble + layer * heads * (at.key_bytes + at.value_bytes);
-        bkv_section_t entry = job.section;
-        entry.key_offset = (uint32_t)((start + head * at.key_bytes) / BKV_RECORD_ALIGN);
-        entry.value_offset = (uint32_t)((start + heads * at.key_bytes + head * at.value_bytes) / BKV_RECORD_ALIGN);
-        ((bkv_section_t *)(record + sizeof(bkv_record_header_t)))[i] = entry;
+    for (uint32_t i = threadIdx.x; i < job.preamble_bytes / 16; i += blockDim.x) {
+        ((uint4 *)record)[i] = ((const uint4 *)job.preamble)[i];
     }
+    __syncthreads();
     if (threadIdx.x == 0) {
-        bkv_record_header_t header = {};
-        header.magic = BKV_RECORD_MAGIC;
-        header.version = BKV_RECORD_VERSION;
-        header.codec = job.codec;
-        header.flags = job.flags;
-        header.length = preamble + sections * (at.key_bytes + at.value_bytes);
-        memcpy(header.key, block.key.bytes, sizeof(header.key));
-        memcpy(header.spec_id, block.spec_id.bytes, sizeof(header.spec_id));
-        header.tenant = block.tenant;
-        header.position = block.position;
-        header.tokens = job.shape.tokens;
-        header.layers = (uint16_t)job.shape.layers;
-        header.heads = (uint16_t)heads;
-        header.key_dim = (uint16_t)job.shape.key_dim;
-        header.value_dim = (uint16_t)job.shape.value_dim;
-        header.dtype = (uint8_t)job.shape.dtype;
-        header.rate = job.rate;
-        header.seed = job.seed;
-        *(bkv_record_header_t *)record = header;
+        bkv_record_header_t *header = (bkv_record_header_t *)record;
+        memcpy(header->key, block.key.bytes, sizeof(header->key));
+        memcpy(header->spec_id, block.spec_id.bytes, sizeof(header->spec_id));
+        header->tenant = block.tenant;
+        header->position = block.position;
         job.blocks[number] = block;
         job.status[number] = BKV_GPU_CLEAN;
     }
@@ -117,6 +107,13 @@ static __global__ void __launch_bounds__(THREADS) dense_kernel(const __grid_cons
             section_pad(job, layout);
         }
     }
+}
+
+extern "C" int bkv_gpu_upload(const bkv_gpu_job_t *job, const uint8_t *bytes, uint32_t first, uint32_t count, void *stream) {
+    upload_bytes all;
+    memcpy(all.byte, bytes, count);
+    upload_kernel<<<1, THREADS, 0, (cudaStream_t)stream>>>(all, job->preamble + first, count);
+    return (int)cudaGetLastError();
 }
 
 extern "C" int bkv_gpu_setup(const bkv_gpu_job_t *job, const bkv_gpu_block_t *blocks, uint32_t first, uint32_t count,

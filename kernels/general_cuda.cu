@@ -12,6 +12,7 @@
 #define GROUP_MAX   96 // rows of a key group, as in record.h
 #define TILE        32 // tokens whose shares are in shared memory at a time; channels of a Gram step
 #define GRAM_STRIDE (BKV_LEAF + 8)
+#define EACH        (BKV_LEAF / 16) // rows and columns of a leaf's kernel matrix that each of 16 x 16 threads has
 #define MASS_MIN    1e-20f
 
 enum { FATE_DROPPED = 0, FATE_WALKED = 1, FATE_PROTECTED = 2 };
@@ -234,13 +235,13 @@ static __device__ void tokens_protect(const general_head &head, uint32_t first, 
     }
 }
 
-// Inner products of all pairs of the leaf's tokens; each thread has 4 x 4 of them.
-static __device__ void leaf_products(const general_head &head, bool value, uint32_t n, float sum[4][4]) {
+// Inner products of all pairs of the leaf's tokens; each thread has EACH x EACH of them.
+static __device__ void leaf_products(const general_head &head, bool value, uint32_t n, float sum[EACH][EACH]) {
     general_state &state = head.state;
     uint32_t dim = value ? head.job.shape.value_dim : head.job.shape.key_dim;
-    uint32_t row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
-    for (int i = 0; i < 16; i++) {
-        sum[i / 4][i % 4] = 0;
+    uint32_t row = threadIdx.x / 16 * EACH, column = threadIdx.x % 16 * EACH;
+    for (int i = 0; i < EACH * EACH; i++) {
+        sum[i / EACH][i % EACH] = 0;
     }
     for (uint32_t first = 0; first < dim; first += TILE) {
         for (uint32_t i = threadIdx.x; i < BKV_LEAF * TILE; i += THREADS) {
@@ -249,15 +250,15 @@ static __device__ void leaf_products(const general_head &head, bool value, uint3
         }
         __syncthreads();
         for (uint32_t c = 0; c < TILE; c++) {
-            float a[4], b[4];
+            float a[EACH], b[EACH];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < EACH; i++) {
                 a[i] = state.panel[row + i][c];
                 b[i] = state.panel[column + i][c];
             }
 #pragma unroll
-            for (int i = 0; i < 16; i++) {
-                sum[i / 4][i % 4] += a[i / 4] * b[i % 4];
+            for (int i = 0; i < EACH * EACH; i++) {
+                sum[i / EACH][i % EACH] += a[i / EACH] * b[i % EACH];
             }
         }
         __syncthreads();
@@ -266,17 +267,17 @@ static __device__ void leaf_products(const general_head &head, bool value, uint3
 
 static __device__ void leaf_kernel(const general_head &head, uint32_t n) {
     general_state &state = head.state;
-    uint32_t row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
-    float kernel[4][4], sum[4][4];
+    uint32_t row = threadIdx.x / 16 * EACH, column = threadIdx.x % 16 * EACH;
+    float kernel[EACH][EACH], sum[EACH][EACH];
     leaf_products(head, false, n, kernel);
     leaf_products(head, true, n, sum);
-    for (uint32_t i = 0; i < 4; i++) {
-        for (uint32_t j = 0; j < 4; j++) {
+    for (uint32_t i = 0; i < EACH; i++) {
+        for (uint32_t j = 0; j < EACH; j++) {
             float onto_row = row + i < n ? head.scratch.onto[state.leaf[row + i]] : 0;
             float onto_column = column + j < n ? head.scratch.onto[state.leaf[column + j]] : 0;
             float exponent = (kernel[i][j] - onto_row - onto_column + state.mean_square) * head.scale - state.exponent_shift;
             state.gram[(row + i) * GRAM_STRIDE + column + j] =
-                __float2bfloat16(expf(fminf(exponent, EXPONENT_TOP)) * (sum[i][j] + VALUE_FLOOR));
+                __float2bfloat16(fminf(fmaxf(expf(exponent) * (sum[i][j] + VALUE_FLOOR), -ENTRY_MOST), ENTRY_MOST));
         }
     }
     __syncthreads();
@@ -305,12 +306,11 @@ static __device__ void tokens_walk(const general_head &head, uint32_t target, ui
         __syncthreads();
         leaf_kernel(head, n);
         if (threadIdx.x < 32) {
-            walk_reduce({state.gram, GRAM_STRIDE}, n, share, random_mix(key, leaf), &state.walk);
-        }
-        __syncthreads();
-        if (threadIdx.x < n && state.walk.weight[threadIdx.x] > 0) {
-            head.scratch.fate[state.leaf[threadIdx.x]] = FATE_WALKED;
-            head.scratch.weight[state.leaf[threadIdx.x]] = state.walk.weight[threadIdx.x] * growth;
+            float weight = walk_reduce({state.gram, GRAM_STRIDE}, n, share, random_mix(key, leaf), &state.walk);
+            if (weight > 0) {
+                head.scratch.fate[state.leaf[threadIdx.x]] = FATE_WALKED;
+                head.scratch.weight[state.leaf[threadIdx.x]] = weight * growth;
+            }
         }
         __syncthreads();
     }
@@ -504,17 +504,18 @@ static __global__ void __launch_bounds__(THREADS) general_kernel(const __grid_co
                              head_rows(block, true, layer, index),
                              rsqrtf((float)job.shape.key_dim)};
         section_layout layout = section_find(job, number, section);
-        uint32_t first = head_first(job, block), count = job.protect - first, limit = 0;
+        section_plan plan = section_choose(job, block, layout.tokens);
+        uint32_t count = plan.protect - plan.first, limit = 0;
         keys_measure(head, {&job.status[number], layer, heads, index, false});
         keys_score(head);
         if (count > 0) {
-            limit = score_select(head, first, count);
+            limit = score_select(head, plan.first, count);
         }
         if (threadIdx.x < 32) {
-            tokens_protect(head, first, count, limit);
+            tokens_protect(head, plan.first, count, limit);
         }
         __syncthreads();
-        tokens_walk(head, layout.tokens - job.protect, random_head(job.seed, block.position, section));
+        tokens_walk(head, plan.walked, random_head(job.seed, block.position, section));
         if (threadIdx.x < 32) {
             index_write(head, layout);
         }

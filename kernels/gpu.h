@@ -47,10 +47,12 @@ typedef struct bkv_gpu_block {
     uint64_t tenant, position;
 } bkv_gpu_block_t;
 
-// One call of bkv_cuda_compress: blocks of one shape, and the same section for every (layer, head).
+// One call of bkv_cuda_compress: blocks of one shape, whose records differ in their ids and planes alone.
 typedef struct bkv_gpu_job {
     bkv_gpu_block_t *blocks; // [count], in the workspace
-    uint8_t *records;        // [count] records, record_stride bytes apart
+    uint8_t *preamble;       // header and directory of every record, in the workspace
+    uint32_t preamble_bytes;
+    uint8_t *records; // [count] records, record_stride bytes apart
     uint64_t record_stride;
     unsigned long long *status; // [count]: BKV_GPU_CLEAN, or what was found first (see bkv_gpu_finding)
     uint8_t *scratch;           // of the general kernel: scratch_stride bytes for each of scratch_count thread blocks
@@ -58,11 +60,10 @@ typedef struct bkv_gpu_job {
     uint64_t seed;
     uint32_t count, scratch_count;
     bkv_shape_t shape;
-    bkv_section_t section;              // but for its offsets
-    uint32_t protect;                   // of section.tokens, kept for being outliers
     uint32_t sink;                      // sequence positions below this are kept
+    uint32_t walked;                    // the most tokens that any section keeps from the walk
     uint32_t shared_memory, processors; // of the device
-    uint8_t codec, flags, rate;
+    bool weights;                       // records have BKV_RECORD_WEIGHTS, and sections may drop tokens
 } bkv_gpu_job_t;
 
 // A value that no record may hold: the order of these numbers is the order in which a block is scanned.
@@ -76,10 +77,13 @@ static inline
     return ((((uint64_t)layer * 2 + value) * heads + head) << 24 | token) << 1 | finite;
 }
 
-// How many blocks one launch of bkv_gpu_setup describes: they travel as kernel arguments, which are copied at the call.
+// What one launch of these two takes travels as kernel arguments, which are copied at the call: no host memory need live on.
 #define BKV_GPU_SETUP_BLOCKS 28
+#define BKV_GPU_UPLOAD_BYTES 3584
 
-// Writes blocks [first, first + count) of the job to its workspace, and their records' headers, directories and status.
+// Bytes [first, first + count) of the job's preamble.
+int bkv_gpu_upload(const bkv_gpu_job_t *job, const uint8_t *bytes, uint32_t first, uint32_t count, void *stream);
+// Writes blocks [first, first + count) of the job to its workspace, and their records' preambles and status.
 int bkv_gpu_setup(const bkv_gpu_job_t *job, const bkv_gpu_block_t *blocks, uint32_t first, uint32_t count, void *stream);
 
 // Each of these fills every plane of every record of the job.

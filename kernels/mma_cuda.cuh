@@ -56,13 +56,6 @@ __device__ __forceinline__ void load_pair_transposed(uint32_t out[2], uint32_t a
                  : "memory");
 }
 
-// The transpose of an 8 x 8 matrix of 16-bit elements, two to a lane.
-__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
-    uint32_t out;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
-    return out;
-}
-
 // sum += a (16 x 16) b (16 x 8), elements bfloat16 or float16, sums float. Lane l holds sums of row l / 4, columns
 // 2 * (l % 4) and the next, and the same of row l / 4 + 8.
 template <class T> __device__ __forceinline__ void multiply(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1);
@@ -93,6 +86,19 @@ template <> struct element<__nv_bfloat16> {
         __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
         return *(uint32_t *)&both;
     }
+    static __device__ __forceinline__ uint32_t least(uint32_t a, uint32_t b) {
+        __nv_bfloat162 both = __hmin2(*(__nv_bfloat162 *)&a, *(__nv_bfloat162 *)&b);
+        return *(uint32_t *)&both;
+    }
+    static __device__ __forceinline__ uint32_t greatest(uint32_t a, uint32_t b) {
+        __nv_bfloat162 both = __hmax2(*(__nv_bfloat162 *)&a, *(__nv_bfloat162 *)&b);
+        return *(uint32_t *)&both;
+    }
+    // A float as the sum of two, the smaller one in the upper half.
+    static __device__ __forceinline__ uint32_t split(float value) {
+        float high = __bfloat162float(__float2bfloat16_rn(value));
+        return pack(high, value - high);
+    }
 };
 
 template <> struct element<__half> {
@@ -104,6 +110,19 @@ template <> struct element<__half> {
     static __device__ __forceinline__ uint32_t pack(float low, float high) {
         __half2 both = __floats2half2_rn(low, high);
         return *(uint32_t *)&both;
+    }
+    static __device__ __forceinline__ uint32_t least(uint32_t a, uint32_t b) {
+        __half2 both = __hmin2(*(__half2 *)&a, *(__half2 *)&b);
+        return *(uint32_t *)&both;
+    }
+    static __device__ __forceinline__ uint32_t greatest(uint32_t a, uint32_t b) {
+        __half2 both = __hmax2(*(__half2 *)&a, *(__half2 *)&b);
+        return *(uint32_t *)&both;
+    }
+    // A float as the sum of two, the smaller one in the upper half.
+    static __device__ __forceinline__ uint32_t split(float value) {
+        float high = __half2float(__float2half_rn(value));
+        return pack(high, value - high);
     }
 };
 

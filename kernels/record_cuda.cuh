@@ -27,7 +27,7 @@ __device__ inline section_layout section_lay(const bkv_gpu_job_t &job, const bkv
     at.weights = section.index_kind == BKV_INDEX_BITMAP ? (job.shape.tokens + 31ull) / 32 * 4
                  : section.index_kind == BKV_INDEX_LIST ? 4ull * m
                                                         : 0;
-    at.key_params = at.weights + (job.flags & BKV_RECORD_WEIGHTS ? (4 + (uint64_t)m + 3) / 4 * 4 : 0);
+    at.key_params = at.weights + (job.weights ? (4 + (uint64_t)m + 3) / 4 * 4 : 0);
     at.key_groups = native ? 0 : max(1u, (m + BKV_KEY_GROUP_TOKENS / 2) / BKV_KEY_GROUP_TOKENS);
     at.key_group_tokens = native ? 0 : (m + at.key_groups - 1) / at.key_groups;
     at.key_row = native ? job.shape.key_dim * element_bytes(job) : job.shape.key_dim * section.key_bits / 8;
@@ -67,7 +67,7 @@ __device__ inline void section_pad(const bkv_gpu_job_t &job, const section_layou
     if (i < at.value_bytes - value_end) {
         at.value_plane[value_end + i] = 0;
     }
-    if ((job.flags & BKV_RECORD_WEIGHTS) && at.weights + 4 + at.tokens + i < at.key_params) {
+    if (job.weights && at.weights + 4 + at.tokens + i < at.key_params) {
         at.key_plane[at.weights + 4 + at.tokens + i] = 0;
     }
 }
@@ -85,10 +85,21 @@ __device__ __forceinline__ rows_t head_rows(const bkv_gpu_block_t &block, bool v
     return {block.keys + layer * block.key_layer + head * block.key_head, block.key_token};
 }
 
-// How many of the block's first tokens are sinks that are kept.
-__device__ __forceinline__ uint32_t head_first(const bkv_gpu_job_t &job, const bkv_gpu_block_t &block) {
+// What a section does with its tokens.
+struct section_plan {
+    uint32_t first;   // tokens that are sinks, and kept
+    uint32_t protect; // tokens kept for being those or outliers
+    uint32_t walked;  // tokens kept from the walk
+};
+
+__device__ __forceinline__ section_plan section_choose(const bkv_gpu_job_t &job, const bkv_gpu_block_t &block, uint32_t m) {
+    uint32_t n = job.shape.tokens;
+    if (m == n) {
+        return {n, n, 0};
+    }
     uint64_t sink = job.sink > block.position ? job.sink - block.position : 0;
-    return (uint32_t)min((uint64_t)min(job.shape.tokens, job.section.tokens / 2), sink);
+    uint32_t protect = m >= n / 5 ? m * 5 / 8 : m * 3 / 4; // bkv_protect_count
+    return {(uint32_t)min((uint64_t)(m / 2), sink), protect, m - protect};
 }
 
 // Whose values are being looked at.

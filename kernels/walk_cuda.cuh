@@ -1,5 +1,5 @@
 // walk_cuda.cuh - internal: the self-balancing walk of walk_ref.c by one warp, over a leaf of at most BKV_LEAF tokens whose
-// kernel matrix is in shared memory. Every lane holds the signed sums of its tokens, so that a step is one shuffle.
+// kernel matrix is in shared memory. Every lane holds the signed sum of its token, so that a step is one shuffle.
 #ifndef BKV_WALK_CUDA_CUH
 #define BKV_WALK_CUDA_CUH
 
@@ -7,15 +7,17 @@
 
 #include <cuda_bf16.h>
 
-// The walked tokens of a head are split into leaves of this many, each reduced by one warp straight to its share: a walk takes
-// as many steps one after another as it has tokens, and a warp's latency is what they cost.
-#define BKV_LEAF     64
-#define LEAF_ENTRIES (BKV_LEAF / 32) // of each lane: tokens LEAF_ENTRIES * lane and the next
+// The walked tokens of a head are split into leaves of this many, one to a lane, each reduced by one warp straight to its
+// share: a walk takes as many steps one after another as it has tokens, and a warp's latency is what they cost.
+#define BKV_LEAF 32
 
 // walk_ref.c says what these are.
 #define WALK_COIN    0.1f
 #define VALUE_FLOOR  0.025f
 #define EXPONENT_TOP 20.0f
+
+// The largest entry of a kernel matrix: sums of these are still numbers.
+#define ENTRY_MOST 1e30f
 
 // splitmix64 as in random.h, but by counter: number i of stream `key`.
 __device__ __forceinline__ uint64_t random_at(uint64_t key, uint32_t i) {
@@ -34,117 +36,102 @@ __device__ __forceinline__ uint64_t random_head(uint64_t seed, uint64_t position
     return random_mix(random_mix(seed, position), section);
 }
 
+// 32 bits from a key that was mixed already (the finaliser of MurmurHash3).
+__device__ __forceinline__ uint32_t random_bits(uint32_t key, uint32_t i) {
+    uint32_t z = key ^ i * 0x9e3779b9u;
+    z = (z ^ z >> 16) * 0x85ebca6bu;
+    z = (z ^ z >> 13) * 0xc2b2ae35u;
+    return z ^ z >> 16;
+}
+
+// One step of a walk, as the whole warp needs it.
+struct walk_step {
+    float threshold; // below this the signed sum gives sign 1
+    float weight;
+    uint32_t token;
+    uint32_t row; // where the token's row of the kernel matrix begins
+};
+
 // Shared memory of one walk.
-struct walk_state {
-    float weight[BKV_LEAF];    // by token; 0: dropped
-    float threshold[BKV_LEAF]; // by place in the order: below this the sum gives sign 1
-    uint8_t order[BKV_LEAF];
+struct __align__(16) walk_state {
+    walk_step order[BKV_LEAF];
 };
 
 // A kernel matrix of bfloat16, rows `stride` elements apart.
 struct leaf_gram {
     const __nv_bfloat16 *entries;
     uint32_t stride;
-
-    __device__ __forceinline__ float2 row(uint32_t token, uint32_t lane) const {
-        uint32_t pair = *(const uint32_t *)(entries + token * stride + LEAF_ENTRIES * lane);
-        return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-    }
-
-    __device__ __forceinline__ float own(uint32_t token) const {
-        return __bfloat162float(entries[token * stride + token]);
-    }
 };
 
-static_assert(LEAF_ENTRIES == 2, "a lane's sums are a float2");
-
-// Puts the tokens still there in a new random order, with each one's threshold for a fair coin of its own.
-__device__ inline void walk_order(const leaf_gram &gram, uint32_t n, uint64_t key, walk_state *walk) {
-    uint32_t lane = threadIdx.x % 32, placed = 0;
-    uint64_t bits = random_at(key, 0xffffffffu);
-    uint32_t scale = (uint32_t)bits | 1, shift = (uint32_t)(bits >> 32), again = (uint32_t)(bits >> 16) | 1;
-    for (uint32_t first = 0; first < BKV_LEAF; first += 32) {
-        uint32_t token = ((first + lane) * scale + shift) % BKV_LEAF; // these three are one to one
-        token ^= token >> 3;
-        token = token * again % BKV_LEAF;
-        float weight = token < n ? walk->weight[token] : 0.0f;
-        uint32_t there = __ballot_sync(~0u, weight > 0);
-        if (weight > 0) {
-            uint32_t place = placed + __popc(there & ((1u << lane) - 1));
-            float coin = (float)(uint32_t)(random_at(key, token) >> 40) * 0x1p-24f, own = weight * gram.own(token);
-            walk->order[place] = (uint8_t)token;
-            walk->threshold[place] = own > 0 ? (0.5f - coin) * 2.0f * WALK_COIN * own : coin < 0.5f ? INFINITY : -INFINITY;
-        }
-        placed += __popc(there);
+// Puts the tokens still there, those of weight > 0, in a new random order, with each one's threshold for a coin of its own.
+__device__ __forceinline__ void walk_order(const leaf_gram &gram, float weight, float own, uint64_t key, uint32_t halving,
+                                           walk_state *walk) {
+    uint32_t lane = threadIdx.x % 32, bits = random_bits((uint32_t)key, halving);
+    // A place for every token by a map that is one to one on 5 bits, then without gaps.
+    uint32_t place = (lane * (bits >> 8 | 1) + (bits >> 3)) % 32;
+    place ^= place >> 2;
+    place = place * (bits >> 16 | 1) % 32;
+    uint32_t there = __reduce_or_sync(~0u, weight > 0 ? 1u << place : 0u);
+    if (weight > 0) {
+        float coin = (float)(random_bits((uint32_t)(key >> 32), halving * BKV_LEAF + lane) >> 8) * 0x1p-24f;
+        float pull = weight * own;
+        float threshold = pull > 0 ? (0.5f - coin) * 2.0f * WALK_COIN * pull : coin < 0.5f ? INFINITY : -INFINITY;
+        walk->order[__popc(there & ((1u << place) - 1))] = {threshold, weight, lane, lane * gram.stride};
     }
     __syncwarp();
 }
 
-// One halving: of the first 2 * drop tokens of the order `drop` lose their weight to the others. sum: the lane's signed sums.
-__device__ inline void walk_halve(const leaf_gram &gram, uint32_t drop, walk_state *walk, float2 *sum) {
-    uint32_t lane = threadIdx.x % 32, steps = 2 * drop, left0 = drop, left1 = drop;
-    uint32_t token = walk->order[0], next = walk->order[1];
-    float2 row = gram.row(token, lane);
-    float threshold = walk->threshold[0], weight = walk->weight[token], total = 0, kept = 0;
-    uint32_t signs = 0; // bit e: sign of place 32 * e + lane
+// One halving: of the first 2 * drop tokens of the order `drop` lose their weight to the others. weight, sum: the lane's own
+// token's weight and signed sum.
+__device__ __forceinline__ void walk_halve(const leaf_gram &gram, uint32_t drop, const walk_state *walk, float *weight,
+                                           float *sum) {
+    uint32_t lane = threadIdx.x % 32, steps = 2 * drop, ones = 0, signs = 0;
+    const __nv_bfloat16 *column = gram.entries + lane;
+    walk_step step = walk->order[0];
+    float row = __bfloat162float(column[step.row]), threshold = step.threshold;
     for (uint32_t i = 0; i < steps; i++) {
-        // What the next step needs is on its way before this one decides.
-        uint32_t after = walk->order[min(i + 2, steps - 1)];
-        float2 next_row = gram.row(next, lane);
-        float next_threshold = walk->threshold[min(i + 1, steps - 1)], next_weight = walk->weight[next];
-        float at = __shfl_sync(~0u, token & 1 ? sum->y : sum->x, token / LEAF_ENTRIES);
-        bool sign = at < threshold;
-        sign = sign ? left1 > 0 : left0 == 0;
-        left1 -= sign;
-        left0 -= !sign;
-        float step = sign ? weight : -weight;
-        sum->x += step * row.x;
-        sum->y += step * row.y;
-        total += weight;
-        kept += sign ? weight : 0.0f;
-        signs |= i % 32 == lane ? (uint32_t)sign << i / 32 : 0;
-        token = next;
-        next = after;
+        // What the next step needs is on its way before this one decides; and no predicate is in the way from sum to sum.
+        walk_step next = walk->order[min(i + 1, steps - 1)];
+        float next_row = __bfloat162float(column[next.row]);
+        uint32_t minus = __float_as_uint(threshold - __shfl_sync(~0u, *sum, step.token)) & 0x80000000u;
+        *sum += __uint_as_float(__float_as_uint(step.weight) ^ minus) * row;
+        uint32_t sign = 1 - (minus >> 31);
+        ones += sign;
+        signs |= sign << step.token;
+        // Once one sign has its half of the steps, all that follow get the other.
+        threshold = ones == drop ? -INFINITY : i + 1 - ones == drop ? INFINITY : next.threshold;
+        step = next;
         row = next_row;
-        threshold = next_threshold;
-        weight = next_weight;
     }
-    __syncwarp();
-    for (uint32_t i = lane; i < steps; i += 32) {
-        if (!(signs >> i / 32 & 1)) {
-            walk->weight[walk->order[i]] = 0;
-        }
+    // By how much the weights of sign 1 grow: 2 where all are equal. The sum already counts them twice.
+    uint32_t took_part = __reduce_or_sync(~0u, lane < steps ? 1u << walk->order[lane].token : 0u);
+    bool walked = took_part >> lane & 1, mine = signs >> lane & 1;
+    // Weights are at most BKV_LEAF: their sums in 16 binary places.
+    uint32_t places = (uint32_t)(*weight * 65536.0f + 0.5f);
+    uint32_t total = __reduce_add_sync(~0u, walked ? places : 0), kept = __reduce_add_sync(~0u, mine ? places : 0);
+    float growth = (float)total / (float)kept;
+    for (uint32_t left = growth != 2.0f ? signs : 0; left != 0; left &= left - 1) {
+        uint32_t token = (uint32_t)__ffs((int)left) - 1;
+        float grows = (growth - 2.0f) * __shfl_sync(~0u, *weight, token);
+        *sum += grows * __bfloat162float(column[token * gram.stride]);
     }
-    __syncwarp();
-    float growth = total / kept; // 2 where all weights are equal
-    for (uint32_t i = 0; growth != 2.0f && i < steps; i++) {
-        uint32_t at = walk->order[i];
-        float2 more = gram.row(at, lane);
-        float step = (growth - 2.0f) * walk->weight[at];
-        sum->x += step * more.x;
-        sum->y += step * more.y;
-    }
-    __syncwarp();
-    for (uint32_t i = lane; i < steps; i += 32) {
-        walk->weight[walk->order[i]] *= growth;
-    }
+    *weight *= !walked ? 1.0f : mine ? growth : 0.0f;
     __syncwarp();
 }
 
-// Reduces n tokens of weight 1 to `target` by one whole warp; walk->weight says the rest. key: of this leaf.
-__device__ inline void walk_reduce(const leaf_gram &gram, uint32_t n, uint32_t target, uint64_t key, walk_state *walk) {
+// Reduces n <= BKV_LEAF tokens of weight 1 to `target` by one whole warp; returns the weight of the lane's own token, 0 where it
+// was dropped. key: of this leaf.
+__device__ inline float walk_reduce(const leaf_gram &gram, uint32_t n, uint32_t target, uint64_t key, walk_state *walk) {
     uint32_t lane = threadIdx.x % 32, left = n;
-    for (uint32_t t = lane; t < BKV_LEAF; t += 32) {
-        walk->weight[t] = t < n && target > 0 ? 1.0f : 0.0f;
-    }
-    __syncwarp();
-    float2 sum = make_float2(0, 0);
+    float weight = lane < n && target > 0 ? 1.0f : 0.0f, sum = 0;
+    float own = lane < n ? __bfloat162float(gram.entries[lane * gram.stride + lane]) : 0.0f;
     for (uint32_t halving = 0; left > target && target > 0; halving++) {
         uint32_t drop = min(left - target, left / 2);
-        walk_order(gram, n, random_mix(key, halving), walk);
-        walk_halve(gram, drop, walk, &sum);
+        walk_order(gram, weight, own, key, halving, walk);
+        walk_halve(gram, drop, walk, &weight, &sum);
         left -= drop;
     }
+    return weight;
 }
 
 // Where leaf `leaf` of `leaves` begins among n tokens, and by the same rule among the target's.

@@ -10,15 +10,15 @@
 #include <string.h>
 
 static struct {
-    const char *name;
+    char name[96];
     int checks, failed, all_failed;
 } now;
 
 void check_begin(const char *name) {
-    if (now.name) {
+    if (now.checks > 0) {
         printf("%-58s %5d checks%s\n", now.name, now.checks, now.failed ? ", FAILED" : "");
     }
-    now.name = name;
+    snprintf(now.name, sizeof(now.name), "%s", name);
     now.checks = now.failed = 0;
 }
 
@@ -39,7 +39,7 @@ void check_that(bool good, const char *format, ...) {
 }
 
 int check_end(void) {
-    check_begin(NULL);
+    check_begin("");
     printf(now.all_failed ? "%d checks FAILED\n" : "all checks passed\n", now.all_failed);
     return now.all_failed ? 1 : 0;
 }

@@ -34,6 +34,10 @@ static void check_same_bytes(const bkv_cuda_t *cuda, const bkv_shape_t *shape, l
         uint8_t *ref = compress_host("ref", &blocks, i, &params, &ref_length, &err);
         REQUIRE(ref, "ref: %s", err.message);
         const uint8_t *record = records + i * stride;
+        if (ref[7] & BKV_RECORD_WEIGHTS) { // this rate drops tokens: check_balance judges that
+            free(ref);
+            continue;
+        }
         size_t at = 0;
         while (at < length && at < ref_length && record[at] == ref[at]) {
             at++;
@@ -46,7 +50,6 @@ static void check_same_bytes(const bkv_cuda_t *cuda, const bkv_shape_t *shape, l
     }
     free(records);
     blocks_free(&blocks);
-    check_begin(NULL);
 }
 
 static double weights_sum(const void *record, uint32_t layer, uint32_t head, uint32_t *kept, uint8_t *marks) {
@@ -79,7 +82,7 @@ static void check_section(const blocks_t *blocks, uint32_t i, const uint8_t *rec
     }
     check_that(kept == ref_kept, "block %u (%u, %u): %u tokens kept, ref keeps %u", i, layer, head, kept, ref_kept);
     check_that(fabs(sum / n - 1) < 0.02, "block %u (%u, %u): weights sum to %.2f of %u", i, layer, head, sum, n);
-    check_that(common * 20 >= ref_protected * 19, "block %u (%u, %u): %u of ref's %u protected tokens kept", i, layer, head,
+    check_that(common * 10 >= ref_protected * 9, "block %u (%u, %u): %u of ref's %u protected tokens kept", i, layer, head,
                common, ref_protected);
     attention_error(&blocks->at_host[i], record, layer, head, q, queries, &errors[0], &errors[2]);
     double exact = 0;
@@ -119,10 +122,10 @@ static void check_records(const bkv_cuda_t *cuda, const blocks_t *blocks, bkv_co
 }
 
 // Every stage on Gaussian blocks, with queries like the keys.
-static void check_balance(const bkv_cuda_t *cuda, const bkv_shape_t *shape, layout_t layout, uint32_t rate) {
+static void check_balance(const bkv_cuda_t *cuda, const bkv_shape_t *shape, layout_t layout, uint32_t rate, bool shares) {
     char name[96];
-    snprintf(name, sizeof(name), "balance/%u: %ux%ux%u, %u+%u, %s, %s", rate, shape->layers, shape->heads, shape->tokens,
-             shape->key_dim, shape->value_dim, bkv_dtype_name(shape->dtype), layout_names[layout]);
+    snprintf(name, sizeof(name), "balance/%u%s: %ux%ux%u, %u+%u, %s, %s", rate, shares ? ", shares" : "", shape->layers,
+             shape->heads, shape->tokens, shape->key_dim, shape->value_dim, bkv_dtype_name(shape->dtype), layout_names[layout]);
     check_begin(name);
     blocks_t blocks;
     blocks_make(shape, 2, layout, 11 + rate, &blocks);
@@ -132,7 +135,10 @@ static void check_balance(const bkv_cuda_t *cuda, const bkv_shape_t *shape, layo
     for (uint32_t i = 0; i < QUERIES * shape->key_dim; i++) {
         q[i] = (float)draw_gauss(&draw);
     }
-    check_records(cuda, &blocks, balance(rate, 1), q, QUERIES, 1.25);
+    static const uint8_t unequal[] = {255, 20, 90, 130, 60, 200, 40, 10};
+    bkv_codec_params_t params = balance(rate, 1);
+    params.shares = shares ? unequal : NULL;
+    check_records(cuda, &blocks, params, q, QUERIES, 1.25);
     free(q);
     blocks_free(&blocks);
 }
@@ -163,7 +169,7 @@ static void check_trace(const bkv_cuda_t *cuda, const char *path, uint32_t rate)
 static void check_batch(const bkv_cuda_t *cuda, const bkv_shape_t *shape) {
     check_begin("a block's record depends on the block alone");
     blocks_t blocks;
-    blocks_make(shape, 5, LAYOUT_HEADS_LAST, 21, &blocks);
+    blocks_make(shape, 5, LAYOUT_TOKENS, 21, &blocks);
     bkv_codec_params_t params = balance(16, 1);
     size_t stride, length;
     uint64_t status[5];
@@ -248,7 +254,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     static const bkv_shape_t shapes[] = {{2, 2, 256, 128, 128, BKV_BF16},  {1, 2, 200, 64, 128, BKV_FP16},
-                                         {1, 3, 193, 72, 40, BKV_FP16},    {1, 1, 100, 128, 64, BKV_FP32},
+                                         {1, 3, 193, 72, 40, BKV_FP16},    {3, 2, 100, 128, 64, BKV_FP32},
                                          {1, 1, 1100, 128, 128, BKV_BF16}, {2, 1, 64, 576, 512, BKV_BF16}};
     uint32_t count = small ? 3 : sizeof(shapes) / sizeof(shapes[0]);
     for (uint32_t i = 0; i < count; i++) {
@@ -259,14 +265,17 @@ int main(int argc, char **argv) {
         check_same_bytes(cuda, &shapes[i], layout, balance(2, 1));
         check_same_bytes(cuda, &shapes[i], layout, balance(4, 1));
         for (uint32_t rate = 8; rate <= (small ? 16 : 32); rate *= 2) {
-            check_balance(cuda, &shapes[i], layout, rate);
+            check_balance(cuda, &shapes[i], layout, rate, false);
         }
     }
     static const bkv_shape_t short_ones[] = {
         {1, 2, 17, 64, 64, BKV_BF16}, {1, 2, 40, 128, 128, BKV_FP16}, {4, 2, 256, 64, 64, BKV_BF16}};
     for (uint32_t i = 0; i < 3; i++) {
-        check_balance(cuda, &short_ones[i], LAYOUT_PAYLOAD, i == 2 ? 6 : 8);
+        check_balance(cuda, &short_ones[i], LAYOUT_PAYLOAD, i == 2 ? 6 : 8, false);
     }
+    check_balance(cuda, &shapes[0], LAYOUT_TOKENS, 8, true);
+    check_balance(cuda, &short_ones[2], LAYOUT_PAYLOAD, 12, true);
+    check_balance(cuda, &shapes[2], LAYOUT_TOKENS, 10, true);
     for (uint32_t rate = 8; !small && rate <= 32; rate *= 2) {
         check_trace(cuda, trace, rate);
     }
