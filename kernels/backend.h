@@ -30,9 +30,12 @@ bool bkv_balance_plan(const bkv_shape_t *shape, bool weighted, uint64_t budget, 
 // How many of the m tokens that a section keeps of n are kept for being outliers.
 uint32_t bkv_protect_count(uint32_t n, uint32_t m);
 
+// INVALID_ARGUMENT when a key or value of one head is one that no quantised record may hold (see bkv_compress).
+bkv_status_t bkv_head_check(const bkv_block_t *block, uint32_t layer, uint32_t head, bkv_error_t *err);
+
 // dense8 and dense4, every token of every section. scratch: bkv_dense_scratch bytes.
-void bkv_dense_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
-                        const bkv_record_id_t *id, void *record, void *scratch);
+bkv_status_t bkv_dense_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
+                                const bkv_record_id_t *id, void *record, void *scratch, bkv_error_t *err);
 size_t bkv_dense_scratch(const bkv_shape_t *shape);
 
 // Rows [first, first + count) of one head's keys (or values) as contiguous floats.

@@ -10,12 +10,9 @@ static size_t compress_workspace(const bkv_lanes_t *lanes, const bkv_shape_t *sh
 
 static bkv_status_t compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
                              const bkv_record_id_t *id, void *record, void *workspace, size_t *length, bkv_error_t *err) {
-    bkv_status_t status = BKV_OK;
-    if (params->codec == BKV_CODEC_BALANCE) {
-        status = bkv_balance_compress(lanes, block, params, id, record, workspace, err);
-    } else {
-        bkv_dense_compress(lanes, block, params, id, record, workspace);
-    }
+    bkv_status_t status = params->codec == BKV_CODEC_BALANCE
+                              ? bkv_balance_compress(lanes, block, params, id, record, workspace, err)
+                              : bkv_dense_compress(lanes, block, params, id, record, workspace, err);
     *length = (size_t)((bkv_record_header_t *)record)->length;
     return status;
 }
@@ -42,12 +39,13 @@ static bkv_status_t compress(const bkv_lanes_t *lanes, const bkv_block_t *block,
     const bkv_backend_t bkv_backend_##isa = {                                                                                  \
         .name = #isa,                                                                                                          \
         .available = can_run,                                                                                                  \
+        .checks_values = true,                                                                                                 \
         .compress = isa##_compress,                                                                                            \
         .fold = isa##_fold,                                                                                                    \
-        .attend = bkv_ref_attend,                                                                                              \
+        .attend = bkv_##isa##_attend,                                                                                          \
         .compress_workspace = isa##_compress_workspace,                                                                        \
         .fold_workspace = isa##_fold_workspace,                                                                                \
-        .attend_workspace = bkv_ref_attend_workspace,                                                                          \
+        .attend_workspace = bkv_##isa##_attend_workspace,                                                                      \
     }
 
 static bool always(void) {

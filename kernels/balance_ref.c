@@ -75,6 +75,10 @@ bkv_status_t bkv_balance_compress(const bkv_lanes_t *lanes, const bkv_block_t *b
         for (uint32_t t = 0; t < shape->tokens; t++) {
             selection.source_weight[t] = 1;
         }
+        bkv_status_t status = bkv_head_check(block, source.layer, source.head, err);
+        if (status != BKV_OK) {
+            return status;
+        }
         bkv_source_hold(&source, &selection);
         bkv_select(&source, sink_tokens(block, params, id), sections[i].tokens, &random, &selection);
         bkv_selection_write(&source, NULL, &selection, record);

@@ -114,6 +114,11 @@ static bkv_status_t scan_head(const bkv_block_t *block, bool values, uint32_t la
     return BKV_OK;
 }
 
+bkv_status_t bkv_head_check(const bkv_block_t *block, uint32_t layer, uint32_t head, bkv_error_t *err) {
+    bkv_status_t status = scan_head(block, false, layer, head, true, err);
+    return status != BKV_OK ? status : scan_head(block, true, layer, head, true, err);
+}
+
 static bkv_status_t scan_block(const bkv_block_t *block, bool half_range, bkv_error_t *err) {
     for (uint32_t layer = 0; layer < block->shape.layers; layer++) {
         for (uint32_t plane = 0; plane < 2; plane++) {
@@ -205,7 +210,9 @@ bkv_status_t bkv_compress(const bkv_backend_t *backend, const bkv_block_t *block
     if (status != BKV_OK) {
         return status;
     }
-    status = scan_block(block, params->codec != BKV_CODEC_RAW, err);
+    if (params->codec == BKV_CODEC_RAW || !backend->checks_values) {
+        status = scan_block(block, params->codec != BKV_CODEC_RAW, err);
+    }
     if (status != BKV_OK) {
         return status;
     }

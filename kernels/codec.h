@@ -79,6 +79,9 @@ typedef struct bkv_backend {
     const char *name;
     // True when this machine can run it.
     bool (*available)(void);
+    // compress refuses what no record may hold itself, head by head as it reads them; else bkv_compress looks at all of the
+    // block first, which takes memory as long again.
+    bool checks_values;
     // The three operations below; see the functions of the same names for their contracts.
     bkv_status_t (*compress)(const bkv_block_t *block, const bkv_codec_params_t *params, const bkv_record_id_t *id,
                              void *record, size_t capacity, void *workspace, size_t *length, bkv_error_t *err);

@@ -56,8 +56,8 @@ static void compress_section(const bkv_lanes_t *lanes, const bkv_block_t *block,
     }
 }
 
-void bkv_dense_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
-                        const bkv_record_id_t *id, void *record, void *scratch) {
+bkv_status_t bkv_dense_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, const bkv_codec_params_t *params,
+                                const bkv_record_id_t *id, void *record, void *scratch, bkv_error_t *err) {
     const bkv_shape_t *shape = &block->shape;
     uint8_t bits = params->codec == BKV_CODEC_DENSE8 ? 8 : 4;
     bkv_record_init(record, shape, id, params->codec, 0);
@@ -69,10 +69,15 @@ void bkv_dense_compress(const bkv_lanes_t *lanes, const bkv_block_t *block, cons
     dense_scratch_t dense;
     scratch_carve(shape, scratch, &dense);
     for (uint32_t i = 0; i < shape->layers * shape->heads; i++) {
+        bkv_status_t status = bkv_head_check(block, i / shape->heads, i % shape->heads, err);
+        if (status != BKV_OK) {
+            return status;
+        }
         bkv_section_view_t view;
         bkv_record_section(record, i / shape->heads, i % shape->heads, &view);
         uint8_t *key_plane = bkv_record_plane(record, bkv_record_directory(record)[i].key_offset, view.layout.key_bytes);
         uint8_t *value_plane = bkv_record_plane(record, bkv_record_directory(record)[i].value_offset, view.layout.value_bytes);
         compress_section(lanes, block, i / shape->heads, i % shape->heads, &view, key_plane, value_plane, &dense);
     }
+    return BKV_OK;
 }
