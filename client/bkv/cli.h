@@ -29,7 +29,12 @@
 #define BKV_CLI_WATCH     0x8000u
 #define BKV_CLI_COUNT     0x10000u
 #define BKV_CLI_BENCH     0x20000u
-#define BKV_CLI_ANY_GROUP 0x3ffffu
+#define BKV_CLI_CALIBRATE 0x40000u
+#define BKV_CLI_ANY_GROUP 0x7ffffu
+
+// Options of several groups.
+#define BKV_CLI_COMPRESS (BKV_CLI_CODEC | BKV_CLI_CALIBRATE)
+#define BKV_CLI_ASK      (BKV_CLI_QUERIES | BKV_CLI_CALIBRATE)
 
 typedef struct bkv_cli_range {
     uint32_t first, count;
@@ -61,17 +66,18 @@ typedef struct bkv_cli_range {
     X(model, "model", STRING, "NAME", NAME, "model the cache belongs to (put: default from FILE)")                             \
     X(tenant, "tenant", STRING, "NAME", NAME, "tenant it belongs to (default the default tenant)")                             \
     X(codec, "codec", CODEC, "CODEC", CODEC, "raw, dense8, dense4 or balance (default balance; bench: raw)")                   \
-    X(rate, "rate", U32, "N", CODEC, "balance: at least N times fewer bytes than bf16, 2..64 (default 16)")                    \
-    X(block_tokens, "block-tokens", U32, "N", CODEC, "tokens in a block (default 256)")                                        \
-    X(sink, "sink", U32, "N", CODEC, "balance: first tokens of a sequence that are always kept (default 32)")                  \
-    X(seed, "seed", U64, "N", CODEC, "seed of balance's walk (default 0)")                                                     \
+    X(rate, "rate", U32, "N", COMPRESS, "balance: at least N times fewer bytes than bf16, 2..64 (default 16, calibrate 24)")   \
+    X(block_tokens, "block-tokens", U32, "N", COMPRESS, "tokens in a block (default 256)")                                     \
+    X(sink, "sink", U32, "N", COMPRESS, "balance: first tokens of a sequence that are always kept (default 32)")               \
+    X(shares, "shares", STRING, "FILE", CODEC, "how heads share a record's bytes, as calibrate found (default equally)")       \
+    X(seed, "seed", U64, "N", COMPRESS, "seed of balance's walk (default 0)")                                                  \
     X(layers, "layers", U32, "N", SHAPE, "layers of the cache")                                                                \
     X(kv_heads, "kv-heads", U32, "N", SHAPE, "KV heads of the cache")                                                          \
     X(key_dim, "key-dim", U32, "N", SHAPE, "dimension of a key")                                                               \
     X(value_dim, "value-dim", U32, "N", SHAPE, "dimension of a value (default that of a key)")                                 \
     X(dtype, "dtype", DTYPE, "TYPE", SHAPE, "bf16, fp16 or fp32 (default bf16)")                                               \
     X(keys, "keys", STRING, "FILE", KEYS, "keys file: put writes it, the others read spec and keys from it")                   \
-    X(out, "out", STRING, "FILE", OUT, "write tensors to this safetensors file")                                               \
+    X(out, "out", STRING, "FILE", OUT, "write the result to this file: safetensors, calibrate JSON")                           \
     X(record, "record", STRING, "FILE", RECORD, "write the records themselves, one after another, to this file")               \
     X(layer_range, "layer-range", RANGE, "A[:B]", RANGE, "only layers A up to, not including, B (by order, from 0)")           \
     X(head_range, "head-range", RANGE, "A[:B]", RANGE, "only KV heads A up to, not including, B")                              \
@@ -84,8 +90,8 @@ typedef struct bkv_cli_range {
     X(threads, "threads", U32, "N", LOCAL, "threads (default one per CPU)")                                                    \
     X(parallel, "parallel", U32, "N", PARALLEL, "calls in flight at once (default 4)")                                         \
     X(queries, "queries", STRING, "FILE", QUERIES, "safetensors file with q.N [query heads, tokens, dim]")                     \
-    X(last, "last", U32, "N", QUERIES, "only the newest N queries (default 16; 0: all)")                                       \
-    X(scale, "scale", REAL, "X", QUERIES, "factor on <q, k> (default 1 / sqrt(key dim))")                                      \
+    X(last, "last", U32, "N", ASK, "only the newest N queries (default 16, 0: all; calibrate 256)")                            \
+    X(scale, "scale", REAL, "X", ASK, "factor on <q, k> (default 1 / sqrt(key dim))")                                          \
     X(watch, "watch", FLAG, NULL, WATCH, "keep showing them, with rates")                                                      \
     X(interval, "interval", MS, "TIME", WATCH, "between two looks (default 1s)")                                               \
     X(count, "count", U32, "N", COUNT, "how often (ping: default 1; stats --watch: default until interrupted)")                \
@@ -174,6 +180,7 @@ bkv_status_t bkv_cmd_unpin(bkv_cli_t *cli, bkv_error_t *err);
 bkv_status_t bkv_cmd_drop(bkv_cli_t *cli, bkv_error_t *err);
 bkv_status_t bkv_cmd_inspect(bkv_cli_t *cli, bkv_error_t *err);
 bkv_status_t bkv_cmd_summarize(bkv_cli_t *cli, bkv_error_t *err);
+bkv_status_t bkv_cmd_calibrate(bkv_cli_t *cli, bkv_error_t *err);
 bkv_status_t bkv_cmd_bench(bkv_cli_t *cli, bkv_error_t *err);
 
 #endif

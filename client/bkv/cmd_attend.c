@@ -30,21 +30,6 @@ typedef struct job {
     size_t count;
 } job_t;
 
-static bkv_status_t check_queries(const bkv_spec_t *spec, const bkv_tensor_t *q, bkv_error_t *err) {
-    if (q->rank != 3 || (q->type != BKV_TENSOR_F16 && q->type != BKV_TENSOR_BF16 && q->type != BKV_TENSOR_F32)) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: not F16, BF16 or F32 [query heads, tokens, dim]", q->name);
-    }
-    if (q->shape[0] == 0 || q->shape[0] > BKV_MAX_HEADS * 64u || q->shape[0] % spec->kv_heads != 0) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s.shape: %llu query heads, not a multiple of %u", q->name,
-                        (unsigned long long)q->shape[0], spec->kv_heads);
-    }
-    if (q->shape[1] == 0 || q->shape[1] > BKV_MAX_TOKENS || q->shape[2] != spec->key_dim) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s.shape: %llu queries of dim %llu, the spec's key_dim is %u", q->name,
-                        (unsigned long long)q->shape[1], (unsigned long long)q->shape[2], spec->key_dim);
-    }
-    return BKV_OK;
-}
-
 static bkv_status_t find_layers(job_t *job, const bkv_safetensors_t *file, bkv_error_t *err) {
     const bkv_keyset_t *keyset = &job->session->keyset;
     uint32_t last = bkv_cli_given(job->cli, BKV_OPT_last) ? job->cli->last : DEFAULT_LAST;
@@ -55,7 +40,7 @@ static bkv_status_t find_layers(job_t *job, const bkv_safetensors_t *file, bkv_e
         if (q == NULL) {
             continue;
         }
-        bkv_status_t status = check_queries(&keyset->spec, q, err);
+        bkv_status_t status = bkv_trace_check_queries(q, keyset->spec.kv_heads, keyset->spec.key_dim, err);
         if (status != BKV_OK) {
             return status;
         }

@@ -6,6 +6,7 @@
 
 #include "memory.h"
 #include "session.h"
+#include "shares.h"
 #include "table.h"
 #include "text.h"
 
@@ -36,6 +37,7 @@ typedef struct bench {
     bkv_put_result_t *results;
     bkv_record_t *records;
     bool *resident;
+    uint8_t *shares; // NULL: equal
     uint64_t *started_ns;
     bool *busy;
     uint64_t *latency_ns; // [blocks], in order of completion
@@ -120,6 +122,7 @@ static void bench_deinit(bench_t *bench) {
     free(bench->results);
     free(bench->records);
     free(bench->resident);
+    free(bench->shares);
     free(bench->started_ns);
     free(bench->busy);
     free(bench->latency_ns);
@@ -335,7 +338,8 @@ static bkv_status_t bench_run(bench_t *bench, const bkv_trace_t *trace, const bo
     if (trace != NULL && trace->shape.tokens < spec.block_tokens) {
         spec.block_tokens = bench->shape.tokens = trace->shape.tokens;
     }
-    if ((status = bkv_shape_check(&bench->shape, err)) != BKV_OK) {
+    if ((status = bkv_shape_check(&bench->shape, err)) != BKV_OK ||
+        (status = bkv_shares_load_spec(bench->cli, &spec, &bench->shares, err)) != BKV_OK) {
         return status;
     }
     outcome_t outcomes[OP_COUNT] = {{.calls = 0}};

@@ -3,6 +3,7 @@
 
 #include "memory.h"
 #include "session.h"
+#include "shares.h"
 #include "table.h"
 #include "text.h"
 
@@ -206,6 +207,7 @@ bkv_status_t bkv_cmd_put(bkv_cli_t *cli, bkv_error_t *err) {
     bkv_trace_t trace;
     bkv_spec_t spec;
     bkv_session_t session = {.client = NULL};
+    uint8_t *shares = NULL;
     bkv_codec_params_t params = bkv_cli_codec(cli);
     if (bkv_codec_check(&params, err) != BKV_OK) {
         cli->usage = true;
@@ -219,12 +221,16 @@ bkv_status_t bkv_cmd_put(bkv_cli_t *cli, bkv_error_t *err) {
         status = bkv_keyset_spec(cli, &trace, &spec, err);
     }
     if (status == BKV_OK) {
+        status = bkv_shares_load_spec(cli, &spec, &shares, err);
+    }
+    if (status == BKV_OK) {
         status = bkv_session_open(&session, cli, &spec, err);
     }
     if (status == BKV_OK) {
         status = put_trace(cli, &trace, &spec, &session, err);
     }
     bkv_session_end(&session);
+    free(shares);
     bkv_trace_deinit(&trace);
     return status;
 }

@@ -2,6 +2,7 @@
 #include "cli.h"
 
 #include "memory.h"
+#include "shares.h"
 #include "summarize.h"
 #include "table.h"
 #include "text.h"
@@ -136,12 +137,17 @@ bkv_status_t bkv_cmd_summarize(bkv_cli_t *cli, bkv_error_t *err) {
     bkv_summarize_t options;
     bkv_trace_t trace;
     bkv_summaries_t summaries = {.records = NULL};
+    uint8_t *shares = NULL;
     bkv_status_t status = read_options(cli, &options, err);
     if (status != BKV_OK) {
         return status;
     }
     uint64_t start_ns = bkv_now_monotonic_ns();
     status = bkv_trace_init(&trace, cli->args[0], err);
+    if (status == BKV_OK) {
+        status = bkv_shares_load(cli, trace.shape.layers, trace.shape.heads, &shares, err);
+        options.params.shares = shares;
+    }
     if (status == BKV_OK) {
         status = bkv_summarize_trace(&trace, &options, &summaries, err);
     }
@@ -152,6 +158,7 @@ bkv_status_t bkv_cmd_summarize(bkv_cli_t *cli, bkv_error_t *err) {
         show(cli, &options, &trace, &summaries, bkv_now_monotonic_ns() - start_ns);
     }
     bkv_summaries_deinit(&summaries);
+    free(shares);
     bkv_trace_deinit(&trace);
     return status;
 }

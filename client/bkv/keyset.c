@@ -2,6 +2,7 @@
 #include "keyset.h"
 
 #include "memory.h"
+#include "shares.h"
 #include "text.h"
 
 #include <inttypes.h>
@@ -63,6 +64,13 @@ json_t *bkv_keyset_to_json(const bkv_spec_t *spec, const uint32_t *layer_numbers
         (json_int_t)spec->value_dim, "dtype", bkv_dtype_name(spec->dtype), "block_tokens", (json_int_t)spec->block_tokens,
         "tenant", spec->tenant ? spec->tenant : "", "codec", bkv_codec_name(spec->codec), "rate", (json_int_t)spec->rate,
         "sink_tokens", (json_int_t)spec->sink_tokens, "no_sink", spec->no_sink, "seed", seed);
+    if (spec->share_count > 0) {
+        json_t *shares = json_array();
+        for (size_t i = 0; i < spec->share_count; i++) {
+            json_array_append_new(shares, json_integer(spec->shares[i]));
+        }
+        json_object_set_new(json, "shares", shares);
+    }
     return json_pack("{s:o, s:o}", "spec", json, "layer_numbers", numbers);
 }
 
@@ -99,6 +107,28 @@ static bkv_status_t read_numbers(const json_t *json, bkv_spec_t *spec, bkv_error
     return BKV_OK;
 }
 
+static bkv_status_t read_shares(bkv_keyset_t *keyset, const json_t *list, bkv_error_t *err) {
+    bkv_spec_t *spec = &keyset->spec;
+    size_t count = json_array_size(list);
+    if (list == NULL) {
+        return BKV_OK;
+    }
+    if (count == 0 || count != (uint64_t)spec->layers * spec->kv_heads) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "spec.shares: not an array of %u * %u numbers", spec->layers,
+                        spec->kv_heads);
+    }
+    spec->shares = keyset->shares = bkv_xcalloc(count, 1);
+    spec->share_count = count;
+    for (size_t i = 0; i < count; i++) {
+        json_int_t share = json_integer_value(json_array_get(list, i));
+        if (share < 1 || share > UINT8_MAX) {
+            return bkv_fail(err, BKV_INVALID_ARGUMENT, "spec.shares[%zu]: not a number in 1..255", i);
+        }
+        keyset->shares[i] = (uint8_t)share;
+    }
+    return BKV_OK;
+}
+
 static bkv_status_t read_spec(bkv_keyset_t *keyset, const json_t *json, bkv_error_t *err) {
     bkv_spec_t *spec = &keyset->spec;
     const char *model = json_string_value(json_object_get(json, "model"));
@@ -123,7 +153,8 @@ static bkv_status_t read_spec(bkv_keyset_t *keyset, const json_t *json, bkv_erro
     spec->model = keyset->model = bkv_xstrdup(model);
     spec->tenant = keyset->tenant = tenant != NULL && tenant[0] != '\0' ? bkv_xstrdup(tenant) : NULL;
     spec->no_sink = json_is_true(json_object_get(json, "no_sink"));
-    return read_numbers(json, spec, err);
+    bkv_status_t status = read_numbers(json, spec, err);
+    return status == BKV_OK ? read_shares(keyset, json_object_get(json, "shares"), err) : status;
 }
 
 // The tensors' numbers; 0, 1, 2, ... where there are none.
@@ -186,11 +217,15 @@ static bkv_status_t from_options(bkv_keyset_t *keyset, bkv_cli_t *cli, bkv_error
     }
     keyset->spec.model = keyset->model = bkv_xstrdup(keyset->spec.model);
     keyset->spec.tenant = keyset->tenant = cli->tenant != NULL ? bkv_xstrdup(cli->tenant) : NULL;
-    return read_layer_numbers(keyset, NULL, err);
+    status = bkv_shares_load_spec(cli, &keyset->spec, &keyset->shares, err);
+    return status != BKV_OK ? status : read_layer_numbers(keyset, NULL, err);
 }
 
 bkv_status_t bkv_keyset_init(bkv_keyset_t *keyset, bkv_cli_t *cli, char **args, int arg_count, bkv_error_t *err) {
     *keyset = (bkv_keyset_t){.count = 0};
+    if (cli->keys != NULL && cli->shares != NULL) {
+        return bkv_cli_usage(cli, err, "--shares: they are in the keys file, as put was given them");
+    }
     bkv_status_t status = cli->keys != NULL ? load_file(keyset, cli->keys, err) : from_options(keyset, cli, err);
     if (status != BKV_OK) {
         return status;
@@ -213,6 +248,7 @@ bkv_status_t bkv_keyset_init(bkv_keyset_t *keyset, bkv_cli_t *cli, char **args, 
 void bkv_keyset_deinit(bkv_keyset_t *keyset) {
     free(keyset->model);
     free(keyset->tenant);
+    free(keyset->shares);
     free(keyset->layer_numbers);
     free(keyset->keys);
     *keyset = (bkv_keyset_t){.count = 0};

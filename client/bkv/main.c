@@ -33,6 +33,11 @@ static const bkv_command_t commands[] = {
      "IN is as for `put`. OUT gets, for each layer N, k.N and v.N F16 [heads, m, dim] as attention sees them, logw.N F32\n"
      "[heads, m] and index.N I32 [heads, m]; heads with fewer tokens are padded at the end with logw -inf. With --profile\n"
      "blocks are dense4 unless --codec says otherwise, and --rate or --budget is that of their fold.\n"},
+    {"calibrate", "TRACE...", "measure which heads of a model need the bytes", BKV_CLI_CALIBRATE | BKV_CLI_LOCAL | BKV_CLI_OUT,
+     1, -1, bkv_cmd_calibrate,
+     "TRACE is as for `put`, with q.N [query heads, tokens, dim] of at least the newest tokens. All others are compressed, and "
+     "a\n"
+     "head's share is what that costs the newest tokens' attention. --out writes what --shares reads.\n"},
     {"bench", "[FILE]", "load a daemon and measure it",
      BKV_CLI_CONNECT | BKV_CLI_NAME | BKV_CLI_CODEC | BKV_CLI_SHAPE | BKV_CLI_PARALLEL | BKV_CLI_BENCH, 0, 1, bkv_cmd_bench,
      "Blocks come from FILE, or are made up: 8 layers, 4 KV heads, dim 128 (4 MiB each) unless the options say otherwise.\n"},

@@ -263,6 +263,21 @@ bkv_status_t bkv_trace_key(const bkv_trace_t *trace, const bkv_span_t *span, con
     return BKV_OK;
 }
 
+bkv_status_t bkv_trace_check_queries(const bkv_tensor_t *q, uint32_t kv_heads, uint32_t key_dim, bkv_error_t *err) {
+    if (q->rank != 3 || dtype_of(q) == 0) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: not F16, BF16 or F32 [query heads, tokens, dim]", q->name);
+    }
+    if (q->shape[0] == 0 || q->shape[0] > BKV_MAX_HEADS * 64u || q->shape[0] % kv_heads != 0) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s.shape: %llu query heads, not a multiple of %u", q->name,
+                        (unsigned long long)q->shape[0], kv_heads);
+    }
+    if (q->shape[1] == 0 || q->shape[1] > BKV_MAX_TOKENS || q->shape[2] != key_dim) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s.shape: %llu queries of dim %llu, the cache's key_dim is %u", q->name,
+                        (unsigned long long)q->shape[1], (unsigned long long)q->shape[2], key_dim);
+    }
+    return BKV_OK;
+}
+
 void bkv_tensor_to_float(const bkv_tensor_t *tensor, uint64_t first, uint64_t count, float *out) {
     const uint8_t *at = tensor->data + first * bkv_tensor_type_bytes(tensor->type);
     if (tensor->type == BKV_TENSOR_F32) {

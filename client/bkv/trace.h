@@ -45,6 +45,9 @@ void bkv_trace_gather(const bkv_trace_t *trace, const bkv_span_t *span, void *pa
 bkv_status_t bkv_trace_key(const bkv_trace_t *trace, const bkv_span_t *span, const void *payload, const bkv_spec_id_t *id,
                            const bkv_key_t *parent, bkv_key_t *key, bkv_error_t *err);
 
+// Whether a tensor is the queries of a layer with so many KV heads: F16, BF16 or F32 [query heads, tokens, key_dim].
+bkv_status_t bkv_trace_check_queries(const bkv_tensor_t *q, uint32_t kv_heads, uint32_t key_dim, bkv_error_t *err);
+
 // Elements [first, first + count) of an F16, BF16 or F32 tensor as float32.
 void bkv_tensor_to_float(const bkv_tensor_t *tensor, uint64_t first, uint64_t count, float *out);
 
