@@ -36,7 +36,7 @@ def parse():
         "8,192 tokens)")
     add("--seeds", default="7,101,202", help="dealt to the contexts in turn")
     add("--only", help="families of ours, comma-separated, and/or \"baselines\"")
-    add("--backend", default="ref", help="of the kernels")
+    add("--backend", default="auto", help="of the kernels")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the model and WildCat compute; cuda needs CuPy")
     add("--jobs", type=int, default=os.cpu_count(), help="processes")
     add("--no-cache", action="store_true", help="do not keep prefilled caches in the build folder")

@@ -37,9 +37,10 @@ class Source:
         self.v = v[:, :, :self.n].reshape(self.sections, self.n, self.dim).astype(np.float32)
         self.rng = np.random.default_rng(seed)
 
-    def summary(self, k, v, logw, den, section_bytes, clip=None):
-        """[sections, m, ...] as a Summary of all layers and heads."""
+    def summary(self, k, v, bits, logw, den, section_bytes, clip=None):
+        """Tokens [sections, m, ...] as they are read back from so many bits, as a Summary of all layers and heads."""
         shape = (self.layers, self.heads)
+        k, v = storage.round_keys(self.xp.asarray(k), bits), storage.round_values(self.xp.asarray(v), bits)
         clip = None if clip is None else clip.reshape(2, *shape, self.dim).astype(np.float32)
         return Summary(k.reshape(*shape, *k.shape[1:]), v.reshape(*shape, *v.shape[1:]), logw.reshape(*shape, -1),
                        den.reshape(*shape, -1), section_bytes * self.sections, clip)
@@ -74,16 +75,15 @@ def keep_best(source, score, bits, budget, head_extra=0):
 def selected(source, score, bits, budget):
     """Tokens by score, each standing for itself."""
     index, stored = keep_best(source, score, bits, budget)
-    k, v = storage.round_keys(take(source.k, index), bits), storage.round_values(take(source.v, index), bits)
-    return source.summary(k, v, np.zeros(index.shape, np.float32), np.ones(index.shape, np.float32), stored)
+    ones = np.ones(index.shape, np.float32)
+    return source.summary(take(source.k, index), take(source.v, index), bits, 0 * ones, ones, stored)
 
 
 def uniform(source, bits, budget):
     index, stored = keep_best(source, source.rng.random((source.sections, source.n)), bits, budget, head_extra=2)
     m = index.shape[1]
     logw = np.where(index < SINK, 0, storage.half(np.log((source.n - SINK) / max(1, m - SINK)))).astype(np.float32)
-    k, v = storage.round_keys(take(source.k, index), bits), storage.round_values(take(source.v, index), bits)
-    return source.summary(k, v, logw, np.ones_like(logw), stored)
+    return source.summary(take(source.k, index), take(source.v, index), bits, logw, np.ones_like(logw), stored)
 
 
 def streaming(source, bits, budget):
@@ -107,7 +107,7 @@ def integers(source, bits, budget=None):
     """Every token. The budget is what the bits say."""
     ones = np.ones((source.sections, source.n), np.float32)
     stored = storage.section_bytes(source.n, source.n, source.dim, bits)
-    return source.summary(storage.round_keys(source.k, bits), storage.round_values(source.v, bits), 0 * ones, ones, stored)
+    return source.summary(source.k, source.v, bits, 0 * ones, ones, stored)
 
 
 BLOCK, GAMMA = 128, 4.0
@@ -173,7 +173,7 @@ def authors_balance(source, bits, budget):
     rest = slice(SINK + blocks * BLOCK, None)
     parts.append((source.k[:, rest], source.v[:, rest], np.zeros((sections, source.n - rest.start), np.float32)))
     k, v, logw = (np.concatenate([part[i] for part in parts], 1) for i in range(3))
-    return source.summary(storage.round_keys(k, bits), storage.round_values(v, bits), logw, np.ones_like(logw), stored)
+    return source.summary(k, v, bits, logw, np.ones_like(logw), stored)
 
 
 def runs(values):

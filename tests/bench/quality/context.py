@@ -136,7 +136,7 @@ class Context:
 def whole(k, v):
     """Exact tokens as a summary, at two bytes an element."""
     ones = np.ones(k.shape[:3], np.float32)
-    return Summary(k.astype(np.float32), v.astype(np.float32), 0 * ones, ones, k.nbytes + v.nbytes)
+    return Summary(k, v, 0 * ones, ones, k.nbytes + v.nbytes)
 
 
 class Judge:

@@ -37,6 +37,7 @@ class CoolPart(c.Structure):
 
 
 CODECS = {"raw": RAW, "dense8": DENSE8, "dense4": DENSE4, "balance": BALANCE}
+CPU_BACKENDS = ("amx", "avx512", "avx2", "ref")  # best first
 ALIGN = 64
 
 
@@ -56,18 +57,20 @@ def address(array):
 
 
 class Kernels:
-    """One backend. Records are NumPy arrays of bytes; keys and values float16 [layers, heads, tokens, dim].
+    """One backend ("auto": the best one for this CPU). Records are NumPy arrays of bytes; keys and values float16 [layers, heads, tokens, dim].
 
     shares [layers, heads] of 1..255: in which proportion the heads share a balance record's bytes; None: equally."""
 
-    def __init__(self, backend="ref", shares=None):
+    def __init__(self, backend="auto", shares=None):
         self.shares = None if shares is None else np.ascontiguousarray(shares, np.uint8)
         alone = os.path.join(BUILD, "lib", "libbkvkernels.so")
         self.library = c.CDLL(alone if os.path.exists(alone) else built("lib", "libbalancekv.so"))
         self.library.bkv_backend_get.restype = c.c_void_p
         for name in ("bkv_codec_bound", "bkv_compress_workspace", "bkv_fold_workspace", "bkv_cool_node_bytes"):
             getattr(self.library, name).restype = c.c_size_t
-        self.backend = c.c_void_p(self.library.bkv_backend_get(backend.encode()))
+        names = CPU_BACKENDS if backend == "auto" else (backend,)
+        found = filter(None, (self.library.bkv_backend_get(name.encode()) for name in names))
+        self.backend = c.c_void_p(next(found, None))
         if not self.backend:
             raise KernelError(f"there is no backend {backend} here")
 

@@ -11,7 +11,7 @@ ABSENT = -1e4  # log weight of no token: heads of unequal length are padded with
 
 
 class Summary:
-    """A compressed cache, or a part of one: k, v float32 [layers, heads, n, dim], logw and den [layers, heads, n].
+    """A compressed cache: k, v [layers, heads, n, dim], on the device or not, logw and den [layers, heads, n].
 
     A token's exp(<q, k> / sqrt(dim) + logw) multiplies v in the numerator and den in the denominator. `bytes` is what is stored;
     `clip` [2, layers, heads, dim] bounds what comes out of attention, where a method prescribes that."""
@@ -24,13 +24,12 @@ class DeviceCache:
     """One layer on the device: k with the log weight and v with the denominator's weight as one dimension more."""
 
     def __init__(self, xp, summary, layer, window_k, window_v):
-        dim = summary.k.shape[-1]
-        k = xp.asarray(np.concatenate((summary.k[layer], summary.logw[layer][..., None]), -1, dtype=np.float32))
-        v = xp.asarray(np.concatenate((summary.v[layer], summary.den[layer][..., None]), -1, dtype=np.float32))
-        exact_k = xp.zeros((*window_k.shape[:2], dim + 1), np.float32)
-        exact_v = xp.ones((*window_v.shape[:2], dim + 1), np.float32)
-        exact_k[..., :dim], exact_v[..., :dim] = xp.asarray(window_k), xp.asarray(window_v)
-        self.k, self.v = xp.concatenate((k, exact_k), 1), xp.concatenate((v, exact_v), 1)
+        heads, stored, dim = summary.k.shape[1:]
+        self.k = xp.zeros((heads, stored + window_k.shape[1], dim + 1), np.float32)
+        self.v = xp.ones((heads, stored + window_v.shape[1], dim + 1), np.float32)
+        for whole, part, weight, window in ((self.k, summary.k, summary.logw, window_k), (self.v, summary.v, summary.den, window_v)):
+            whole[:, :stored, :dim], whole[:, :stored, dim] = xp.asarray(part[layer]), xp.asarray(weight[layer])
+            whole[:, stored:, :dim] = xp.asarray(window)
         self.clip = None if summary.clip is None else xp.asarray(summary.clip[:, layer])
 
 

@@ -76,9 +76,18 @@ def weights(xp, k, v, index, scale):
 
     right = xp.concatenate((v, xp.ones((len(v), 1))), 1) * heavy[:, None]
     sums = sum(gauss(k[a:a + 2048], squares[a:a + 2048]) @ right[a:a + 2048] for a in range(0, len(k), 2048))
-    solved = xp.linalg.solve(gauss(pivot, squares[index]) + JITTER * xp.eye(len(pivot)), sums)
+    solved = solve(xp, gauss(pivot, squares[index]) + JITTER * xp.eye(len(pivot)), sums)
     solved /= heavy[index][:, None]
     return solved[:, :-1], solved[:, -1]
+
+
+def solve(xp, matrix, right):
+    """matrix^-1 right of a positive definite matrix."""
+    if xp is np:
+        return np.linalg.solve(matrix, right)
+    from cupyx.scipy.linalg import solve_triangular
+    lower = xp.linalg.cholesky(matrix)
+    return solve_triangular(lower, solve_triangular(lower, right, lower=True), trans=1, lower=True)
 
 
 class WildCat:
@@ -107,7 +116,6 @@ class WildCat:
             mixed, weight = weights(xp, self.k[s], self.v[s], xp.asarray(index), self.scale)
             k[s, SINK:] = source.k[s, SINK + index]
             v[s, SINK:], den[s, SINK:] = (mixed, weight) if xp is np else (xp.asnumpy(mixed), xp.asnumpy(weight))
-        k, v = storage.round_keys(k, bits), storage.round_values(v, bits)
         clip = storage.half(np.stack((source.v.min(1), source.v.max(1))))
         stored = storage.section_bytes(source.n, m, source.dim, bits, self.TOKEN_EXTRA, head_extra)
-        return source.summary(k, v, np.zeros(shape[:2], np.float32), storage.half(den), stored, clip)
+        return source.summary(k, v, bits, np.zeros(shape[:2], np.float32), storage.half(den), stored, clip)
