@@ -3,6 +3,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+import time
 from concurrent import futures
 
 from support import BUILD
@@ -39,6 +40,7 @@ def parse():
     add("--backend", default="auto", help="of the kernels")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the model and WildCat compute; cuda needs CuPy")
     add("--jobs", type=int, default=os.cpu_count(), help="processes")
+    add("--limit", type=float, help="seconds after which contexts that are not done are left out, aloud")
     add("--no-cache", action="store_true", help="do not keep prefilled caches in the build folder")
     options = parser.parse_args()
     for name, value in (QUICK if options.quick else FULL).items():
@@ -70,22 +72,34 @@ def plan(options):
     return sorted(jobs, key=lambda job: -job[0])
 
 
-def main():
-    options = parse()
-    jobs = plan(options)
+def work(options, jobs):
+    """[(job, exact judgement, rows)] of all contexts that were done in time, in the order of jobs."""
     count = max(1, min(options.jobs, len(jobs)))
     if count > 1:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before the processes load NumPy
-    done = []
-    spawn = multiprocessing.get_context("spawn")
+    done, spawn, began = [], multiprocessing.get_context("spawn"), time.monotonic()
     with futures.ProcessPoolExecutor(count, spawn, worker.start, (options,)) as pool:
         known = None if options.shares == "equal" else pool.submit(worker.measure_shares).result()
-        for future in futures.as_completed([pool.submit(worker.run, job, known) for job in jobs]):
-            job, base, rows, seconds = future.result()
-            done.append((job, base, rows))
-            kind = f"{job[3]} codes and {job[3]} people" if job[3] else "plain text"
-            print(f"  {os.path.basename(job[1])}, {job[0]:,} tokens, seed {job[2]}, {kind}: {seconds:.0f} s", flush=True)
-    done.sort(key=lambda item: jobs.index(item[0]))
+        left = options.limit and max(1, options.limit - (time.monotonic() - began))
+        try:
+            for future in futures.as_completed([pool.submit(worker.run, job, known) for job in jobs], left):
+                job, base, rows, seconds = future.result()
+                done.append((job, base, rows))
+                kind = f"{job[3]} codes and {job[3]} people" if job[3] else "plain text"
+                print(f"  {os.path.basename(job[1])}, {job[0]:,} tokens, seed {job[2]}, {kind}: {seconds:.0f} s", flush=True)
+        except futures.TimeoutError:
+            print(f"  LEFT OUT: {len(jobs) - len(done)} of {len(jobs)} contexts were not done in {options.limit:.0f} s")
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+    return sorted(done, key=lambda item: jobs.index(item[0]))
+
+
+def main():
+    options = parse()
+    done = work(options, plan(options))
+    if not done:
+        sys.exit("bench.quality: no context was done in time")
     sums = results.sum_up(done)
     met = results.report_all(sums, options.rates)
     picture.draw(sums, os.path.join(BUILD, "bench", "quality.svg"))
