@@ -58,20 +58,19 @@ typedef struct bkv_selection {
     float *weight;        // [tokens]: after it, of those kept; the sums are the same
     uint8_t *fate;        // [tokens]: bkv_fate_t
     float *score;         // [tokens]
-    uint32_t *list;       // [tokens]
+    uint32_t *list;       // [tokens]: candidates, then those walked, then (write_ref.c) all those kept
     float *mean;          // [key_dim]
-
     bkv_walk_t walk;
     // One key group of kept tokens on its way into the record:
-    float *k, *v;             // [BKV_KEY_GROUP_MAX][dim]
-    uint32_t *token, *walked; // [BKV_KEY_GROUP_MAX]: which token a row is; which rows are walked ones
-    float *anchors;           // [BKV_KEY_GROUP_MAX][key_dim]: centred keys of walked rows
-    float *half;              // [BKV_KEY_GROUP_MAX]: |k|^2 / 2 of a walked row
-    float *parts;             // [limit of the walk][BKV_KEY_GROUP_MAX]: of each token, what each walked row stands for
-    float *share;             // [limit of the walk]: weight of each token that the walked rows stand for
-    float *mass;              // [BKV_KEY_GROUP_MAX]: sum of parts of a walked row
-    float *fit;               // [BKV_KEY_GROUP_MAX][value_dim]: new values of walked rows
-    float *ranges;            // [4][key_dim]
+    float *k, *v;     // [BKV_KEY_GROUP_MAX][dim]
+    uint32_t *walked; // [BKV_KEY_GROUP_MAX]: which rows are walked ones
+    float *anchors;   // [BKV_KEY_GROUP_MAX][key_dim]: centred keys of walked rows
+    float *half;      // [BKV_KEY_GROUP_MAX]: |k|^2 / 2 of a walked row
+    float *parts;     // [limit of the walk][BKV_KEY_GROUP_MAX]: of each token, what each walked row stands for
+    float *share;     // [limit of the walk]: weight of each token that the walked rows stand for
+    float *mass;      // [BKV_KEY_GROUP_MAX]: sum of parts of a walked row
+    float *fit;       // [BKV_KEY_GROUP_MAX][value_dim]: new values of walked rows
+    float *ranges;    // [4][key_dim]
 } bkv_selection_t;
 
 void bkv_selection_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint32_t tokens, uint32_t key_dim,

@@ -64,7 +64,7 @@ void bkv_selection_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint3
     uint64_t limit = selection->walk.limit;
     selection->k = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * key_dim * sizeof(float));
     selection->v = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * value_dim * sizeof(float));
-    selection->token = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(uint32_t));
+    
     selection->walked = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(uint32_t));
     selection->anchors = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * key_dim * sizeof(float));
     selection->half = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(float));
@@ -191,9 +191,8 @@ void bkv_select(const bkv_source_t *source, uint32_t sink, uint32_t m, bkv_rando
 
     uint32_t rest = 0;
     for (uint32_t t = 0; t < n; t++) {
-        if (selection->fate[t] == BKV_DROPPED) {
-            selection->list[rest++] = t;
-        }
+        selection->list[rest] = t;
+        rest += selection->fate[t] == BKV_DROPPED;
     }
     reduce(source, rest, m - protect, random, selection);
     for (uint32_t i = 0; i < m - protect; i++) {

@@ -3,22 +3,33 @@
 
 #include "convert.h"
 
+#include <assert.h>
 #include <math.h>
 
 // Least mass that a refit divides by. A row's own share is at least 1 / BKV_KEY_GROUP_MAX of its weight but for rounding.
 #define MASS_MIN 1e-20f
 
-static void write_index(const bkv_selection_t *selection, uint32_t tokens, const uint32_t *position, uint8_t kind,
+// The kept tokens in selection->list, and the log of what each weighs in selection->score. Returns how many.
+static uint32_t kept_list(const bkv_selection_t *selection, uint32_t tokens) {
+    uint32_t m = 0;
+    for (uint32_t t = 0; t < tokens; t++) {
+        selection->list[m] = t;
+        m += selection->fate[t] != BKV_DROPPED;
+    }
+    for (uint32_t r = 0; r < m; r++) {
+        float weight = selection->weight[selection->list[r]];
+        selection->score[r] = weight == 1.0f ? 0.0f : logf(weight); // the protected tokens of a block weigh 1
+    }
+    return m;
+}
+
+static void write_index(const bkv_selection_t *selection, uint32_t m, const uint32_t *position, uint8_t kind,
                         uint64_t index_bytes, uint8_t *plane) {
     memset(plane, 0, (size_t)index_bytes);
-    uint32_t written = 0;
-    for (uint32_t t = 0; t < tokens && kind != BKV_INDEX_ALL; t++) {
-        if (selection->fate[t] == BKV_DROPPED) {
-            continue;
-        }
-        uint32_t at = position ? position[t] : t;
+    for (uint32_t r = 0; r < m && kind != BKV_INDEX_ALL; r++) {
+        uint32_t token = selection->list[r], at = position ? position[token] : token;
         if (kind == BKV_INDEX_LIST) {
-            memcpy(plane + 4 * (size_t)written++, &at, sizeof(at));
+            memcpy(plane + 4 * (size_t)r, &at, sizeof(at));
         } else {
             plane[at / 8] = (uint8_t)(plane[at / 8] | 1u << at % 8);
         }
@@ -27,14 +38,11 @@ static void write_index(const bkv_selection_t *selection, uint32_t tokens, const
 
 // Log weights as base + step * code: half a step of error at most. A base of 0, which the protected tokens of a block have,
 // is exact.
-static void write_weights(const bkv_selection_t *selection, uint32_t tokens, uint32_t m, uint8_t *at) {
+static void write_weights(const float *logw, uint32_t m, uint8_t *at) {
     float low = INFINITY, high = -INFINITY;
-    for (uint32_t t = 0; t < tokens; t++) {
-        if (selection->fate[t] != BKV_DROPPED) {
-            float logw = logf(selection->weight[t]);
-            low = logw < low ? logw : low;
-            high = logw > high ? logw : high;
-        }
+    for (uint32_t r = 0; r < m; r++) {
+        low = logw[r] < low ? logw[r] : low;
+        high = logw[r] > high ? logw[r] : high;
     }
     uint16_t base_half = bkv_float_to_half(low);
     float base = bkv_half_expand(base_half);
@@ -43,35 +51,22 @@ static void write_weights(const bkv_selection_t *selection, uint32_t tokens, uin
     memset(at, 0, (4 + (size_t)m + 3) / 4 * 4);
     bkv_store_u16(at, base_half);
     bkv_store_u16(at + 2, step_half);
-    at += 4;
-    for (uint32_t t = 0; t < tokens; t++) {
-        if (selection->fate[t] != BKV_DROPPED) {
-            float code = (logf(selection->weight[t]) - base) * inverse + 0.5f;
-            *at++ = (uint8_t)(code < 0 ? 0 : code > 255 ? 255 : code);
-        }
+    for (uint32_t r = 0; r < m; r++) {
+        float code = (logw[r] - base) * inverse + 0.5f;
+        at[4 + (size_t)r] = (uint8_t)(code < 0 ? 0 : code > 255 ? 255 : code);
     }
-}
-
-// Loads the next `count` kept tokens from `token` on into k and v; returns the token after the last of them.
-static uint32_t rows_gather(const bkv_source_t *source, uint32_t token, uint32_t count, const bkv_selection_t *selection) {
-    for (uint32_t row = 0; row < count; token++) {
-        if (selection->fate[token] != BKV_DROPPED) {
-            selection->token[row++] = token;
-        }
-    }
-    bkv_source_gather(source, selection->token, count, selection->k, selection->v);
-    return token;
 }
 
 // The walked rows of a group: their keys about a common centre, which no softmax below notices and rounding does, and half
 // their squared norms. Returns how many.
-static uint32_t anchors_load(const bkv_source_t *source, uint32_t count, const bkv_selection_t *selection) {
+static uint32_t anchors_load(const bkv_source_t *source, const uint32_t *token, uint32_t count,
+                             const bkv_selection_t *selection) {
     const bkv_lanes_t *lanes = source->lanes;
     uint32_t rows = 0, dim = source->key_dim;
     float *centre = selection->walk.mean;
     memset(centre, 0, dim * sizeof(float));
     for (uint32_t r = 0; r < count; r++) {
-        if (selection->fate[selection->token[r]] == BKV_WALKED) {
+        if (selection->fate[token[r]] == BKV_WALKED) {
             const float *row = selection->k + (size_t)r * dim;
             memcpy(selection->anchors + (size_t)rows * dim, row, dim * sizeof(float));
             lanes->axpy(1, row, dim, centre);
@@ -110,9 +105,9 @@ static void tokens_share(const bkv_source_t *source, uint32_t first, uint32_t co
 // Refit: each walked row's value becomes the mean of all values it stands for, those of [first, end) that are not
 // protected, each shared out by responsibility. Weights stay the walk's and keys their own: weights from responsibilities
 // changed little (16x: error 0.238 for 0.247, NLL 0.058 for 0.050), mean keys made both worse (0.274, 0.071).
-static void rows_refit(const bkv_source_t *source, uint32_t first, uint32_t end, uint32_t count,
+static void rows_refit(const bkv_source_t *source, uint32_t first, uint32_t end, const uint32_t *token, uint32_t count,
                        const bkv_selection_t *selection) {
-    uint32_t rows = anchors_load(source, count, selection), value_dim = source->value_dim, step = selection->walk.limit;
+    uint32_t rows = anchors_load(source, token, count, selection), value_dim = source->value_dim, step = selection->walk.limit;
     if (rows == 0) {
         return;
     }
@@ -142,11 +137,10 @@ static void write_rows(const bkv_source_t *source, const bkv_selection_t *select
     uint32_t done = 0;
     for (uint32_t group = 0; group < layout->key_groups; group++) {
         uint32_t first = group * layout->key_group_tokens, count = bkv_key_group_count(layout, view->tokens, group);
-        uint32_t end = rows_gather(source, done, count, selection);
-        while (end < source->tokens && selection->fate[end] == BKV_DROPPED) {
-            end++;
-        }
-        rows_refit(source, done, end, count, selection);
+        const uint32_t *token = selection->list + first;
+        uint32_t end = first + count < view->tokens ? token[count] : source->tokens;
+        bkv_source_gather(source, token, count, selection->k, selection->v);
+        rows_refit(source, done, end, token, count, selection);
         done = end;
         lanes->quant_keys(selection->k, count, view->key_dim, view->key_bits,
                           key_plane + layout->key_params + 4ull * group * view->key_dim,
@@ -164,9 +158,11 @@ void bkv_selection_write(const bkv_source_t *source, const uint32_t *position, c
         &bkv_record_directory(record)[(size_t)source->layer * ((bkv_record_header_t *)record)->heads + source->head];
     uint8_t *key_plane = bkv_record_plane(record, section->key_offset, view.layout.key_bytes);
     uint8_t *value_plane = bkv_record_plane(record, section->value_offset, view.layout.value_bytes);
-    write_index(selection, source->tokens, position, view.index_kind, view.layout.index_bytes, key_plane);
+    uint32_t m = kept_list(selection, source->tokens);
+    assert(m == view.tokens);
+    write_index(selection, m, position, view.index_kind, view.layout.index_bytes, key_plane);
     if (view.has_weights) {
-        write_weights(selection, source->tokens, view.tokens, key_plane + view.layout.weights);
+        write_weights(selection->score, m, key_plane + view.layout.weights);
     }
     write_rows(source, selection, &view, key_plane, value_plane);
 }
