@@ -7,7 +7,10 @@
 
 static json_t *good(void) {
     const uint32_t numbers[] = {1, 5};
+    static const uint8_t shares[] = {255, 1, 2, 3, 4, 5};
     const bkv_spec_t spec = {.model = "m",
+                             .shares = shares,
+                             .share_count = sizeof shares,
                              .layers = 2,
                              .kv_heads = 3,
                              .key_dim = 64,
@@ -35,6 +38,7 @@ Test(bkv_keyset, round_trip) {
     cr_expect(spec->layers == 2 && spec->kv_heads == 3 && spec->key_dim == 64 && spec->value_dim == 32);
     cr_expect(spec->dtype == BKV_FP16 && spec->block_tokens == 128 && spec->codec == BKV_CODEC_BALANCE && spec->rate == 8);
     cr_expect(spec->sink_tokens == 0 && spec->no_sink && spec->seed == UINT64_MAX, "64 bits survive JSON");
+    cr_expect(spec->share_count == 6 && spec->shares[0] == 255 && spec->shares[5] == 5);
     cr_expect(keyset.layer_numbers[0] == 1 && keyset.layer_numbers[1] == 5);
     cr_assert_eq(keyset.count, 2);
     cr_expect(keyset.keys[0].bytes[1] == 0x11 && keyset.keys[1].bytes[0] == 0xff);
@@ -58,6 +62,10 @@ Test(bkv_keyset, refuses_what_is_wrong) {
     expect_refused("spec", "model", json_integer(1));
     expect_refused("spec", "dtype", json_string("fp64"));
     expect_refused("spec", "codec", json_string("zip"));
+    expect_refused("spec", "shares", json_string("255"));
+    expect_refused("spec", "shares", json_pack("[i, i, i, i, i]", 1, 1, 1, 1, 1));
+    expect_refused("spec", "shares", json_pack("[i, i, i, i, i, i]", 1, 1, 1, 0, 1, 1));
+    expect_refused("spec", "shares", json_pack("[i, i, i, i, i, i]", 1, 1, 1, 1, 1, 256));
     expect_refused("spec", "seed", json_string("x"));
     expect_refused("spec", "seed", json_integer(-1));
     expect_refused("spec", "layers", json_integer(0));

@@ -92,6 +92,41 @@ Test(bkv_summarize, makes_the_records_of_its_blocks) {
     }
 }
 
+static uint32_t tokens_of(const bkv_summaries_t *summaries, uint32_t layer, uint32_t head) {
+    uint32_t sum = 0;
+    for (size_t i = 0; i < summaries->count; i++) {
+        bkv_section_view_t view;
+        bkv_record_section(summaries->records[i], layer, head, &view);
+        sum += view.tokens;
+    }
+    return sum;
+}
+
+Test(bkv_summarize, shares_divide_the_bytes_of_blocks_and_folds) {
+    const uint8_t shares[] = {10, 30, 30, 100};
+    char path[64];
+    bkv_trace_t trace;
+    bkv_error_t err;
+    open_trace(&trace, path, BKV_TENSOR_F16);
+    for (int fold = 0; fold < 2; fold++) {
+        bkv_summaries_t equal, shared;
+        bkv_summarize_t options = options_of(fold ? BKV_CODEC_DENSE4 : BKV_CODEC_BALANCE, 8);
+        options.fold_rate = fold ? 12 : 0;
+        cr_assert_eq(bkv_summarize_trace(&trace, &options, &equal, &err), BKV_OK, "%s", err.message);
+        options.params.shares = shares;
+        cr_assert_eq(bkv_summarize_trace(&trace, &options, &shared, &err), BKV_OK, "%s", err.message);
+        cr_expect_leq(shared.stored_bytes, shared.raw_bytes / (fold ? 12 : 8));
+        cr_expect_gt(shared.stored_bytes, equal.stored_bytes * 9 / 10);
+        cr_expect_lt(tokens_of(&shared, 0, 0), tokens_of(&equal, 0, 0));
+        cr_expect_lt(tokens_of(&shared, 0, 0), tokens_of(&shared, 0, 1));
+        cr_expect_lt(tokens_of(&shared, 1, 0), tokens_of(&shared, 1, 1));
+        cr_expect_gt(tokens_of(&shared, 1, 1), tokens_of(&equal, 1, 1));
+        bkv_summaries_deinit(&equal);
+        bkv_summaries_deinit(&shared);
+    }
+    bkv_trace_deinit(&trace);
+}
+
 Test(bkv_summarize, does_not_depend_on_threads) {
     char path[64];
     bkv_trace_t trace;

@@ -31,7 +31,7 @@ bool fake_write(fake_call_t *call, const ProtobufCMessage *message); // false: t
 bool fake_write_bytes(fake_call_t *call, const void *bytes, size_t length);
 void fake_finish(fake_call_t *call, grpc_status_code code, const char *message);
 
-// Answers that need no thought. fake_open: id is the model's name, zero-padded.
+// Answers that need no thought. fake_open: id is the model's name, zero-padded; its last byte depends on the shares.
 void fake_open(fake_call_t *call, uint64_t boot_epoch);
 void fake_lookup(fake_call_t *call, uint64_t boot_epoch); // even first bytes of keys are resident
 void fake_put(fake_call_t *call, uint64_t boot_epoch);    // stored_bytes: the sum of the payload's bytes
