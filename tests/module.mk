@@ -106,7 +106,8 @@ FUZZ_OBJ = $(FUZZ_ROOM_SRC:%.c=build-fuzz/obj/%.o)
 build-fuzz/obj/%.o: %.c | $(PROTO_HDR)
 	@mkdir -p $(@D)
 	$(call say,FUZ,$<)
-	$(Q)clang $(CPPFLAGS) $(call cflags_of,$(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -w -fsanitize=fuzzer-no-link,address,undefined -pthread -c $< -o $@
+	$(Q)clang $(CPPFLAGS) $(call cflags_of,$(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -w $(call isa_flags,$(*F)) \
+	  -fsanitize=fuzzer-no-link,address,undefined -pthread -c $< -o $@
 build-fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(FUZZ_OBJ)
 	$(call say,FUZ,$<)
 	$(Q)clang $(CPPFLAGS) $(call cflags_of,$(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -pthread -o $@ $^ \

@@ -42,8 +42,13 @@ for header in $(sources '*.h'); do
 done
 
 # -- clang-tidy, as many at once as there are cores
-sources 'kernels/*.c' 'daemon/*.c' 'client/*.c' | xargs -r -P "$(nproc)" -I{} clang-tidy --quiet {} -- "${flags[@]}" 2>/dev/null ||
-    complain "clang-tidy has findings"
+check() { xargs -r -P "$(nproc)" -I{} clang-tidy --quiet {} -- "${flags[@]}" "$@" 2>/dev/null; }
+avx2=(-mavx2 -mfma -mf16c)
+avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni)
+sources 'kernels/*.c' 'daemon/*.c' 'client/*.c' | grep -vE '_(avx2|avx512|amx)\.c$' | check || complain "clang-tidy has findings"
+sources 'kernels/*_avx2.c' | check "${avx2[@]}" || complain "clang-tidy has findings"
+sources 'kernels/*_avx512.c' | check "${avx512[@]}" || complain "clang-tidy has findings"
+sources 'kernels/*_amx.c' | check "${avx512[@]}" -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 || complain "clang-tidy has findings"
 
 # -- scripts and the unit file
 # shellcheck disable=SC2046
