@@ -33,7 +33,9 @@ static uint8_t *fold_over(const void *const *records, uint32_t count, uint64_t b
     memset(record, filling, (size_t)budget);
     memset(workspace, filling, scratch);
     bkv_error_t err = {0};
-    cr_assert_eq(bkv_fold(ref, records, count, &id, &(bkv_fold_params_t){.budget = budget, .seed = 1}, record, workspace, length, &err), BKV_OK, "%s", err.message);
+    cr_assert_eq(
+        bkv_fold(ref, records, count, &id, &(bkv_fold_params_t){.budget = budget, .seed = 1}, record, workspace, length, &err),
+        BKV_OK, "%s", err.message);
     cr_assert_eq(bkv_record_check(record, *length, &err), BKV_OK, "%s", err.message);
     return record;
 }
@@ -95,6 +97,18 @@ Test(workspace, fold_reads_nothing_old) {
                 free(other);
             }
             free(first);
+        }
+    }
+}
+
+Test(workspace, is_no_larger_than_promised) {
+    // codec.h on folds; a compression needs what a fold of one record does.
+    for (const bkv_backend_t *const *list = bkv_backend_list(); *list; list++) {
+        for (uint32_t dim = 8; (*list)->checks_values && dim <= 1024; dim *= 2) { // CPU backends, whether they run here or not
+            bkv_shape_t shape = {1, 1, 300, dim, 8, BKV_BF16};
+            const bkv_codec_params_t balance = {.codec = BKV_CODEC_BALANCE, .rate = 8};
+            cr_assert_leq((*list)->compress_workspace(&shape, &balance), 655360 + 6144 * (size_t)dim + 21 * 300 + 64 * 8,
+                          "%s, %u", (*list)->name, dim);
         }
     }
 }
