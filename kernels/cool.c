@@ -76,17 +76,18 @@ void bkv_profile_format(const bkv_profile_t *profile, char text[BKV_PROFILE_TEXT
     assert(length < BKV_PROFILE_TEXT);
 }
 
-// Measured on 16,896 tokens of a real model in int4 blocks of 256, the newest 256 exact, attention error of the next 256 queries:
-// rate 8 0.040 (one record for all 0.101), 16 0.060 (0.142), 32 0.084 (0.188). More bands, or an older band that is less thin,
-// were no better; on a prefix of 1,792 tokens it makes 5 % either way.
+// Measured on a real model, int4 blocks of 256. Attention error of 256 queries over 16,896 tokens, the newest 256 exact, against
+// one record for all of it: rate 8 0.043 (0.104), 16 0.071 (0.141), 32 0.113 (0.189); NLL above exact of the 512 tokens after
+// 16,640: 0.004 (0.003), 0.010 (0.023), 0.001 (0.054). Old bands that are much thinner still, as 32 and 64 at 16x and 32x, lower
+// the error further but lose needles of short prefixes: of 32 in 2,816 tokens 30 and 26 were found, at 20 and 40 32 and 30.
 void bkv_profile_for_rate(uint32_t rate, bkv_profile_t *profile) {
     static const struct {
         uint32_t rate;
         const char *profile;
     } best[] = {
-        {8, "1024:4,4096:8,:12"},
-        {16, "512:4,2048:8,:24"},
-        {32, "512:4,2048:16,:64"},
+        {8, "1024:4,:16"},
+        {16, "512:4,:24"},
+        {32, "512:4,:40"},
     };
     size_t last = sizeof(best) / sizeof(best[0]) - 1, i = 0;
     while (i < last && best[i].rate < rate) {
@@ -126,22 +127,26 @@ static double factor(int32_t power) {
     return fraction[shifted % FACTOR_STEPS] * (double)(UINT64_C(1) << (shifted / FACTOR_STEPS)) / (double)(UINT64_C(1) << 16);
 }
 
-// Tokens of the oldest band that make one record, or two, four, eight... times as many. Attention error
-// on 16,896 tokens, as below, with runs and with one record for all of the band: 0.0391 and 0.0395 at rate 8, 0.0603 and 0.0599
-// at 16, 0.0879 and 0.0835 at 32.
+// Tokens of the oldest band that make one record, or two, four, eight... times as many. Attention
+// error on 16,896 tokens with runs and with one record for all of the band: 0.0391 and 0.0395 at rate 8, 0.0603 and 0.0599 at
+// 16, 0.0879 and 0.0835 at 32 (profiles of three bands).
 #define OLD_RUN 4096
 
 // Runs of the oldest band: one for each bit of their number, and what is left over.
 _Static_assert(BKV_MAX_BANDS - 1 + 12 + 1 == BKV_FOLD_RECORDS && BKV_MAX_TOKENS / OLD_RUN == 1 << 12, "most records of a fold");
 
-// What the share of a band depends on.
+// What the share of a band depends on, all in bytes.
 typedef struct share {
-    double nominal; // bytes
-    uint64_t lowest, highest;
+    double nominal;           // at its own rate
+    double densest;           // at the densest band's
+    uint64_t lowest, highest; // see share_of
 } share_t;
 
+// More than the nominal rates ask for is spread alike over all bands. Where there is less, the densest give way first: a band is
+// no thinner than its own rate as long as another one is denser than that.
 static uint64_t share_bytes(const share_t *share, int32_t power) {
-    double bytes = share->nominal * factor(power);
+    double bytes = power < 0 ? share->densest * factor(power) : share->nominal * factor(power);
+    bytes = power < 0 && bytes > share->nominal ? share->nominal : bytes;
     if (bytes >= (double)share->highest) {
         return share->highest;
     }
@@ -162,13 +167,15 @@ uint64_t bkv_cool_least_bytes(const bkv_shape_t *shape) {
     return record_bytes(shape, 1, 2, true);
 }
 
-static share_t share_of(const bkv_shape_t *shape, const bkv_cool_band_t *band, double rate, uint64_t held) {
+// held: bytes of the band's blocks. densest: the rate of the densest band.
+static share_t share_of(const bkv_shape_t *shape, const bkv_cool_band_t *band, uint32_t rate, uint32_t densest, uint64_t held) {
     bkv_shape_t own = *shape;
     own.tokens = (uint32_t)band->tokens;
     uint64_t whole = record_bytes(&own, own.tokens, 8, false);
-    share_t share = {.lowest = record_bytes(&own, 1, 4, true), .highest = held < whole ? held : whole};
+    double bf16 = 2.0 * shape->layers * shape->heads * (shape->key_dim + shape->value_dim) * (double)band->tokens;
+    share_t share = {.nominal = bf16 / rate, .densest = bf16 / densest, .lowest = record_bytes(&own, 1, 4, true)};
+    share.highest = held < whole ? held : whole;
     share.highest = share.highest > share.lowest ? share.highest : share.lowest;
-    share.nominal = 2.0 * shape->layers * shape->heads * (shape->key_dim + shape->value_dim) * (double)band->tokens / rate;
     return share;
 }
 
@@ -234,26 +241,28 @@ typedef struct cutter {
     const bkv_cool_block_t *blocks;
     uint32_t end;   // blocks [0, end) are left
     uint64_t start; // tokens in them
-    bkv_cool_band_t *bands;
-    share_t *shares; // of each: what its blocks hold (highest) and its rate (nominal), for now
     uint32_t count;
+    bkv_cool_band_t bands[BKV_FOLD_RECORDS];
+    uint32_t rates[BKV_FOLD_RECORDS];
+    uint64_t held[BKV_FOLD_RECORDS]; // bytes of each band's blocks
 } cutter_t;
 
 // The blocks after token `cut`, with the one that it falls into, become a band, unless there are none.
 static void cut_band(cutter_t *cutter, uint64_t cut, uint32_t rate) {
     bkv_cool_band_t band = {.first = cutter->end};
-    share_t share = {.nominal = rate};
+    uint64_t held = 0;
     while (band.first > 0 && cutter->start > cut) {
         band.first--;
         band.tokens += cutter->blocks[band.first].tokens;
-        share.highest += cutter->blocks[band.first].bytes;
+        held += cutter->blocks[band.first].bytes;
         cutter->start -= cutter->blocks[band.first].tokens;
     }
     band.count = cutter->end - band.first;
     cutter->end = band.first;
     if (band.count > 0) {
-        cutter->shares[cutter->count] = share;
-        cutter->bands[cutter->count++] = band;
+        cutter->bands[cutter->count] = band;
+        cutter->rates[cutter->count] = rate;
+        cutter->held[cutter->count++] = held;
     }
 }
 
@@ -277,9 +286,7 @@ bkv_status_t bkv_cool_plan(const bkv_shape_t *shape, const bkv_cool_block_t *blo
                            const bkv_profile_t *profile, uint64_t budget, bkv_cool_band_t bands[BKV_FOLD_RECORDS],
                            uint32_t *count, bkv_error_t *err) {
     assert(profile->count > 0 && profile->count <= BKV_MAX_BANDS && profile->bands[profile->count - 1].age == 0);
-    bkv_cool_band_t newest_first[BKV_FOLD_RECORDS];
-    share_t shares[BKV_FOLD_RECORDS], share[BKV_FOLD_RECORDS];
-    cutter_t cutter = {.blocks = blocks, .end = block_count, .bands = newest_first, .shares = share};
+    cutter_t cutter = {.blocks = blocks, .end = block_count};
     for (uint32_t i = 0; i < block_count; i++) {
         cutter.start += blocks[i].tokens;
     }
@@ -287,13 +294,18 @@ bkv_status_t bkv_cool_plan(const bkv_shape_t *shape, const bkv_cool_block_t *blo
         return FAIL("keys: %llu tokens are more than %u", (unsigned long long)cutter.start, BKV_MAX_TOKENS);
     }
     cut_bands(&cutter, profile);
-    *count = cutter.count;
-    for (uint32_t i = 0; i < cutter.count; i++) {
-        uint32_t from = cutter.count - 1 - i;
-        bands[i] = newest_first[from];
-        shares[i] = share_of(shape, &bands[i], share[from].nominal, share[from].highest);
+    uint32_t n = cutter.count, densest = BKV_MAX_BAND_RATE;
+    for (uint32_t i = 0; i < n; i++) {
+        densest = cutter.rates[i] < densest ? cutter.rates[i] : densest;
     }
-    return cutter.count == 0 ? BKV_OK : spread_budget(shares, cutter.count, budget, bands, err);
+    share_t shares[BKV_FOLD_RECORDS];
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t from = n - 1 - i; // the cutter's are newest first
+        bands[i] = cutter.bands[from];
+        shares[i] = share_of(shape, &bands[i], cutter.rates[from], densest, cutter.held[from]);
+    }
+    *count = n;
+    return n == 0 ? BKV_OK : spread_budget(shares, n, budget, bands, err);
 }
 
 // ---- the tree ----

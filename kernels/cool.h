@@ -3,7 +3,8 @@
 // The next token attends to recent ones far more than to old ones, so a prefix should be dense near its end and thin far back.
 // A profile says how dense: bands by age, newest first, each with a nominal rate (bytes as bf16 / bytes of its summary). In
 // text, "512:4,2048:8,8192:16,:32" is: the newest 512 tokens at rate 4, those of age up to 2,048 at 8, up to 8,192 at 16, and
-// whatever is older at 32. Each band becomes a record of a fold, the oldest one several; under a budget in bytes all rates are scaled alike.
+// whatever is older at 32. Each band becomes a record of a fold, the oldest one several; a budget in bytes makes all of
+// them denser, or the densest ones thinner.
 //
 // This is planning only, the same for the daemon and for off-line use: the folding is bkv_fold's (codec.h), and keeping the
 // nodes of the tree is the caller's. Pure functions, thread-safe, no allocation.
@@ -48,7 +49,8 @@ typedef struct bkv_cool_block {
     uint64_t bytes;  // its length
 } bkv_cool_block_t;
 
-// What becomes one record of the fold (of the oldest band, one of several): blocks [first, first + count), in at most `budget` bytes.
+// What becomes one record of the fold (of the oldest band, one of several): blocks [first, first + count), in at most `budget`
+// bytes.
 typedef struct bkv_cool_band {
     uint32_t first, count;
     uint64_t tokens, budget;
@@ -61,10 +63,13 @@ typedef struct bkv_cool_band {
 //
 // A band ends where a block does, at its age or up to a quarter further back: the cut moves in steps of a power of two, so that
 // an old band stays the same for many appended blocks. The oldest band, which grows for ever, becomes several: runs of 4,096
-// tokens and of 2, 4, 8... times as many, and the rest, so that one more block costs O(log n) block reads on average. Shares are
-// the nominal ones times a common factor, a power of 2^(1/16) for the same reason; no share is more than the blocks hold (or
-// int8 of all their tokens), nor less than a record of one token; what rounding leaves goes to the newest bands that can use it,
-// but not to the oldest. INVALID_ARGUMENT: the budget does not hold a record for every band.
+// tokens and of 2, 4, 8... times as many, and the rest, so that one more block costs O(log n) block reads on average.
+//
+// A budget of more than the nominal rates come to is spread in proportion to them. Where it is less, which it is for short
+// prefixes, the densest bands give way first: no band is thinner than its own rate as long as another is denser than that, so
+// what is old stays as good as the profile says. Shares move in steps of 2^(1/16) and keep still between them. None is more than
+// the blocks hold (or int8 of all their tokens), nor less than a record of one token; what rounding leaves goes to the newest
+// bands that can use it, but not to the oldest. INVALID_ARGUMENT: the budget does not hold a record for every band.
 BKV_API bkv_status_t bkv_cool_plan(const bkv_shape_t *shape, const bkv_cool_block_t *blocks, uint32_t block_count,
                                    const bkv_profile_t *profile, uint64_t budget, bkv_cool_band_t bands[BKV_FOLD_RECORDS],
                                    uint32_t *count, bkv_error_t *err);

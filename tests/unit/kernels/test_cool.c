@@ -179,6 +179,33 @@ Test(cool, plans_keep_their_promises) {
     cr_assert(planned > 1000 && refused > 100 && filled > 100, "%u planned, %u refused, %u filled", planned, refused, filled);
 }
 
+// Where the budget is less than the rates come to, what is old keeps its rate, and the densest bands are alike; where it is
+// more, all are denser by the same factor.
+Test(cool, the_densest_give_way_first) {
+    bkv_profile_t profile;
+    cr_assert_eq(bkv_profile_parse("512:4,1024:8,:32", &profile, NULL), BKV_OK);
+    bkv_cool_block_t blocks[16];
+    bkv_cool_band_t bands[BKV_FOLD_RECORDS];
+    uint32_t count;
+    for (uint32_t i = 0; i < 16; i++) {
+        blocks[i] = (bkv_cool_block_t){.tokens = 256, .bytes = 256 * TOKEN_BYTES}; // no cap
+    }
+    const uint64_t unit = 512 * (uint64_t)TOKEN_BYTES, old = unit * 6 / 32, nominal = old + unit / 8 + unit / 4;
+    cr_assert_eq(bkv_cool_plan(&shape, blocks, 16, &profile, nominal, bands, &count, NULL), BKV_OK);
+    cr_assert(count == 3 && bands[0].budget == old && bands[1].budget == unit / 8 && bands[2].budget == unit / 4);
+    cr_assert_eq(bkv_cool_plan(&shape, blocks, 16, &profile, old + unit / 8 + unit / 6, bands, &count, NULL), BKV_OK);
+    cr_assert(bands[0].budget == old && bands[1].budget == unit / 8, "only the newest gives way");
+    cr_assert_leq(bands[2].budget, unit / 6);
+    cr_assert_geq(bands[2].budget, unit / 6 * 99 / 100);
+    cr_assert_eq(bkv_cool_plan(&shape, blocks, 16, &profile, old + unit / 8, bands, &count, NULL), BKV_OK);
+    cr_assert(bands[0].budget == old && bands[1].budget < unit / 8, "then both");
+    cr_assert_leq(bands[2].budget, bands[1].budget * 105 / 100 + 16);
+    cr_assert_eq(bkv_cool_plan(&shape, blocks, 16, &profile, old, bands, &count, NULL), BKV_OK);
+    cr_assert(bands[0].budget < old && bands[0].budget > old / 2, "then all");
+    cr_assert_eq(bkv_cool_plan(&shape, blocks, 16, &profile, 2 * nominal, bands, &count, NULL), BKV_OK);
+    cr_assert(bands[0].budget == 2 * old && bands[1].budget == unit / 4, "twice as much for each");
+}
+
 static const char *const ages = "512:4,2048:8,8192:16,:32";
 
 // A block is never thinner than its age says, and a band at most a quarter and a block longer.
