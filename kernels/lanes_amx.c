@@ -189,6 +189,11 @@ static float largest_square(const operand_t *by_rows, const operand_t *by_pairs,
     return largest;
 }
 
+static void both_products(const operand_t *by_rows, const operand_t *by_pairs, const bkv_kernel_block_t *block, float *out) {
+    block_product(by_rows, by_pairs, block->i / BKV_TILE, block->j / BKV_TILE, block->rows > BKV_TILE,
+                  block->columns > BKV_TILE, out, BKV_BLOCK);
+}
+
 void bkv_amx_kernel(const bkv_rows_t *keys, const bkv_rows_t *values, const bkv_kernel_t *kernel, float *gram, void *scratch) {
     uint32_t padded = bkv_tile_pad(keys->n);
     operand_t k_rows, k_pairs, v_rows, v_pairs;
@@ -197,23 +202,20 @@ void bkv_amx_kernel(const bkv_rows_t *keys, const bkv_rows_t *values, const bkv_
     float shift = bkv_kernel_shift(kernel, largest_square(&k_rows, &k_pairs, keys->n));
     bkv_kernel_block_t block;
     for (uint32_t i = 0; i < padded; i += BKV_BLOCK) {
-        block.rows = padded - i < BKV_BLOCK ? BKV_TILE : BKV_BLOCK;
         for (uint32_t j = i; j < padded; j += BKV_BLOCK) {
-            block.columns = padded - j < BKV_BLOCK ? BKV_TILE : BKV_BLOCK;
-            bool two_rows = block.rows > BKV_TILE, two_columns = block.columns > BKV_TILE;
-            block_product(&k_rows, &k_pairs, i / BKV_TILE, j / BKV_TILE, two_rows, two_columns, block.keys, BKV_BLOCK);
-            block_product(&v_rows, &v_pairs, i / BKV_TILE, j / BKV_TILE, two_rows, two_columns, block.values, BKV_BLOCK);
-            kernel_block(&block, kernel, shift, gram + (size_t)i * padded + j, i == j ? NULL : gram + (size_t)j * padded + i,
-                         padded);
+            kernel_block_place(&block, i, j, padded);
+            both_products(&k_rows, &k_pairs, &block, block.keys);
+            both_products(&v_rows, &v_pairs, &block, block.values);
+            kernel_block_finish(&block, kernel, shift, gram, padded);
         }
     }
     _tile_release();
 }
 
 // Adds a block's first `rows` rows to those of fit, which end after `columns` columns.
-static void block_add(float block[2 * BKV_TILE][2 * BKV_TILE], uint32_t rows, uint32_t columns, float *fit, uint32_t dim) {
+static void block_add(float block[BKV_BLOCK][BKV_BLOCK], uint32_t rows, uint32_t columns, float *fit, uint32_t dim) {
     for (uint32_t r = 0; r < rows; r++, fit += dim) {
-        for (uint32_t c = 0; c < 2 * BKV_TILE && c < columns; c += BKV_TILE) {
+        for (uint32_t c = 0; c < BKV_BLOCK && c < columns; c += BKV_TILE) {
             vec_store_part(fit + c, columns - c, vec_load_part(fit + c, columns - c) + vec_load(&block[r][c]));
         }
     }
@@ -225,13 +227,13 @@ void bkv_amx_mix(const float *parts, uint32_t tokens, uint32_t rows, uint32_t st
     right.tiles += (size_t)bkv_tile_pad(rows) / BKV_TILE * left.steps * TILE_BYTES;
     columns_load(parts, tokens, bkv_tile_pad(rows), stride, true, &left);
     columns_load(values, tokens, dim, dim, false, &right);
-    float block[2 * BKV_TILE][2 * BKV_TILE];
+    _Alignas(64) float block[BKV_BLOCK][BKV_BLOCK];
     tiles_begin();
-    for (uint32_t i = 0; i < rows; i += 2 * BKV_TILE) {
-        for (uint32_t j = 0; j < dim; j += 2 * BKV_TILE) {
+    for (uint32_t i = 0; i < rows; i += BKV_BLOCK) {
+        for (uint32_t j = 0; j < dim; j += BKV_BLOCK) {
             bool two_rows = i + BKV_TILE < rows, two_columns = j + BKV_TILE < dim;
-            block_product(&left, &right, i / BKV_TILE, j / BKV_TILE, two_rows, two_columns, block[0], 2 * BKV_TILE);
-            block_add(block, two_rows ? 2 * BKV_TILE : BKV_TILE, dim - j, fit + (size_t)i * dim + j, dim);
+            block_product(&left, &right, i / BKV_TILE, j / BKV_TILE, two_rows, two_columns, block[0], BKV_BLOCK);
+            block_add(block, two_rows ? BKV_BLOCK : BKV_TILE, dim - j, fit + (size_t)i * dim + j, dim);
         }
     }
     _tile_release();

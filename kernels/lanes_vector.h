@@ -174,16 +174,14 @@ static float strips_largest(const float *strips, uint32_t n, uint32_t dim) {
     return vec_most(largest);
 }
 
-// Products of a block's rows from i on with its columns from j on.
-static void block_products(const float *strips, uint32_t i, uint32_t j, uint32_t dim, const bkv_kernel_block_t *block,
-                           float *out) {
+static void block_products(const float *strips, uint32_t dim, const bkv_kernel_block_t *block, float *out) {
     for (uint32_t r = 0; r < block->rows; r += BKV_VEC_ROWS) {
         uint32_t c = 0;
         for (; c + 2 * BKV_VEC <= block->columns; c += 2 * BKV_VEC) {
-            products_tile(strips, strips, i + r, j + c, dim, 2, out + r * BKV_BLOCK + c, BKV_BLOCK);
+            products_tile(strips, strips, block->i + r, block->j + c, dim, 2, out + r * BKV_BLOCK + c, BKV_BLOCK);
         }
         if (c < block->columns) {
-            products_tile(strips, strips, i + r, j + c, dim, 1, out + r * BKV_BLOCK + c, BKV_BLOCK);
+            products_tile(strips, strips, block->i + r, block->j + c, dim, 1, out + r * BKV_BLOCK + c, BKV_BLOCK);
         }
     }
 }
@@ -197,13 +195,11 @@ static void vector_kernel(const bkv_rows_t *keys, const bkv_rows_t *values, cons
     float shift = bkv_kernel_shift(kernel, strips_largest(key_strips, padded, keys->dim));
     bkv_kernel_block_t block;
     for (uint32_t i = 0; i < padded; i += BKV_BLOCK) {
-        block.rows = padded - i < BKV_BLOCK ? padded - i : BKV_BLOCK;
         for (uint32_t j = i; j < padded; j += BKV_BLOCK) {
-            block.columns = padded - j < BKV_BLOCK ? padded - j : BKV_BLOCK;
-            block_products(key_strips, i, j, keys->dim, &block, block.keys);
-            block_products(value_strips, i, j, values->dim, &block, block.values);
-            kernel_block(&block, kernel, shift, gram + (size_t)i * padded + j, i == j ? NULL : gram + (size_t)j * padded + i,
-                         padded);
+            kernel_block_place(&block, i, j, padded);
+            block_products(key_strips, keys->dim, &block, block.keys);
+            block_products(value_strips, values->dim, &block, block.values);
+            kernel_block_finish(&block, kernel, shift, gram, padded);
         }
     }
 }

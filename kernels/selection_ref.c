@@ -64,7 +64,6 @@ void bkv_selection_carve(bkv_scratch_t *scratch, const bkv_lanes_t *lanes, uint3
     uint64_t limit = selection->walk.limit;
     selection->k = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * key_dim * sizeof(float));
     selection->v = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * value_dim * sizeof(float));
-
     selection->walked = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(uint32_t));
     selection->anchors = bkv_scratch_take(scratch, (uint64_t)BKV_KEY_GROUP_MAX * key_dim * sizeof(float));
     selection->half = bkv_scratch_take(scratch, BKV_KEY_GROUP_MAX * sizeof(float));
