@@ -5,7 +5,7 @@ from . import storage
 from .baselines import BASELINES, Source, integers
 from .kernels import Kernels
 from .model import ABSENT, Summary
-from .wildcat import TAUS, WildCat
+from .wildcat import TAU_FACTS, TAU_TEXT, WildCat
 
 BLOCK_TOKENS = 256
 RATES = (8, 16, 32)
@@ -73,8 +73,8 @@ def summary_of(kernels, records):
 class Others:
     """The baselines of one context, at equal bytes."""
 
-    def __init__(self, source, rates, bits):
-        self.source, self.rates, self.bits = source, rates, bits
+    def __init__(self, source, rates, bits, tau):
+        self.source, self.rates, self.bits, self.tau = source, rates, bits, tau
 
     def __iter__(self):
         """(family, bits, rate or 0, summary)."""
@@ -87,11 +87,10 @@ class Others:
                 for family, method in BASELINES.items():
                     yield family, bits, rate, method(source, bits, raw // rate)
         most = storage.most_tokens(source.n, source.dim, min(self.bits), raw // min(self.rates))
-        for family, tau in TAUS.items():
-            wildcat = WildCat(source, most, tau)
-            for rate in self.rates:
-                for bits in self.bits:
-                    yield family, bits, rate, wildcat(bits, raw // rate)
+        wildcat = WildCat(source, most, self.tau)
+        for rate in self.rates:
+            for bits in self.bits:
+                yield "WildCat", bits, rate, wildcat(bits, raw // rate)
 
 
 def columns(context, judge, windows, options, shares):
@@ -110,6 +109,6 @@ def columns(context, judge, windows, options, shares):
                 add(config.family, 0, config.rate, window, True, summary)
     if options.only is None or "baselines" in options.only:
         source = Source(context.k, context.v, context.q, windows[0], context.seed, judge.model.xp)
-        for family, bits, rate, summary in Others(source, options.rates, options.bits):
+        for family, bits, rate, summary in Others(source, options.rates, options.bits, TAU_TEXT if context.rest else TAU_FACTS):
             add(family, bits, rate, windows[0], False, summary)
     return rows

@@ -8,7 +8,7 @@ STYLE = {  # family: colour, width, dash
     "cooled fold": ("#c8102e", 3.2, ""), "balance": ("#e8743b", 2.4, ""), "fold": ("#e8743b", 1.6, "5 3"),
     "balance (equal shares)": ("#e8743b", 1.2, "2 3"),
     "uniform": ("#9aa5b1", 1.4, ""), "StreamingLLM": ("#7b8794", 1.4, "2 3"), "BalanceKV (authors)": ("#5b8c5a", 1.6, ""),
-    "KeyDiff": ("#3d7ea6", 1.6, ""), "SnapKV": ("#8d6cab", 1.6, ""), "WildCat": ("#1b998b", 1.6, ""), "WildCat (tau 2)": ("#1b998b", 1.4, "4 3"),
+    "KeyDiff": ("#3d7ea6", 1.6, ""), "SnapKV": ("#8d6cab", 1.6, ""), "WildCat": ("#1b998b", 1.6, ""),
 }
 MARKS = {"int4 alone": "#52606d", "int2 alone": "#52606d", "dense4": "#c8102e", "dense8": "#c8102e"}
 MEASURES = [("needle recall", lambda s: s.needle, 0.0, 1.0), ("bAbI recall", lambda s: s.babi, 0.0, 1.0),

@@ -5,17 +5,18 @@ its diagonal; W = K_SS^-1 K_S: then gives stored values W V and, for the denomin
 the values. Pivots are drawn in blocks with rejection, which draws from the same distribution as one at a time (accelerated
 RPCholesky, arXiv 2410.03969). They are nested: one run serves every budget.
 
-tau smooths the kernel. 1 keeps rare tokens apart and so answers most questions; 2 reads on better (measured on contexts of
-4,096 tokens): both are run, and each measure is compared with the better one.
+tau smooths the kernel. 1 keeps rare tokens apart and so answers most questions; 2 reads on better (66 codes at 4,096 tokens and
+16x: 66 found with 1, 46 with 2; NLL above exact in two texts 0.047 with 1, 0.030 with 2). Each kind of context gets the better
+one, which is more than a user could choose.
 """
 import numpy as np
 
 from . import storage
 from .baselines import SINK
 
-TAUS = {"WildCat": 1.0, "WildCat (tau 2)": 2.0}
+TAU_FACTS, TAU_TEXT = 1.0, 2.0
 BLOCK = 128
-JITTER = 1e-7
+JITTER = 1e-6
 NOTHING = 1e-5  # of the diagonal: a residual that is rounding alone
 
 
@@ -67,16 +68,16 @@ def weights(xp, k, v, index, scale):
     """(W V [m, dim], W 1 [m]) for pivots index: the best stand-ins for all keys in the kernel's feature space.
 
     Solved on the Gaussian form exp(-scale |k - k'|^2 / 2) of the kernel, whose diagonal is 1."""
-    k, v = k.astype(np.float64), v.astype(np.float64)
     squares = scale * (k * k).sum(-1) / 2
-    pivot, heavy = k[index], xp.exp(squares)
+    pivot, heavy = k[index], xp.exp(squares - squares.max())
 
     def gauss(other, other_squares):
-        return xp.exp(scale * (pivot @ other.T) - squares[index][:, None] - other_squares[None])
+        return xp.exp(np.float32(scale) * (pivot @ other.T) - squares[index][:, None] - other_squares[None])
 
-    right = xp.concatenate((v, xp.ones((len(v), 1))), 1) * heavy[:, None]
+    right = xp.concatenate((v, xp.ones((len(v), 1), np.float32)), 1) * heavy[:, None]
     sums = sum(gauss(k[a:a + 2048], squares[a:a + 2048]) @ right[a:a + 2048] for a in range(0, len(k), 2048))
-    solved = solve(xp, gauss(pivot, squares[index]) + JITTER * xp.eye(len(pivot)), sums)
+    gram = gauss(pivot, squares[index]).astype(np.float64)
+    solved = solve(xp, (gram + gram.T) / 2 + JITTER * xp.eye(len(pivot)), sums.astype(np.float64))
     solved /= heavy[index][:, None]
     return solved[:, :-1], solved[:, -1]
 
