@@ -67,7 +67,7 @@ typedef struct bkv_selection {
     float *anchors;   // [BKV_KEY_GROUP_MAX][key_dim]: centred keys of walked rows
     float *half;      // [BKV_KEY_GROUP_MAX]: |k|^2 / 2 of a walked row
     float *parts;     // [limit of the walk][BKV_KEY_GROUP_MAX]: of each token, what each walked row stands for
-    float *share;     // [limit of the walk]: weight of each token that the walked rows stand for
+    float *share;     // [limit of the walk]: weight of each token in the mean, then of those that the walked rows stand for
     float *mass;      // [BKV_KEY_GROUP_MAX]: sum of parts of a walked row
     float *fit;       // [BKV_KEY_GROUP_MAX][value_dim]: new values of walked rows
     float *ranges;    // [4][key_dim]

@@ -48,6 +48,9 @@ typedef struct bkv_lanes {
     // y += a * x
     void (*axpy)(float a, const float *x, uint32_t n, float *y);
 
+    // out[i] += sum over t of weight[t] * rows[t][i].
+    void (*weigh)(const bkv_rows_t *rows, const float *weight, float *out);
+
     // n elements of a dtype, at any address, to float.
     void (*to_float)(bkv_dtype_t dtype, const void *src, size_t n, float *out);
 

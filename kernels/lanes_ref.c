@@ -17,6 +17,12 @@ static void ref_axpy(float a, const float *x, uint32_t n, float *y) {
     bkv_axpy(a, x, n, y);
 }
 
+static void ref_weigh(const bkv_rows_t *rows, const float *weight, float *out) {
+    for (uint32_t t = 0; t < rows->n; t++) {
+        bkv_axpy(weight[t], bkv_rows_at(rows, t), rows->dim, out);
+    }
+}
+
 static size_t ref_products_scratch(uint32_t na, uint32_t nb, uint32_t dim) {
     return ((size_t)bkv_tile_pad(na) + bkv_tile_pad(nb)) * dim * sizeof(float);
 }
@@ -145,6 +151,7 @@ static void ref_read_values(const bkv_section_view_t *view, uint32_t first, uint
 const bkv_lanes_t bkv_lanes_ref = {
     .dot = ref_dot,
     .axpy = ref_axpy,
+    .weigh = ref_weigh,
     .to_float = bkv_row_to_float,
     .products = ref_products,
     .products_scratch = ref_products_scratch,

@@ -47,6 +47,36 @@ static void vector_axpy(float a, const float *x, uint32_t n, float *y) {
     }
 }
 
+// Up to four vectors of columns at once, in registers.
+static inline __attribute__((always_inline)) void weigh_columns(const bkv_rows_t *rows, const float *weight, uint32_t i,
+                                                                const uint32_t vectors, float *out) {
+    vec_t sum[4];
+    uint32_t left = rows->dim - i;
+    for (uint32_t c = 0; c < vectors; c++) {
+        sum[c] = vec_load_part(out + i + c * BKV_VEC, left - c * BKV_VEC);
+    }
+    for (uint32_t t = 0; t < rows->n; t++) {
+        const float *row = bkv_rows_at(rows, t) + i;
+        for (uint32_t c = 0; c < vectors; c++) {
+            vec_t part = vectors == 1 ? vec_load_part(row, left) : vec_load(row + c * BKV_VEC);
+            sum[c] = vec_fma(vec_set(weight[t]), part, sum[c]);
+        }
+    }
+    for (uint32_t c = 0; c < vectors; c++) {
+        vec_store_part(out + i + c * BKV_VEC, left - c * BKV_VEC, sum[c]);
+    }
+}
+
+static void vector_weigh(const bkv_rows_t *rows, const float *weight, float *out) {
+    uint32_t i = 0;
+    for (; i + 4 * BKV_VEC <= rows->dim; i += 4 * BKV_VEC) {
+        weigh_columns(rows, weight, i, 4, out);
+    }
+    for (; i < rows->dim; i += BKV_VEC) {
+        weigh_columns(rows, weight, i, 1, out);
+    }
+}
+
 static void vector_to_float(bkv_dtype_t dtype, const void *src, size_t n, float *out) {
     const uint8_t *bytes = src;
     size_t whole = dtype == BKV_FP32 ? 0 : n / BKV_VEC * BKV_VEC;
@@ -412,8 +442,8 @@ static void vector_quant_values(const float *rows, uint32_t count, uint32_t dim,
 // A table of all of the above but for what multiplies matrices: the functions <matrices>_products, ...
 #define BKV_LANES_VECTOR(matrices)                                                                                             \
     {                                                                                                                          \
-        .dot = vector_dot, .axpy = vector_axpy, .to_float = vector_to_float, .products = matrices##_products,                  \
-        .products_scratch = matrices##_products_scratch, .kernel = matrices##_kernel,                                          \
+        .dot = vector_dot, .axpy = vector_axpy, .weigh = vector_weigh, .to_float = vector_to_float,                            \
+        .products = matrices##_products, .products_scratch = matrices##_products_scratch, .kernel = matrices##_kernel,         \
         .kernel_scratch = matrices##_kernel_scratch, .shares = vector_shares, .mix = matrices##_mix,                           \
         .quant_keys = vector_quant_keys, .quant_values = vector_quant_values, .read_keys = vector_read_keys,                   \
         .read_values = vector_read_values,                                                                                     \

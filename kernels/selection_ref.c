@@ -87,18 +87,20 @@ static void score_keys(const bkv_source_t *source, bkv_selection_t *selection) {
     uint32_t dim = source->key_dim, step = selection->walk.limit;
     float *inverse = selection->score; // first 1 / |key|, then the score
     memset(selection->mean, 0, dim * sizeof(float));
-    for (uint32_t pass = 0; pass < 2; pass++) {
-        for (uint32_t first = 0; first < source->tokens; first += step) {
-            uint32_t count = source->tokens - first < step ? source->tokens - first : step;
-            const float *row = bkv_source_keys(source, first, count, selection->walk.k);
-            for (uint32_t t = first; t < first + count; t++, row += dim) {
-                if (pass == 0) {
-                    inverse[t] = inverse_norm(lanes, row, dim);
-                    lanes->axpy(selection->source_weight[t] * inverse[t], row, dim, selection->mean);
-                } else {
-                    selection->score[t] = lanes->dot(row, selection->mean, dim) * inverse[t];
-                }
-            }
+    for (uint32_t first = 0, count; first < source->tokens; first += count) {
+        count = source->tokens - first < step ? source->tokens - first : step;
+        const bkv_rows_t keys = {.rows = bkv_source_keys(source, first, count, selection->walk.k), .n = count, .dim = dim};
+        for (uint32_t t = 0; t < count; t++) {
+            inverse[first + t] = inverse_norm(lanes, bkv_rows_at(&keys, t), dim);
+            selection->share[t] = selection->source_weight[first + t] * inverse[first + t];
+        }
+        lanes->weigh(&keys, selection->share, selection->mean);
+    }
+    for (uint32_t first = 0, count; first < source->tokens; first += count) {
+        count = source->tokens - first < step ? source->tokens - first : step;
+        const float *row = bkv_source_keys(source, first, count, selection->walk.k);
+        for (uint32_t t = first; t < first + count; t++, row += dim) {
+            selection->score[t] = lanes->dot(row, selection->mean, dim) * inverse[t];
         }
     }
 }

@@ -45,8 +45,9 @@ static void rows_mean(const bkv_lanes_t *lanes, const bkv_rows_t *rows, const fl
     for (uint32_t t = 0; t < rows->n; t++) {
         total += weight[t];
     }
-    for (uint32_t t = 0; t < rows->n; t++) {
-        lanes->axpy(weight[t] / total, bkv_rows_at(rows, t), rows->dim, mean);
+    lanes->weigh(rows, weight, mean);
+    for (uint32_t i = 0; i < rows->dim; i++) {
+        mean[i] /= total;
     }
 }
 
@@ -81,7 +82,8 @@ static void walk_signs(const bkv_lanes_t *lanes, const uint32_t *list, uint32_t 
         uint32_t token = list[i];
         const float *row = walk->gram + (size_t)token * padded;
         float own = walk->weight[token] * row[token];
-        float pull = own > 0 ? walk->sum[token] / (2.0f * WALK_COIN * own) : 0.0f;
+        float scale = own > 0 ? 1.0f / (2.0f * WALK_COIN * own) : 0.0f; // known before the sum is
+        float pull = walk->sum[token] * scale;
         uint32_t sign = bkv_random_unit(random) < 0.5f - pull ? 1 : 0;
         sign = left[sign] > 0 ? sign : !sign;
         left[sign]--;

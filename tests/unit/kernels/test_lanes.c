@@ -73,6 +73,34 @@ static void check_vectors(const level_t *level) {
     }
 }
 
+static void check_weigh(const level_t *level) {
+    static const uint32_t dims[] = {8, 24, 64, 72, 128, 136, 200};
+    for (uint32_t d = 0; d < 7; d++) {
+        uint32_t dim = dims[d], n = 1 + 50 * d, list[400];
+        float *values = gauss((size_t)2 * n * dim, 1, d), *weight = gauss(n, 1, 3), *out = gauss(dim, 1, 4);
+        double *want = oracle_alloc(dim * sizeof(double));
+        for (uint32_t i = 0; i < dim; i++) {
+            want[i] = (double)out[i];
+        }
+        for (uint32_t t = 0; t < n; t++) {
+            list[t] = 2 * t + 1;
+            for (uint32_t i = 0; i < dim; i++) {
+                want[i] += (double)weight[t] * (double)values[(size_t)list[t] * dim + i];
+            }
+        }
+        const bkv_rows_t rows = {.rows = values, .list = list, .n = n, .dim = dim};
+        level->lanes->weigh(&rows, weight, out);
+        for (uint32_t i = 0; i < dim; i++) {
+            cr_assert(fabs((double)out[i] - want[i]) < 2e-5 * sqrt(n), "%s: %u rows of %u", level->name, n, dim);
+        }
+        free(values), free(weight), free(out), free(want);
+    }
+}
+
+Test(lanes, weigh) {
+    on_every_level(check_weigh);
+}
+
 Test(lanes, dot_and_axpy) {
     on_every_level(check_vectors);
 }
