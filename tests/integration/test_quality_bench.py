@@ -273,7 +273,7 @@ class Contexts(unittest.TestCase):
         for prompt, target in story.babi:
             name, place = "".join(map(chr, prompt)).split(" is ")[1].split(" now")[0], "".join(map(chr, target))
             moves = [told[at:].split(".")[0] for at in range(len(told)) if told.startswith(f"\n{name} went to", at)]
-            self.assertEqual(len(moves), context.MOVES)
+            self.assertIn(len(moves), context.MOVES)
             self.assertTrue(moves[-1].endswith(place))
 
 

@@ -13,7 +13,7 @@ tokens (the window, which an engine still holds exactly), is then stored in each
 known. From what is stored the model answers questions (where there are facts) or reads on (where there are none):
 
     needle      "what is the access code of Olive Dalton?": right when each of six digits is the model's first choice
-    bAbI        "where is Cora now?": two moves are told, the later counts; right when each token of the place is
+    bAbI        "where is Cora now?": of one or two moves that are told the last counts; right when each token of the place is
     NLL         nats a token of the 256 tokens that follow in the book
     KL          of the model with the summary from the exact one, on these tokens
     error       relative Frobenius error of the attention outputs of the next 64 queries of the exact model, layer by layer
@@ -27,6 +27,7 @@ The ways, at true stored bytes (codes, scales, zeros, indices, weights; rate = b
                 SnapKV without the question, WildCat; and every token at int4, int2
 
 Files: context.py makes contexts, model.py runs the model over any cache, kernels.py calls our kernels, storage.py quantises and
-counts bytes for baselines.py and wildcat.py, configurations.py is the list of columns, results.py sums up and judges against the bars,
-picture.py draws, __main__.py spreads the work over processes.
+counts bytes for baselines.py and wildcat.py, shares.py measures which heads need the bytes, configurations.py is the list of
+columns, results.py sums up and judges against the bars, picture.py draws, worker.py is one process, __main__.py spreads the
+work over them.
 """

@@ -20,7 +20,7 @@ NEEDLE = "\nThe access code of {name} is {code}.\n"
 CODE_QUESTION = "\nQuestion: what is the access code of {name}? Answer:"
 MOVE = "\n{name} went to the {place}.\n"
 PLACE_QUESTION = "\nQuestion: where is {name} now? Answer:"
-MOVES = 2  # of each person; the last counts
+MOVES = (2, 1)  # of one person and the next, and so on; the last counts
 
 # The names and places that the model was taught with.
 FIRST = ["Adam", "Alice", "Arthur", "Beatrice", "Bernard", "Cora", "Daniel", "Diana", "Edgar", "Felix", "Flora", "George", "Grace",
@@ -58,7 +58,7 @@ def code_facts(rng, names):
 
 def move_facts(rng, names):
     """(sentences in the order of telling, [(question, answer)])."""
-    told = [name for name in names for _ in range(MOVES)]
+    told = [name for i, name in enumerate(names) for _ in range(MOVES[i % len(MOVES)])]
     rng.shuffle(told)
     where, sentences = {}, []
     for name in told:
