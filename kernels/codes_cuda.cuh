@@ -147,7 +147,7 @@ __device__ void value_codes(const head_t &head, finder_t finder, uint32_t count,
         least = element<T>::least(least, __shfl_xor_sync(~0u, least, 16));
         greatest = element<T>::greatest(greatest, __shfl_xor_sync(~0u, greatest, 16));
         if (!(squares < SQUARES_SAFE) && state.fate[token] == FATE_PROTECTED) {
-            row_find<T>(head, finder, token);
+            row_find<T>(head.values, head.value_row, finder, token);
         }
         if (t >= count) {
             __syncwarp();

@@ -11,7 +11,7 @@
 #define HEAD_TOKENS    256 // at most: 16 rows a warp
 #define HEAD_KEY_DIM   256
 #define HEAD_VALUE_DIM 128
-#define HEAD_WALKED    128 // tokens kept by the walk
+#define HEAD_WALKED    96 // tokens kept by the walk
 #define HEAD_LEAVES    (HEAD_TOKENS / BKV_LEAF)
 #define GRAM_STRIDE    (BKV_LEAF + 8) // elements: the rows of a matrix load are in different banks
 
@@ -48,8 +48,8 @@ struct head_state {
     uint8_t kept[HEAD_TOKENS];   // ascending
     uint8_t walked[HEAD_TOKENS]; // of these, those that came from the walk
     uint64_t leaf_key[HEAD_LEAVES];
-    uint16_t leaf_start[HEAD_LEAVES + 1]; // among the rest
-    uint16_t leaf_kept[HEAD_LEAVES + 1];  // likewise among what the walk keeps
+    uint32_t leaf_start[HEAD_LEAVES + 1]; // among the rest
+    uint32_t leaf_kept[HEAD_LEAVES + 1];  // likewise among what the walk keeps
     uint32_t words[2][HEAD_TOKENS / 32];  // a bit for every token
     float warp_value[HEAD_TOKENS / 32];
     uint32_t rest_count, walked_count, leaves;

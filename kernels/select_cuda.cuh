@@ -23,12 +23,13 @@ __device__ inline void rows_load(const head_t &head, rows_t rows, bool value) {
     copy_commit();
 }
 
-// Looks at a row element by element, once something about it was suspicious.
-template <class T> __device__ __noinline__ void row_find(const head_t &head, finder_t finder, uint32_t token) {
-    uint32_t chunks = (finder.value ? head.value_row : head.key_row) / 16;
-    for (uint32_t c = 0; c < chunks; c++) {
+// Looks at a row element by element, once something about it was suspicious. By value throughout: whose address was taken
+// would live in memory ever after.
+template <class T>
+__device__ __noinline__ void row_find(const uint8_t *matrix, uint32_t row_bytes, finder_t finder, uint32_t token) {
+    for (uint32_t c = 0; c < row_bytes / 16; c++) {
         float row[8];
-        unpack_eight<T>(head.chunk(finder.value, token, c), row);
+        unpack_eight<T>(*(const uint4 *)(matrix + swizzled(token, c, row_bytes)), row);
         find_eight(finder, token, row, false);
     }
 }
@@ -58,7 +59,7 @@ template <class T> __device__ inline void keys_measure(const head_t &head, const
         state.unit[0][token] = (uint16_t)both;
         state.unit[1][token] = (uint16_t)(both >> 16);
         if (!(square < SQUARES_SAFE)) {
-            row_find<T>(head, finder, token);
+            row_find<T>(head.keys, head.key_row, finder, token);
         }
     }
 }
@@ -190,8 +191,8 @@ __device__ inline void tokens_protect(const head_t &head, uint32_t count, uint32
         }
         uint32_t leaves = (rest + BKV_LEAF - 1) / BKV_LEAF;
         if (leaf <= leaves && leaves > 0) {
-            state.leaf_start[leaf] = (uint16_t)(rest * leaf / leaves);
-            state.leaf_kept[leaf] = (uint16_t)(walked * leaf / leaves);
+            state.leaf_start[leaf] = rest * leaf / leaves;
+            state.leaf_kept[leaf] = walked * leaf / leaves;
         }
         if (leaf == 0) {
             state.rest_count = rest;
@@ -256,7 +257,7 @@ __device__ inline void leaf_kernel(const head_t &head, const finder_t &finder, u
         to[4 * GRAM_STRIDE] = element<__nv_bfloat16>::pack(entry[2], entry[3]); // 8 rows down
     }
     if (!__all_sync(~0u, safe) && lane < n) {
-        row_find<T>(head, finder, token);
+        row_find<T>(head.values, head.value_row, finder, token);
     }
 }
 

@@ -54,7 +54,7 @@ struct walk_step {
 
 // Shared memory of one walk.
 struct __align__(16) walk_state {
-    walk_step order[BKV_LEAF];
+    walk_step order[BKV_LEAF + 1]; // one more is read, but not used
 };
 
 // A kernel matrix of bfloat16, rows `stride` elements apart.
@@ -81,30 +81,51 @@ __device__ __forceinline__ void walk_order(const leaf_gram &gram, float weight, 
     __syncwarp();
 }
 
+// Where a walk is: the lane's signed sum, the signs so far (the last in bit 0; set: minus), and what the next step needs, which
+// is on its way before it is its turn.
+struct walk_place {
+    float sum;
+    uint32_t signs;
+    walk_step step;
+    float row;
+};
+
+// One step: minus where the sum at the token is above `threshold`. Nothing but arithmetic is between one sum and
+// the next, as a predicate would take as long as all of it.
+__device__ __forceinline__ void walk_advance(const __nv_bfloat16 *column, const walk_step *next, float threshold,
+                                             walk_place *place) {
+    walk_step step = *next;
+    float row = __bfloat162float(column[step.row]);
+    uint32_t difference = __float_as_uint(threshold - __shfl_sync(~0u, place->sum, place->step.token));
+    place->sum += __uint_as_float(__float_as_uint(place->step.weight) ^ (difference & 0x80000000u)) * place->row;
+    place->signs = __funnelshift_l(difference, place->signs, 1);
+    place->step = step;
+    place->row = row;
+}
+
 // One halving: of the first 2 * drop tokens of the order `drop` lose their weight to the others. weight, sum: the lane's own
 // token's weight and signed sum.
 __device__ __forceinline__ void walk_halve(const leaf_gram &gram, uint32_t drop, const walk_state *walk, float *weight,
                                            float *sum) {
-    uint32_t lane = threadIdx.x % 32, steps = 2 * drop, ones = 0, signs = 0;
+    uint32_t lane = threadIdx.x % 32, steps = 2 * drop;
     const __nv_bfloat16 *column = gram.entries + lane;
-    walk_step step = walk->order[0];
-    float row = __bfloat162float(column[step.row]), threshold = step.threshold;
-    for (uint32_t i = 0; i < steps; i++) {
-        // What the next step needs is on its way before this one decides; and no predicate is in the way from sum to sum.
-        walk_step next = walk->order[min(i + 1, steps - 1)];
-        float next_row = __bfloat162float(column[next.row]);
-        uint32_t minus = __float_as_uint(threshold - __shfl_sync(~0u, *sum, step.token)) & 0x80000000u;
-        *sum += __uint_as_float(__float_as_uint(step.weight) ^ minus) * row;
-        uint32_t sign = 1 - (minus >> 31);
-        ones += sign;
-        signs |= sign << step.token;
-        // Once one sign has its half of the steps, all that follow get the other.
-        threshold = ones == drop ? -INFINITY : i + 1 - ones == drop ? INFINITY : next.threshold;
-        step = next;
-        row = next_row;
+    walk_place place = {*sum, 0, walk->order[0], 0};
+    place.row = __bfloat162float(column[place.step.row]);
+#pragma unroll 4
+    for (uint32_t i = 0; i < drop; i++) {
+        walk_advance(column, &walk->order[i + 1], place.step.threshold, &place);
     }
+    for (uint32_t i = drop; i < steps; i++) {
+        // Once one sign has its half of the steps, all that follow get the other.
+        uint32_t minus = __popc(place.signs);
+        float threshold = minus == drop ? INFINITY : i - minus == drop ? -INFINITY : place.step.threshold;
+        walk_advance(column, &walk->order[i + 1], threshold, &place);
+    }
+    *sum = place.sum;
     // By how much the weights of sign 1 grow: 2 where all are equal. The sum already counts them twice.
-    uint32_t took_part = __reduce_or_sync(~0u, lane < steps ? 1u << walk->order[lane].token : 0u);
+    uint32_t token = lane < steps ? 1u << walk->order[lane].token : 0;
+    uint32_t took_part = __reduce_or_sync(~0u, token);
+    uint32_t signs = __reduce_or_sync(~0u, lane < steps && !(place.signs >> (steps - 1 - lane) & 1) ? token : 0);
     bool walked = took_part >> lane & 1, mine = signs >> lane & 1;
     // Weights are at most BKV_LEAF: their sums in 16 binary places.
     uint32_t places = (uint32_t)(*weight * 65536.0f + 0.5f);
@@ -123,6 +144,10 @@ __device__ __forceinline__ void walk_halve(const leaf_gram &gram, uint32_t drop,
 // was dropped. key: of this leaf.
 __device__ inline float walk_reduce(const leaf_gram &gram, uint32_t n, uint32_t target, uint64_t key, walk_state *walk) {
     uint32_t lane = threadIdx.x % 32, left = n;
+    for (uint32_t i = lane; i <= BKV_LEAF; i += 32) {
+        walk->order[i] = {0, 0, 0, 0};
+    }
+    __syncwarp();
     float weight = lane < n && target > 0 ? 1.0f : 0.0f, sum = 0;
     float own = lane < n ? __bfloat162float(gram.entries[lane * gram.stride + lane]) : 0.0f;
     for (uint32_t halving = 0; left > target && target > 0; halving++) {
