@@ -31,28 +31,6 @@ static void tile_scores_begin(void) {
     _tile_loadconfig(&sixteen);
 }
 
-static void tile_scores(const uint8_t *codes, const uint8_t *digits, uint32_t steps, uint32_t quads, int32_t *sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (uint32_t step = 0; step < steps; step++) {
-        _tile_loadd(2, codes + (size_t)step * TILE, LINE);
-        _tile_loadd(3, digits + (size_t)(quads * step) * TILE, LINE);
-        _tile_dpbusd(0, 2, 3);
-        if (quads > 1) {
-            _tile_loadd(4, digits + (size_t)(2 * step + 1) * TILE, LINE);
-            _tile_dpbusd(1, 2, 4);
-        }
-    }
-    _tile_stored(0, sums, LINE);
-    if (quads > 1) {
-        _tile_stored(1, sums + SUMS, LINE);
-    }
-}
-
-static void tile_values_begin(uint32_t quads) {
-    _tile_loadconfig(quads == 1 ? &eight : &sixteen);
-}
-
 static void tile_clear(uint32_t sets, uint32_t phases, int32_t *sums) {
     (void)sets, (void)phases, (void)sums; // which stay in registers
     _tile_zero(0);
@@ -61,6 +39,43 @@ static void tile_clear(uint32_t sets, uint32_t phases, int32_t *sums) {
     _tile_zero(3);
     _tile_zero(4);
     _tile_zero(5);
+}
+
+// Sums of tile t and quad q in register 2 t + q: up to four at once, as one product has to wait for the one before into its sums.
+static void tile_scores(const uint8_t *codes, const uint8_t *digits, uint32_t tiles, uint32_t steps, uint32_t quads,
+                        int32_t *sums) {
+    tile_clear(0, 0, NULL);
+    const uint8_t *second = codes + (size_t)steps * TILE;
+    for (uint32_t step = 0; step < steps; step++, codes += TILE, second += TILE, digits += (size_t)quads * TILE) {
+        _tile_loadd(4, codes, LINE);
+        _tile_loadd(6, digits, LINE);
+        _tile_dpbusd(0, 4, 6);
+        if (tiles > 1) {
+            _tile_loadd(5, second, LINE);
+            _tile_dpbusd(2, 5, 6);
+        }
+        if (quads > 1) {
+            _tile_loadd(7, digits + TILE, LINE);
+            _tile_dpbusd(1, 4, 7);
+            if (tiles > 1) {
+                _tile_dpbusd(3, 5, 7);
+            }
+        }
+    }
+    _tile_stored(0, sums, LINE);
+    if (quads > 1) {
+        _tile_stored(1, sums + SUMS, LINE);
+    }
+    if (tiles > 1) {
+        _tile_stored(2, sums + quads * SUMS, LINE);
+        if (quads > 1) {
+            _tile_stored(3, sums + 3 * SUMS, LINE);
+        }
+    }
+}
+
+static void tile_values_begin(uint32_t quads) {
+    _tile_loadconfig(quads == 1 ? &eight : &sixteen);
 }
 
 // Phase i of set 0 is register i; there are two sets only where there are three phases.

@@ -55,6 +55,26 @@ size_t bkv_wide_attend_workspace(const void *const *records, uint32_t count, con
     return attend_carve(records, NULL, &attend);
 }
 
+void bkv_ahead_start(bkv_ahead_t *ahead, const bkv_batch_t *batch, bool values, uint64_t steps) {
+    uint64_t lines = (values ? batch->value_bytes : batch->key_bytes) / LINE + batch->count;
+    *ahead = (bkv_ahead_t){.batch = batch, .values = values, .lines = (uint32_t)((lines + steps - 1) / steps)};
+}
+
+void bkv_ahead_step(bkv_ahead_t *ahead) {
+    for (uint32_t i = 0; i < ahead->lines; i++, ahead->at += LINE) {
+        if (ahead->at >= ahead->end) {
+            if (ahead->piece == ahead->batch->count) {
+                return;
+            }
+            const bkv_piece_t *piece = &ahead->batch->pieces[ahead->piece++];
+            ahead->at = ahead->values ? piece->values_ahead : piece->keys_ahead;
+            ahead->end = ahead->values ? piece->values + (size_t)piece->count * piece->value_row
+                                       : piece->keys + (size_t)piece->count * piece->key_row;
+        }
+        __builtin_prefetch(ahead->at, 0, 2);
+    }
+}
+
 // The piece of a section that starts at token `first`: what is left of its key group, or of a section of native keys.
 static void piece_cut(const bkv_section_view_t *view, uint32_t first, bkv_piece_t *piece) {
     const bkv_plane_layout_t *layout = &view->layout;
@@ -95,6 +115,7 @@ static void directory_fetch(const attend_t *attend, uint32_t record) {
 // As many pieces as fit, all of one value width. None when the records are at their end.
 static void batch_gather(const attend_t *attend, place_t *place, bkv_batch_t *batch) {
     batch->count = batch->tokens = 0;
+    batch->key_bytes = batch->value_bytes = 0;
     for (; place->record < attend->count; place->record++, place->token = 0) {
         bkv_section_view_t view;
         directory_fetch(attend, place->record + DIRECTORY_AHEAD);
@@ -110,6 +131,8 @@ static void batch_gather(const attend_t *attend, place_t *place, bkv_batch_t *ba
                 return;
             }
             piece.at = batch->tokens;
+            batch->key_bytes += (uint64_t)(piece.keys - piece.keys_ahead) + (uint64_t)piece.count * piece.key_row;
+            batch->value_bytes += (uint64_t)(piece.values - piece.values_ahead) + (uint64_t)piece.count * piece.value_row;
             batch->pieces[batch->count++] = piece;
             batch->tokens += (piece.count + BKV_ATTEND_STEP - 1) / BKV_ATTEND_STEP * BKV_ATTEND_STEP;
             place->token += piece.count;
@@ -127,7 +150,7 @@ static void softmax_step(const bkv_batch_t *batch, uint32_t rows, float *logits,
         }
         float top = bkv_float_top(row, whole);
         top = top > max[r] ? top : max[r];
-        shrink[r] = expf(max[r] - top); // 0 for the first batch, whose maximum so far is -INFINITY
+        shrink[r] = top > max[r] ? expf(max[r] - top) : 1; // 0 for the first batch, whose maximum so far is -INFINITY
         max[r] = top;
         sum[r] = sum[r] * shrink[r] + bkv_float_exp(row, whole, top);
     }
@@ -146,7 +169,8 @@ static bool rows_attend(attend_t *attend, const float *q, uint32_t rows, float s
     batch_gather(attend, &place, attend->batch[0]);
     for (uint32_t turn = 0; attend->batch[turn]->count > 0; turn ^= 1) {
         const bkv_batch_t *batch = attend->batch[turn];
-        bkv_ahead_t ahead = {.batch = batch, .values = true};
+        bkv_ahead_t ahead;
+        bkv_ahead_start(&ahead, batch, true, bkv_keys_steps(batch));
         products->scores_begin();
         for (uint32_t i = 0; i < batch->count; i++) {
             if (!bkv_keys_score(&attend->keys, products, &batch->pieces[i], attend->logits, STRIDE, &ahead)) {
@@ -156,7 +180,7 @@ static bool rows_attend(attend_t *attend, const float *q, uint32_t rows, float s
         }
         batch_gather(attend, &place, attend->batch[turn ^ 1]);
         softmax_step(batch, rows, attend->logits, max, sum, shrink);
-        ahead = (bkv_ahead_t){.batch = attend->batch[turn ^ 1]};
+        bkv_ahead_start(&ahead, attend->batch[turn ^ 1], false, bkv_values_steps(&attend->values, batch));
         products->values_begin((rows + QUAD - 1) / QUAD);
         bkv_values_add(&attend->values, products, batch, attend->logits, STRIDE, shrink, &ahead);
     }
@@ -209,15 +233,16 @@ static void vnni_values_begin(uint32_t quads) {
 }
 
 // The digits of four slots, beside a broadcast of one token's four codes: sixteen columns at once.
-static void vnni_scores(const uint8_t *codes, const uint8_t *digits, uint32_t steps, uint32_t quads, int32_t *sums) {
-    for (uint32_t i = 0; i < quads * 2; i++) { // eight tokens at a time
-        uint32_t quad = i / 2, first = i % 2 * 8;
+static void vnni_scores(const uint8_t *codes, const uint8_t *digits, uint32_t tiles, uint32_t steps, uint32_t quads,
+                        int32_t *sums) {
+    for (uint32_t i = 0; i < tiles * quads * 2; i++) { // eight tokens at a time
+        uint32_t tile = i / (2 * quads), quad = i / 2 % quads, first = i % 2 * 8;
         __m512i sum[8];
         for (uint32_t t = 0; t < 8; t++) {
             sum[t] = _mm512_setzero_si512();
         }
         for (uint32_t step = 0; step < steps; step++) {
-            const uint8_t *left = codes + ((size_t)step * 16 + first) * LINE;
+            const uint8_t *left = codes + ((size_t)(tile * steps + step) * 16 + first) * LINE;
             const uint8_t *right = digits + (size_t)(step * quads + quad) * 16 * LINE;
             for (uint32_t slot = 0; slot < LINE; slot += 4) {
                 __m512i columns = _mm512_load_si512(right + (size_t)slot * 16);
@@ -229,7 +254,7 @@ static void vnni_scores(const uint8_t *codes, const uint8_t *digits, uint32_t st
             }
         }
         for (uint32_t t = 0; t < 8; t++) {
-            _mm512_store_si512(sums + ((size_t)quad * 16 + first + t) * COLUMNS, sum[t]);
+            _mm512_store_si512(sums + ((size_t)(tile * quads + quad) * 16 + first + t) * COLUMNS, sum[t]);
         }
     }
 }

@@ -26,7 +26,7 @@
 #define BKV_ATTEND_QUADS 2
 
 // Tokens whose softmax is taken at once, padding included, and the rounding up of each piece within them.
-#define BKV_ATTEND_BATCH 384
+#define BKV_ATTEND_BATCH 320
 #define BKV_ATTEND_STEP  4
 
 // The most tokens of one piece: a key group, or native keys.
@@ -54,19 +54,20 @@ typedef struct bkv_piece {
 
 typedef struct bkv_batch {
     bkv_piece_t pieces[BKV_ATTEND_PIECES];
-    uint32_t count, tokens; // pieces; tokens with padding
+    uint32_t count, tokens;          // pieces; tokens with padding
+    uint64_t key_bytes, value_bytes; // from the planes, params included
 } bkv_batch_t;
 
-// Products of codes and digits, for one or two quads of queries. Logits: scores_begin, then any number of `scores`, each of
-// sixteen tokens, over 64 slots of each of `steps` steps:
-//   codes [steps][16 tokens][64], digits [steps][quads][16][16 columns][4], sums [quads][16 tokens][16 columns]
+// Products of codes and digits, for one or two quads of queries. Logits: scores_begin, then any number of `scores`, each of one
+// or two tiles of sixteen tokens, over 64 slots of each of `steps` steps:
+//   codes [tiles][steps][16 tokens][64], digits [steps][quads][16][16 columns][4], sums [tiles][quads][16 tokens][16 columns]
 // where digits[s][q][i][c][j] belongs to slot 4 i + j. Values: values_begin, then any number of sums over chunks of 64 tokens:
 // `clear`, `take` for each chunk, `give`. In one such sum there may be two sets of digits, 0 and 1, for the same codes.
 //   digits [16 rows][64], codes [phases][16][16 slots][4 tokens], sums [sets][phases][16 rows][16 slots]
 // of which one quad has only the first eight rows. Every call of a sum is given the same `sums`. end follows all of it.
 typedef struct bkv_products {
     void (*scores_begin)(void);
-    void (*scores)(const uint8_t *codes, const uint8_t *digits, uint32_t steps, uint32_t quads, int32_t *sums);
+    void (*scores)(const uint8_t *codes, const uint8_t *digits, uint32_t tiles, uint32_t steps, uint32_t quads, int32_t *sums);
     void (*values_begin)(uint32_t quads);
     void (*clear)(uint32_t sets, uint32_t phases, int32_t *sums);
     void (*take)(uint32_t set, const uint8_t *digits, const uint8_t *codes, uint32_t phases, uint32_t quads, int32_t *sums);
@@ -79,9 +80,12 @@ typedef struct bkv_key_order {
     uint32_t bits, phases, chunks, slots;
     uint32_t row; // packed bytes
     int32_t *dim;
-    float *factor;  // 0 where no code is, 2^w for bit w alone
-    uint16_t *once; // [slots / 16]: where a code's zero counts
-    float *q;       // [BKV_ATTEND_ROWS][slots]: scale * factor * query
+    int32_t *within; // [slots]: dim - window, for loading params
+    int32_t *window; // [slots / 16]: a dim at most 63 below the slots', -1 where there is none
+    float *factor;   // 0 where no code is, 2^w for bit w alone
+    uint16_t *once;  // [slots / 16]: where a code's zero counts
+    float *q;        // [BKV_ATTEND_ROWS][slots]: factor * query, in units of q_unit
+    float q_unit[BKV_ATTEND_ROWS];
     bool described, filled;
 } bkv_key_order_t;
 
@@ -90,7 +94,7 @@ typedef struct bkv_keys {
     const float *q;     // [rows][dim] of the call
     float softmax_scale;
     bkv_key_order_t order[4]; // of 2, 3, 4 and 8 bits
-    float *scale, *zero;      // [slots]: of the piece
+    float *scale, *zero;      // [slots]: of the piece, scale in units of its largest
     uint8_t *expanded;        // [BKV_ATTEND_PIECE][dim]: three-bit rows that end in a bit string, a byte for each code
     uint8_t *codes, *digits;
     int32_t *sums;
@@ -113,30 +117,20 @@ typedef struct bkv_values {
     int32_t *sums;
 } bkv_values_t;
 
-// Bytes to be fetched ahead of their use, a few lines at a time.
+// Bytes to be fetched ahead of their use, some lines with each step of the work meanwhile: all at once would wait for each
+// other.
 typedef struct bkv_ahead {
     const bkv_batch_t *batch;
     uint32_t piece; // next
+    uint32_t lines; // a step
     bool values;    // planes: values, or keys
     const uint8_t *at, *end;
 } bkv_ahead_t;
 
-static inline void bkv_ahead_step(bkv_ahead_t *ahead, uint32_t lines) {
-    while (lines > 0) {
-        if (ahead->at >= ahead->end) {
-            if (ahead->piece == ahead->batch->count) {
-                return;
-            }
-            const bkv_piece_t *piece = &ahead->batch->pieces[ahead->piece++];
-            ahead->at = ahead->values ? piece->values_ahead : piece->keys_ahead;
-            ahead->end = ahead->values ? piece->values + (size_t)piece->count * piece->value_row
-                                       : piece->keys + (size_t)piece->count * piece->key_row;
-        }
-        __builtin_prefetch(ahead->at, 0, 2);
-        ahead->at += 64;
-        lines--;
-    }
-}
+// Key or value planes of a batch, in that many steps.
+void bkv_ahead_start(bkv_ahead_t *ahead, const bkv_batch_t *batch, bool values, uint64_t steps);
+
+void bkv_ahead_step(bkv_ahead_t *ahead);
 
 // Memory for keys and values of these dims; with scratch->base NULL only its size.
 void bkv_keys_carve(bkv_keys_t *keys, uint32_t dim, bkv_scratch_t *scratch);
@@ -145,6 +139,10 @@ void bkv_values_carve(bkv_values_t *values, uint32_t dim, bkv_scratch_t *scratch
 // New queries: rows [rows][dim] floats.
 void bkv_keys_start(bkv_keys_t *keys, const float *q, uint32_t rows, float softmax_scale);
 void bkv_values_start(bkv_values_t *values, uint32_t rows);
+
+// How many steps of fetching ahead the work on a batch takes.
+uint64_t bkv_keys_steps(const bkv_batch_t *batch);
+uint64_t bkv_values_steps(const bkv_values_t *values, const bkv_batch_t *batch);
 
 // Logits of a piece, [rows][stride] from column piece->at on: up to 15 more columns are overwritten. False when one is not
 // finite.

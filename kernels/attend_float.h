@@ -60,9 +60,26 @@ static inline float bkv_wide_sum(bkv_wide_t v) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-// e^x for x <= 0, to 2e-7 of itself; 0 below -87, where floats end.
+// e^x for x <= 0, to 2e-7 of itself; 0 for x below this, so that what is multiplied by it does not fall below normal floats,
+// which are slow.
+#define BKV_LEAST_EXPONENT -60.0f
+
 static inline bkv_wide_t bkv_wide_exp(bkv_wide_t x) {
-    bkv_wide_bits_t some = (bkv_wide_bits_t)(x > -87.0f); // false for NaN, too
+#ifdef __AVX512F__
+    __m512 t = _mm512_mul_ps((__m512)x, _mm512_set1_ps(0x1.715476p+0f));
+    __mmask16 some = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(BKV_LEAST_EXPONENT), _CMP_GT_OQ);
+    __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(t, n);
+    // 2^f for |f| <= 1/2: Taylor
+    __m512 y = _mm512_fmadd_ps(f, _mm512_set1_ps(0x1.430912p-13f), _mm512_set1_ps(0x1.5d87fep-10f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.3b2ab6p-7f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.c6b08ep-5f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.ebfbep-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0x1.62e43p-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+    return (bkv_wide_t)_mm512_maskz_scalef_ps(some, y, n);
+#else
+    bkv_wide_bits_t some = (bkv_wide_bits_t)(x > BKV_LEAST_EXPONENT); // false for NaN, too
     x = (bkv_wide_t)((bkv_wide_bits_t)x & some);
     const bkv_wide_t rounder = bkv_wide_set(0x1.8p23f); // adding it rounds to an integer, which is then in the low bits
     bkv_wide_t shifted = bkv_wide_fma(x, bkv_wide_set(0x1.715476p+0f), rounder);
@@ -77,6 +94,7 @@ static inline bkv_wide_t bkv_wide_exp(bkv_wide_t x) {
     y = bkv_wide_fma(y, r, bkv_wide_set(1.0f));
     bkv_wide_bits_t power = ((bkv_wide_bits_t)shifted << 23) + (bkv_wide_bits_t)y; // the exponent goes up by n
     return (bkv_wide_t)(power & some);
+#endif
 }
 
 // logits[r][t] = scale * <q_r, k_t> + logw[t] for r < rows, t < count. q, k: rows of `row` floats, whole vectors.
@@ -154,11 +172,13 @@ static inline float bkv_float_top(const float *logits, uint32_t count) {
     for (uint32_t t = BKV_WIDE; t < count; t += BKV_WIDE) {
         top = bkv_wide_max(top, bkv_wide_load(logits + t));
     }
-    float most = top[0];
-    for (uint32_t j = 1; j < BKV_WIDE; j++) {
-        most = top[j] > most ? top[j] : most;
-    }
-    return most;
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)top);
+#else
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128((__m256)top), _mm256_extractf128_ps((__m256)top, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+#endif
 }
 
 #endif

@@ -19,6 +19,9 @@
 #define DIGITS_TOP 32600.0f
 #define LEAST      1e-30f
 
+// For vrangeps: the larger absolute value, without its sign.
+#define LARGER_SIZE 0x0b
+
 static uint32_t phases_of(uint32_t bits) {
     return bits == 3 ? 3 : 8 / bits;
 }
@@ -123,28 +126,46 @@ static void shrink_all(bkv_values_t *values, const float *shrink) {
     }
 }
 
+static inline void params_store(__m512i both, __mmask16 fits, float *scale, float *zero) {
+    _mm512_mask_storeu_ps(scale, fits, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both)));
+    _mm512_mask_storeu_ps(zero, fits, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16))));
+}
+
+// Scales and zeros of up to sixteen tokens from `at` in the batch on, of which `room` have a place.
+static void params_place(bkv_values_t *values, const uint8_t *params, uint32_t count, uint32_t at, uint32_t room) {
+    const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    uint32_t groups = values->groups;
+    __mmask16 live = (__mmask16)(count >= 16 ? 0xffff : (1u << count) - 1);
+    __mmask16 fits = (__mmask16)(room >= 16 ? 0xffff : (1u << room) - 1);
+    float *scale = values->scale + at, *zero = values->zero + at;
+    if (groups == 2 && count >= 16) { // the usual heads of 128: even and odd ones of two vectors
+        __m512i a = _mm512_loadu_si512(params), b = _mm512_loadu_si512(params + 64), even = _mm512_add_epi32(ramp, ramp);
+        params_store(_mm512_permutex2var_epi32(a, even, b), fits, scale, zero);
+        __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+        params_store(_mm512_permutex2var_epi32(a, odd, b), fits, scale + BKV_ATTEND_BATCH, zero + BKV_ATTEND_BATCH);
+        return;
+    }
+    __m512i stride = _mm512_mullo_epi32(ramp, _mm512_set1_epi32((int)groups));
+    for (uint32_t g = 0; g < groups; g++, scale += BKV_ATTEND_BATCH, zero += BKV_ATTEND_BATCH) {
+        params_store(_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, stride, params + 4 * (size_t)g, 4), fits, scale,
+                     zero);
+    }
+}
+
 // Scales and zeros of every token of the batch, group by group; 0 in the padding.
 static void params_load(bkv_values_t *values, const bkv_batch_t *batch) {
-    const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i stride = _mm512_mullo_epi32(ramp, _mm512_set1_epi32((int)values->groups));
-    for (uint32_t g = 0; g < values->groups; g++) {
-        float *scale = values->scale + (size_t)g * BKV_ATTEND_BATCH, *zero = values->zero + (size_t)g * BKV_ATTEND_BATCH;
-        for (uint32_t i = 0; i < batch->count; i++) {
-            const bkv_piece_t *piece = &batch->pieces[i];
-            for (uint32_t t = 0; t < piece->count; t += 16) {
-                uint32_t left = piece->count - t, room = BKV_ATTEND_BATCH - (piece->at + t);
-                __mmask16 live = (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1);
-                __mmask16 fits = (__mmask16)(room >= 16 ? 0xffff : (1u << room) - 1);
-                const uint8_t *at = piece->value_params + 4 * ((size_t)t * values->groups + g);
-                __m512i both = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, stride, at, 4);
-                _mm512_mask_storeu_ps(scale + piece->at + t, fits, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both)));
-                both = _mm512_srli_epi32(both, 16);
-                _mm512_mask_storeu_ps(zero + piece->at + t, fits, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both)));
-            }
+    for (uint32_t i = 0; i < batch->count; i++) {
+        const bkv_piece_t *piece = &batch->pieces[i];
+        for (uint32_t t = 0; t < piece->count; t += 16) {
+            params_place(values, piece->value_params + 4 * (size_t)t * values->groups, piece->count - t, piece->at + t,
+                         BKV_ATTEND_BATCH - (piece->at + t));
         }
-        uint32_t whole = (batch->tokens + 63) / 64 * 64;
-        memset(scale + batch->tokens, 0, (whole - batch->tokens) * sizeof(float));
-        memset(zero + batch->tokens, 0, (whole - batch->tokens) * sizeof(float));
+    }
+    uint32_t whole = (batch->tokens + 63) / 64 * 64;
+    for (uint32_t g = 0; g < values->groups; g++) {
+        size_t end = (size_t)g * BKV_ATTEND_BATCH + batch->tokens;
+        memset(values->scale + end, 0, (whole - batch->tokens) * sizeof(float));
+        memset(values->zero + end, 0, (whole - batch->tokens) * sizeof(float));
     }
 }
 
@@ -155,7 +176,7 @@ static float factors_scan(bkv_values_t *values, uint32_t tokens, uint32_t r, uin
     for (uint32_t t = 0; t < tokens; t += 32) {
         for (uint32_t j = 0; j < 2; j++) {
             __m512 x = _mm512_loadu_ps(p + t + 16 * j);
-            top[j] = _mm512_max_ps(top[j], _mm512_abs_ps(_mm512_mul_ps(x, _mm512_load_ps(scale + t + 16 * j))));
+            top[j] = _mm512_range_ps(top[j], _mm512_mul_ps(x, _mm512_load_ps(scale + t + 16 * j)), LARGER_SIZE);
             sum[j] = _mm512_fmadd_ps(x, _mm512_load_ps(zero + t + 16 * j), sum[j]);
         }
     }
@@ -189,9 +210,8 @@ static float digits_make(bkv_values_t *values, uint32_t tokens, uint32_t r, uint
     return most > LEAST ? most / DIGITS_TOP : 0;
 }
 
-static inline uint32_t place_of_four(uint32_t four) {
-    return four % 4 * 4 + four / 4;
-}
+static const uint16_t place_of_four[16] = {0 * LINE, 4 * LINE, 8 * LINE,  12 * LINE, 1 * LINE, 5 * LINE, 9 * LINE,  13 * LINE,
+                                           2 * LINE, 6 * LINE, 10 * LINE, 14 * LINE, 3 * LINE, 7 * LINE, 11 * LINE, 15 * LINE};
 
 // Sixteen packed bytes of each of four tokens, as eight words of four halves, one of each token: every field of a half can then
 // be brought beside those of the other tokens, as the products want them.
@@ -234,6 +254,13 @@ static inline void phase_fields(uint32_t bits, uint32_t phase, __m512i *shifts, 
     *mask = _mm512_set1_epi64((long long)word);
 }
 
+static inline void fields_cut(__m512i four, const __m512i *shifts, const __m512i *mask, const uint32_t phases, uint8_t *out) {
+    for (uint32_t phase = 0; phase < phases; phase++) {
+        __m512i slots = _mm512_multishift_epi64_epi8(shifts[phase], four);
+        _mm512_store_si512(out + (size_t)phase * 16 * LINE, _mm512_and_si512(slots, mask[phase]));
+    }
+}
+
 // A run through the tokens of a batch, four at a time.
 typedef struct run {
     const bkv_piece_t *piece;
@@ -252,46 +279,55 @@ static uint32_t whole_fours(const bkv_piece_t *piece, uint32_t at, uint32_t offs
 
 // Sixteen packed bytes from `offset` of every row of the next 64 tokens. Called with constant bits and phases.
 static inline void chunk_unpack(run_t *run, uint32_t offset, uint32_t bytes, const uint32_t bits, const uint32_t phases,
-                                uint8_t *codes) {
+                                uint8_t *codes, bkv_ahead_t *ahead) {
     __m512i shifts[BKV_ATTEND_PHASES], mask[BKV_ATTEND_PHASES];
     for (uint32_t phase = 0; phase < phases; phase++) {
         phase_fields(bits, phase, &shifts[phase], &mask[phase]);
     }
+    uint32_t steps = 4;
     for (uint32_t i = 0; i < 16 && run->left > 0;) {
         const bkv_piece_t *piece = run->piece;
         size_t stride = piece->value_row;
         const uint8_t *row = piece->values + run->at * stride + offset;
         uint32_t whole = whole_fours(piece, run->at, offset), end = i + whole < 16 ? i + whole : 16;
         run->at += 4 * (end - i);
-        bool few = end < 16 && run->at < piece->count;
-        for (; i < end + few; i++, row += 4 * stride) {
-            __m512i four = i < end ? four_load(row, stride) : few_load(row, stride, piece->count - run->at, bytes);
-            uint8_t *out = codes + (size_t)place_of_four(i) * LINE;
-            for (uint32_t phase = 0; phase < phases; phase++) {
-                __m512i slots = _mm512_multishift_epi64_epi8(shifts[phase], four);
-                _mm512_store_si512(out + (size_t)phase * 16 * LINE, _mm512_and_si512(slots, mask[phase]));
+        for (; i % 4 == 0 && i + 4 <= end; i += 4) { // place_of_four, four at once
+            for (uint32_t j = 0; j < 4; j++, row += 4 * stride) {
+                fields_cut(four_load(row, stride), shifts, mask, phases, codes + (size_t)(i / 4 + 4 * j) * LINE);
             }
+            bkv_ahead_step(ahead);
+            steps--;
+        }
+        for (; i < end; i++, row += 4 * stride) {
+            fields_cut(four_load(row, stride), shifts, mask, phases, codes + place_of_four[i]);
+        }
+        bool few = i < 16 && run->at < piece->count;
+        if (few) {
+            fields_cut(few_load(row, stride, piece->count - run->at, bytes), shifts, mask, phases, codes + place_of_four[i++]);
         }
         run->at += 4 * few;
         if (run->at >= piece->count) {
             *run = (run_t){.piece = piece + 1, .left = run->left - 1};
         }
     }
+    for (; steps > 0; steps--) {
+        bkv_ahead_step(ahead);
+    }
 }
 
-static void codes_unpack(run_t *run, uint32_t bits, uint32_t offset, uint32_t bytes, uint8_t *codes) {
+static void codes_unpack(run_t *run, uint32_t bits, uint32_t offset, uint32_t bytes, uint8_t *codes, bkv_ahead_t *ahead) {
     switch (bits) {
     case 2:
-        chunk_unpack(run, offset, bytes, 2, 4, codes);
+        chunk_unpack(run, offset, bytes, 2, 4, codes, ahead);
         return;
     case 3:
-        chunk_unpack(run, offset, bytes, 3, 3, codes);
+        chunk_unpack(run, offset, bytes, 3, 3, codes, ahead);
         return;
     case 4:
-        chunk_unpack(run, offset, bytes, 4, 2, codes);
+        chunk_unpack(run, offset, bytes, 4, 2, codes, ahead);
         return;
     default:
-        chunk_unpack(run, offset, bytes, 8, 1, codes);
+        chunk_unpack(run, offset, bytes, 8, 1, codes, ahead);
         return;
     }
 }
@@ -343,8 +379,7 @@ static void piece_sum(bkv_values_t *values, const bkv_products_t *products, cons
     products->clear(1 + two, phases, values->sums);
     for (uint32_t chunk = 0; chunk <= chunks; chunk++) { // one is unpacked while the one before is multiplied
         if (chunk < chunks) {
-            codes_unpack(&run, values->bits, offset, bytes, values->codes + chunk % 2 * half);
-            bkv_ahead_step(ahead, bytes);
+            codes_unpack(&run, values->bits, offset, bytes, values->codes + chunk % 2 * half, ahead);
         }
         if (chunk > 0) {
             const uint8_t *digits = values->digits + ((size_t)(chunk - 1) * values->groups + g) * 16 * LINE;
@@ -356,6 +391,15 @@ static void piece_sum(bkv_values_t *values, const bkv_products_t *products, cons
         }
     }
     products->give(1 + two, phases, values->sums);
+}
+
+uint64_t bkv_values_steps(const bkv_values_t *values, const bkv_batch_t *batch) {
+    const bkv_piece_t *piece = &batch->pieces[0];
+    if (piece->value_bits == BKV_BITS_NATIVE) {
+        return (batch->tokens + 3) / 4;
+    }
+    bool expanded = piece->value_bits == 3 && values->dim % 32 != 0;
+    return (uint64_t)((expanded ? values->dim : piece->value_row) + PIECE - 1) / PIECE * ((batch->tokens + 63) / 64) * 4;
 }
 
 static void add_codes(bkv_values_t *values, const bkv_products_t *products, const bkv_batch_t *batch, uint32_t bits,
@@ -388,7 +432,9 @@ static void add_native(bkv_values_t *values, const bkv_batch_t *batch, const flo
             float *row = values->v_native + (size_t)t * padded;
             bkv_row_to_float(piece->dtype, piece->values + (size_t)t * piece->value_row, values->dim, row);
             memset(row + values->dim, 0, (padded - values->dim) * sizeof(float));
-            bkv_ahead_step(ahead, piece->value_row / LINE + 1);
+            if (t % 4 == 0) {
+                bkv_ahead_step(ahead);
+            }
         }
         bkv_float_mix(p + piece->at, stride, values->rows, values->v_native, piece->count, padded, values->out);
     }

@@ -55,6 +55,7 @@ int main(int argc, char **argv) {
     }
     static bkv_report_t report;
     bench_compress(&report);
+    bench_attend(&report);
     bkv_report_print(&report);
     if (out && !bkv_report_write(&report, out)) {
         return 1;

@@ -19,5 +19,6 @@ void bench_check(bkv_status_t status, const bkv_error_t *err);
 
 // The parts. Each measures on one core and adds its rows.
 void bench_compress(bkv_report_t *report);
+void bench_attend(bkv_report_t *report);
 
 #endif
