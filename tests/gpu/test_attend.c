@@ -494,6 +494,13 @@ int main(int argc, char **argv) {
         long_ones.tokens_max = 9000;
         static const uint32_t one[] = {1, 2};
         check_case(cuda, &long_ones, one, 2, 9);
+        taste_t crowd = tastes[0];
+        crowd.name = "many short sequences";
+        uint32_t counts[400];
+        for (uint32_t b = 0; b < 400; b++) {
+            counts[b] = b % 7 == 3 ? 0 : b % 4;
+        }
+        check_case(cuda, &crowd, counts, 400, 10);
     }
     check_broken(cuda, &tastes[0]);
     check_arguments(cuda);
