@@ -7,7 +7,7 @@ import unittest
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from bench.quality import baselines, configurations, context, picture, results, storage, wildcat
+from bench.quality import baselines, configurations, context, picture, results, shares, storage, wildcat
 from bench.quality.kernels import Kernels
 from bench.quality.model import Batch, DeviceCache, Model, Summary
 from support.record import Section, attend
@@ -186,6 +186,26 @@ class WildCat(unittest.TestCase):
         rng = np.random.default_rng(3)
         chosen = wildcat.pivots(np, rng, rng.standard_normal((300, DIM)).astype(np.float32), 200, DIM ** -0.5)
         self.assertEqual(len(set(chosen)), 200)
+
+
+class Shares(unittest.TestCase):
+    def test_they_go_by_the_root_of_the_loss_and_through_a_file(self):
+        found = shares.from_losses(np.array([[0.04, 0.0001], [0.01, 0.0]]))
+        self.assertEqual(found.tolist(), [[255, 13], [128, 1]])
+        path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"bkv-quality-{os.getpid()}.json")
+        shares.save(found, path)
+        try:
+            np.testing.assert_array_equal(shares.load(path), found)
+        finally:
+            os.unlink(path)
+
+    def test_the_head_with_more_gets_more(self):
+        k, v, _ = cache(512)
+        given = np.array([[255, 20], [20, 20]], np.uint8)
+        record = Kernels(shares=given).compress(k, v, "balance", rate=16)
+        kept = [len(section[2]) for heads in Kernels().sections(record) for section in heads]
+        self.assertGreater(kept[0], 2 * max(kept[1:]))
+        self.assertLessEqual(len(record), k.size * 2 * 2 // 16)
 
 
 class Attention(unittest.TestCase):

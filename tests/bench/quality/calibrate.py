@@ -4,17 +4,10 @@ What `bkv calibrate` takes from the error of attention in traces, this takes fro
 how far the next-token distribution moves when one head alone is compressed. BKV_MODEL_DIR names a folder with lm.py.
 """
 import argparse
-import json
 import os
 
 from . import shares
 from .model import Model
-
-
-def describe(found):
-    """The file's content, as client/bkv/shares.h has it."""
-    layers, heads = found.shape
-    return {"layers": layers, "heads": heads, "shares": found.ravel().tolist()}
 
 
 def main():
@@ -31,9 +24,7 @@ def main():
         parser.error("BKV_MODEL_DIR must name a folder with lm.py and its weights")
     texts = options.texts or os.path.join(model, "..", "books")
     found = shares.measure(Model(model, options.device), texts, options.backend)
-    with open(options.out, "w", encoding="utf8") as file:
-        json.dump(describe(found), file)
-        file.write("\n")
+    shares.save(found, options.out)
     print("\n".join(f"layer {layer}: {' '.join(f'{share:4d}' for share in row)}" for layer, row in enumerate(found)))
 
 

@@ -42,9 +42,13 @@ def losses(model, kernels, story, window):
 
 
 def from_losses(found):
-    """Shares 1..255 in proportion to the root of the losses."""
-    root = np.sqrt(np.maximum(found, 0))
-    return np.clip(np.rint(255 * root / root.max()), 1, 255).astype(np.uint8)
+    """Shares in proportion to the root of the losses."""
+    return scale(np.sqrt(np.maximum(found, 0)))
+
+
+def scale(numbers):
+    """1..255 in the proportion of numbers."""
+    return np.clip(np.rint(255 * numbers / numbers.max()), 1, 255).astype(np.uint8)
 
 
 def measure(model, folder, backend, window=64):
@@ -58,11 +62,23 @@ def measure(model, folder, backend, window=64):
     return from_losses(found)
 
 
-def of_model(model, folder, backend, path):
-    """As measured before and kept in the file `path`, or measured now."""
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w", encoding="utf8") as file:
-            json.dump({"shares": measure(model, folder, backend).tolist(), "texts": os.path.basename(os.path.abspath(folder))}, file)
+def save(found, path):
+    """A shares file, as client/bkv/shares.h has it."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, "w", encoding="utf8") as file:
+        json.dump({"layers": found.shape[0], "heads": found.shape[1], "shares": found.ravel().tolist()}, file)
+        file.write("\n")
+
+
+def load(path):
+    """[layers, heads] of a shares file, whose numbers may be of any size."""
     with open(path, encoding="utf8") as file:
-        return np.array(json.load(file)["shares"], np.uint8)
+        read = json.load(file)
+    return scale(np.array(read["shares"], float).reshape(read["layers"], read["heads"]))
+
+
+def of_model(model, folder, backend, path):
+    """As measured before and kept in the file `path`, or measured now and kept there."""
+    if not os.path.exists(path):
+        save(measure(model, folder, backend), path)
+    return load(path)
