@@ -305,8 +305,8 @@ class Bars(unittest.TestCase):
         done = []
 
         def add(base, **columns):
-            rows = [{"window": 64, "bytes": 100, "rate": 16.0, "nominal": 16, "family": "balance" if name == "ours" else "KeyDiff",
-                     "ours": name == "ours", "bits": {"ours": 0, "four": 4, "three": 3}[name], **row}
+            rows = [{"window": 64, "bytes": 100, "rate": 16.0, "nominal": 16,
+                     "family": "balance" if name == "ours" else "KeyDiff", "ours": name == "ours", "bits": {"ours": 0, "four": 4, "three": 3}[name], **row}
                     for name, row in columns.items()]
             done.append(((4096, "book.txt", 1, 4), base, rows))
 

@@ -1,8 +1,8 @@
 """Quality of KV summaries on a real model: what a compressed cache still knows, for every byte that it keeps.
 
-    BKV_MODEL_DIR=MODEL make bench-quality                          all columns, 4,096 and 16,384 tokens, 212 questions of each kind
-    BKV_MODEL_DIR=MODEL make bench-quality QUALITY="--quick"        a few minutes on two cores
-    PYTHONPATH=tests python3 -m bench.quality --help                the options
+    BKV_MODEL_DIR=MODEL make bench-quality              all columns; 4,096 and 16,384 tokens, 212 questions of each kind
+    BKV_MODEL_DIR=MODEL make bench-quality QUALITY="--quick"  a few minutes on two cores
+    PYTHONPATH=tests python3 -m bench.quality --help                 the options
 
 BKV_MODEL_DIR is a folder with lm.py (a language model in NumPy), its weights and its tokenizer. Contexts are made from the .txt
 files in BKV_TEXTS (default: BKV_MODEL_DIR/../books); any plain prose will do. Only `make kernels`, Python and NumPy are needed;

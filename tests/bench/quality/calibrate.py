@@ -1,7 +1,7 @@
 """A shares file for `bkv --shares`, from the model's own loss: python3 -m bench.quality.calibrate --out shares.json
 
-What `bkv calibrate` takes from the error of attention in traces, this takes from the model itself (shares.py), which tells more:
-how far the next-token distribution moves when one head alone is compressed. BKV_MODEL_DIR names a folder with lm.py.
+What `bkv calibrate` takes from the error of attention in traces, this takes from the model itself (shares.py), which tells
+more: how far the next-token distribution moves when one head alone is compressed. BKV_MODEL_DIR names a folder with lm.py.
 """
 import argparse
 import os
@@ -11,10 +11,11 @@ from .model import Model
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="bench.quality.calibrate", description="Measures which heads of a model need the bytes.")
+    parser = argparse.ArgumentParser(prog="bench.quality.calibrate",
+                                     description="Measures which heads of a model need the bytes.")
     add = parser.add_argument
-    add("--texts", default=os.environ.get("BKV_TEXTS"), help="folder of .txt files (BKV_TEXTS; default BKV_MODEL_DIR/../books); "
-        "judge on others")
+    add("--texts", default=os.environ.get("BKV_TEXTS"), help="folder of .txt files (BKV_TEXTS; default BKV_MODEL_DIR/../books), "
+        "others than those to judge on")
     add("--out", required=True, help="file to write, JSON")
     add("--backend", default="auto", help="of the kernels")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the model computes; cuda needs CuPy")

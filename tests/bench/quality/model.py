@@ -13,7 +13,7 @@ ABSENT = -1e4  # log weight of no token: heads of unequal length are padded with
 class Summary:
     """A compressed cache: k, v [layers, heads, n, dim], on the device or not, logw and den [layers, heads, n].
 
-    A token's exp(<q, k> / sqrt(dim) + logw) multiplies v in the numerator and den in the denominator. `bytes` is what is stored;
+    A token's exp(<q, k> / sqrt(dim) + logw) multiplies v in the numerator and den in the denominator. `bytes`: what is stored;
     `clip` [2, layers, heads, dim] bounds what comes out of attention, where a method prescribes that."""
 
     def __init__(self, k, v, logw, den, stored, clip=None):
@@ -27,7 +27,8 @@ class DeviceCache:
         heads, stored, dim = summary.k.shape[1:]
         self.k = xp.zeros((heads, stored + window_k.shape[1], dim + 1), np.float32)
         self.v = xp.ones((heads, stored + window_v.shape[1], dim + 1), np.float32)
-        for whole, part, weight, window in ((self.k, summary.k, summary.logw, window_k), (self.v, summary.v, summary.den, window_v)):
+        for whole, part, weight, window in ((self.k, summary.k, summary.logw, window_k),
+                                            (self.v, summary.v, summary.den, window_v)):
             whole[:, :stored, :dim], whole[:, :stored, dim] = xp.asarray(part[layer]), xp.asarray(weight[layer])
             whole[:, stored:, :dim] = xp.asarray(window)
         self.clip = None if summary.clip is None else xp.asarray(summary.clip[:, layer])

@@ -62,7 +62,8 @@ def sum_up(done):
     sums = {}
     for (tokens, *_), base, rows in done:
         for window in sorted({row["window"] for row in rows}):
-            exact = {**base, "family": "exact", "bits": 0, "nominal": 0, "window": window, "ours": False, "bytes": 0, "rate": 1.0}
+            exact = {**base, "family": "exact", "bits": 0, "nominal": 0, "window": window, "ours": False, "bytes": 0,
+                     "rate": 1.0}
             table = sums.setdefault((tokens, window), {})
             for row in [exact, *(row for row in rows if row["window"] == window)]:
                 table.setdefault((row["family"], row["bits"], row["nominal"]), Sum(tokens, row)).add(row, base)
@@ -152,8 +153,8 @@ def measures(sums):
     for (tokens, window), table in sums.items():
         for s in table:
             values = [("rate", "x", s.rate), ("needle", "answered", s.needle), ("bAbI", "answered", s.babi),
-                      ("NLL", "nats", s.nll), ("NLL above exact", "nats", s.above), ("standard error of that", "nats", s.spread),
-                      ("divergence from exact", "nats", s.kl), ("attention error", "relative", s.error),
+                      ("NLL", "nats", s.nll), ("NLL above exact", "nats", s.above),
+                      ("standard error of that", "nats", s.spread), ("divergence from exact", "nats", s.kl), ("attention error", "relative", s.error),
                       *((f"attention error, layer {i}", "relative", value) for i, value in enumerate(s.layers))]
             rows += [report.row(f"{tokens:,} tokens, window {window}, all of {s.name}: {what}", value, unit)
                      for what, unit, value in values if value is not None]
@@ -167,8 +168,8 @@ def cell(value, form):
 def show(sums):
     for (tokens, window), table in sums.items():
         exact = table[0]
-        print(f"\n{tokens:,} tokens, newest {window} exact: {len(exact.lists['needle'])} codes, {len(exact.lists['babi'])} places, "
-              f"{len(exact.lists['nll'])} plain texts")
+        print(f"\n{tokens:,} tokens, newest {window} exact: {len(exact.lists['needle'])} codes, "
+              f"{len(exact.lists['babi'])} places, {len(exact.lists['nll'])} plain texts")
         lines = [[s.name, f"{s.rate:.2f}x", cell(s.needle, "{:.3f}"), cell(s.babi, "{:.3f}"), cell(s.nll, "{:.4f}"),
                   cell(s.above, "{:+.4f}"), cell(s.spread, "{:.4f}"), cell(s.kl, "{:.4f}"), cell(s.error, "{:.3f}"),
                   *(f"{layer:.2f}" for layer in s.layers)]
