@@ -1,4 +1,4 @@
-"""The quality bench's own arithmetic, on small made-up data and without the model: bytes, baselines, attention, contexts, bars."""
+"""The quality bench's own arithmetic on small made-up data, without the model: bytes, baselines, attention, contexts, bars."""
 import os
 import random
 import sys
@@ -306,7 +306,8 @@ class Bars(unittest.TestCase):
 
         def add(base, **columns):
             rows = [{"window": 64, "bytes": 100, "rate": 16.0, "nominal": 16,
-                     "family": "balance" if name == "ours" else "KeyDiff", "ours": name == "ours", "bits": {"ours": 0, "four": 4, "three": 3}[name], **row}
+                     "family": "balance" if name == "ours" else "KeyDiff", "ours": name == "ours",
+                     "bits": {"ours": 0, "four": 4, "three": 3}[name], **row}
                     for name, row in columns.items()]
             done.append(((4096, "book.txt", 1, 4), base, rows))
 

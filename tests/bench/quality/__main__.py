@@ -24,8 +24,8 @@ def parse():
     add("--texts", default=os.environ.get("BKV_TEXTS"), help="folder of .txt files (BKV_TEXTS; default BKV_MODEL_DIR/../books)")
     add("--calibrate", help="folder of .txt files that the heads' shares are measured on (default BKV_MODEL_DIR/../books); the "
         "first few are not judged on")
-    add("--shares", default=os.path.join(BUILD, "quality-shares.json"), help="shares file (as of `bkv calibrate`), measured where "
-        "it is missing; \"equal\" for none")
+    add("--shares", default=os.path.join(BUILD, "quality-shares.json"), help="shares file (as of `bkv calibrate`), "
+        "measured where it is missing; \"equal\" for none")
     add("--quick", action="store_true", help=f"a few minutes on two cores: --lengths {QUICK['lengths']} and less of the rest")
     add("--lengths", help="tokens : contexts with facts : contexts of plain text, ... "
         f"(default {FULL['lengths']})")

@@ -14,8 +14,8 @@ def main():
     parser = argparse.ArgumentParser(prog="bench.quality.calibrate",
                                      description="Measures which heads of a model need the bytes.")
     add = parser.add_argument
-    add("--texts", default=os.environ.get("BKV_TEXTS"), help="folder of .txt files (BKV_TEXTS; default BKV_MODEL_DIR/../books), "
-        "others than those to judge on")
+    add("--texts", default=os.environ.get("BKV_TEXTS"), help="folder of .txt files (BKV_TEXTS; default "
+        "BKV_MODEL_DIR/../books), others than those to judge on")
     add("--out", required=True, help="file to write, JSON")
     add("--backend", default="auto", help="of the kernels")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the model computes; cuda needs CuPy")

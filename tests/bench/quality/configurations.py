@@ -33,7 +33,7 @@ def one_piece(rate):
 
 
 def fold(profile=None):
-    """dense4 blocks, folded under a budget: to one record, or to several by a profile of ages ("auto:RATE": ours for a rate)."""
+    """dense4 blocks, folded under a budget: to one record, or to several by a profile of ages ("auto:RATE": our own)."""
     def store(kernels, k, v, budget, seed):
         records = kernels.compress_blocks(k, v, BLOCK_TOKENS, "dense4", seed=seed)
         return kernels.fold_prefix(records, budget, profile, seed)

@@ -26,7 +26,8 @@ MOVES = (2, 1)  # of one person and the next, and so on; the last counts
 FIRST = ["Adam", "Alice", "Arthur", "Beatrice", "Bernard", "Cora", "Daniel", "Diana", "Edgar", "Felix", "Flora", "George",
          "Grace", "Harold", "Irene", "Isaac", "Jack", "Karl", "Laura", "Leo", "Mary", "Olive", "Oliver", "Peter", "Phoebe",
          "Quentin", "Ralph", "Rosa", "Samuel", "Sarah", "Tessa", "Thomas", "Vera", "Victor", "Walter"]
-LAST = ["Barker", "Carver", "Dalton", "Graves", "Harlow", "Irving", "Keller", "Lambert", "Norton", "Osborne", "Sawyer", "Vaughn"]
+LAST = ["Barker", "Carver", "Dalton", "Graves", "Harlow", "Irving", "Keller", "Lambert", "Norton", "Osborne", "Sawyer",
+        "Vaughn"]
 PLACES = ["kitchen", "market", "stable", "garden", "bridge", "hallway", "bathroom", "tower", "office", "mill", "harbour",
           "bedroom", "attic", "library", "cellar", "chapel"]
 

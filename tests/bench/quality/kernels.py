@@ -57,8 +57,8 @@ def address(array):
 
 
 class Kernels:
-    """One backend ("auto": the best one for this CPU). Records are NumPy arrays of bytes, keys and values float16 [layers, heads,
-    tokens, dim].
+    """One backend ("auto": the best one for this CPU). Records are NumPy arrays of bytes; keys and values are float16
+    [layers, heads, tokens, dim].
 
     shares [layers, heads] of 1..255: in which proportion the heads share a balance record's bytes; None: equally."""
 

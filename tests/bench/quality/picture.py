@@ -91,8 +91,8 @@ def draw_legend(out, top, width, families):
         colour, thickness, dash = STYLE[family]
         out.append(line(x, y - 4, x + 28, y - 4, colour, thickness, dash))
         out.append(text(x + 36, y, family, 12, INK, weight="600" if i < 4 else "400"))
-    out.append(text(LEFT, top + 24 * -(-len(families) // 5) + 6, "Diamonds: every token at few bits (dense8, dense4 ours; int4, "
-                    "int2). Baselines with the better of 3 and 4 bits. Further up (recall) or down (NLL, error), and further "
+    out.append(text(LEFT, top + 24 * -(-len(families) // 5) + 6, "Diamonds: every token at few bits (dense8, dense4 ours; "
+                    "int4, int2). Baselines with the better of 3 and 4 bits. Further up (recall) or down (NLL, error), and further "
                     "left, is better.", 12, SOFT))
 
 

@@ -154,7 +154,8 @@ def measures(sums):
         for s in table:
             values = [("rate", "x", s.rate), ("needle", "answered", s.needle), ("bAbI", "answered", s.babi),
                       ("NLL", "nats", s.nll), ("NLL above exact", "nats", s.above),
-                      ("standard error of that", "nats", s.spread), ("divergence from exact", "nats", s.kl), ("attention error", "relative", s.error),
+                      ("standard error of that", "nats", s.spread), ("divergence from exact", "nats", s.kl),
+                      ("attention error", "relative", s.error),
                       *((f"attention error, layer {i}", "relative", value) for i, value in enumerate(s.layers))]
             rows += [report.row(f"{tokens:,} tokens, window {window}, all of {s.name}: {what}", value, unit)
                      for what, unit, value in values if value is not None]
