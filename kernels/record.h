@@ -51,6 +51,14 @@ static inline uint8_t *bkv_record_plane(void *record, uint32_t offset, uint64_t 
 // Rows [first, first + count) of what bkv_section_read gives. Any output may be NULL.
 void bkv_section_read_range(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *k, float *v, float *logw);
 
+// The same of quantised planes: anywhere, and on machines with AVX2, FMA and F16C. The floats are the same.
+void bkv_ref_read_keys(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *k);
+void bkv_ref_read_values(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *v);
+#if defined(__x86_64__)
+void bkv_avx2_read_keys(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *k);
+void bkv_avx2_read_values(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *v);
+#endif
+
 // Scratch memory carved from one caller-given piece. With base NULL nothing is touched and `used` ends as the size that
 // the same calls need: sizing and carving share their code.
 typedef struct bkv_scratch {

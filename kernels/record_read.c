@@ -68,14 +68,10 @@ static void read_weights(const bkv_section_view_t *view, uint32_t first, uint32_
     }
 }
 
-static void read_keys(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *k) {
+void bkv_ref_read_keys(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *k) {
     const bkv_plane_layout_t *layout = &view->layout;
     uint32_t dim = view->key_dim;
     const uint8_t *rows = view->key_plane + layout->key_codes;
-    if (view->key_bits == BKV_BITS_NATIVE) {
-        bkv_row_to_float(view->dtype, rows + (size_t)first * layout->key_row, (size_t)count * dim, k);
-        return;
-    }
     float params[2 * BKV_MAX_DIM], scale[BKV_MAX_DIM], zero[BKV_MAX_DIM];
     uint8_t codes[BKV_MAX_DIM];
     uint32_t loaded = UINT32_MAX;
@@ -96,14 +92,10 @@ static void read_keys(const bkv_section_view_t *view, uint32_t first, uint32_t c
     }
 }
 
-static void read_values(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *v) {
+void bkv_ref_read_values(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *v) {
     const bkv_plane_layout_t *layout = &view->layout;
     uint32_t dim = view->value_dim;
     const uint8_t *rows = view->value_plane + layout->value_codes;
-    if (view->value_bits == BKV_BITS_NATIVE) {
-        bkv_row_to_float(view->dtype, rows + (size_t)first * layout->value_row, (size_t)count * dim, v);
-        return;
-    }
     uint8_t codes[BKV_MAX_DIM];
     const uint8_t *params = view->value_plane + 4ull * first * layout->value_groups;
     for (uint32_t t = first; t < first + count; t++, v += dim) {
@@ -116,6 +108,43 @@ static void read_values(const bkv_section_view_t *view, uint32_t first, uint32_t
             }
         }
     }
+}
+
+#if defined(__x86_64__)
+// Whether record_read_avx2.c can run here, as the compiler's own start-up code found it.
+static bool has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); // with FMA comes float16 conversion
+}
+#endif
+
+static void read_keys(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *k) {
+    if (view->key_bits == BKV_BITS_NATIVE) {
+        const uint8_t *rows = view->key_plane + view->layout.key_codes + (size_t)first * view->layout.key_row;
+        bkv_row_to_float(view->dtype, rows, (size_t)count * view->key_dim, k);
+        return;
+    }
+#if defined(__x86_64__)
+    if (has_avx2()) {
+        bkv_avx2_read_keys(view, first, count, k);
+        return;
+    }
+#endif
+    bkv_ref_read_keys(view, first, count, k);
+}
+
+static void read_values(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *v) {
+    if (view->value_bits == BKV_BITS_NATIVE) {
+        const uint8_t *rows = view->value_plane + view->layout.value_codes + (size_t)first * view->layout.value_row;
+        bkv_row_to_float(view->dtype, rows, (size_t)count * view->value_dim, v);
+        return;
+    }
+#if defined(__x86_64__)
+    if (has_avx2()) {
+        bkv_avx2_read_values(view, first, count, v);
+        return;
+    }
+#endif
+    bkv_ref_read_values(view, first, count, v);
 }
 
 void bkv_section_read_range(const bkv_section_view_t *view, uint32_t first, uint32_t count, float *k, float *v, float *logw) {
