@@ -183,7 +183,7 @@ uint32_t oracle_code(const uint8_t *row, uint32_t dim, uint32_t bits, uint32_t i
     }
     row += (size_t)group * 12;
     if (place < 30) {
-        return u16_at(row + 2 * (size_t)(place / 5)) >> (place % 5 * 3) & 7u;
+        return (uint32_t)u16_at(row + 2 * (size_t)(place / 5)) >> (place % 5 * 3) & 7u;
     }
     uint32_t code = 0;
     for (uint32_t bit = 0; bit < 3; bit++) {
