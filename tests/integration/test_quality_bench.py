@@ -17,6 +17,9 @@ LAYERS, HEADS, GROUP, DIM, WINDOW = 2, 2, 3, 64, 16
 RAW = 2 * DIM * 2  # bytes of a token's key and value as bf16, in one (layer, head)
 
 
+needs_kernels = unittest.skipIf(os.environ.get("SANITIZER"), "Python cannot load a library that is built with a sanitizer")
+
+
 def cache(tokens, seed=0, scale=1.0):
     """k, v [layers, heads, tokens, dim] and q of the newest 32 tokens, as a context has them."""
     rng = np.random.default_rng(seed)
@@ -44,6 +47,7 @@ def error(summary, kept, queries, layer=0, head=0):
 
 
 class Bytes(unittest.TestCase):
+    @needs_kernels
     def test_a_section_costs_what_our_own_record_takes(self):
         k, v, _ = cache(320)
         for codec, bits in (("dense4", 4), ("dense8", 8), ("raw", storage.NATIVE)):
@@ -51,6 +55,7 @@ class Bytes(unittest.TestCase):
             here = LAYERS * HEADS * storage.section_bytes(320, 320, DIM, bits)
             self.assertLessEqual(abs(len(record) - here), 128 + LAYERS * HEADS * (16 + 2 * 16), codec)
 
+    @needs_kernels
     def test_the_quantiser_reads_back_what_our_own_does(self):
         k, v, _ = cache(320)
         summary = configurations.summary_of(Kernels(), [Kernels().compress(k, v, "dense4")])
@@ -199,6 +204,7 @@ class Shares(unittest.TestCase):
         finally:
             os.unlink(path)
 
+    @needs_kernels
     def test_the_head_with_more_gets_more(self):
         k, v, _ = cache(512)
         given = np.array([[255, 20], [20, 20]], np.uint8)
@@ -241,6 +247,7 @@ class Attention(unittest.TestCase):
         self.assertEqual(list(batch.targets), [4, 5, 7])
         self.assertEqual([batch.targets[span].tolist() for span in batch.spans], [[4, 5], [7]])
 
+    @needs_kernels
     def test_our_records_come_back_as_one_cache(self):
         k, v, _ = cache(700)
         kernels = Kernels()
@@ -249,6 +256,7 @@ class Attention(unittest.TestCase):
         np.testing.assert_array_equal(summary.k, k.astype(np.float32))
         np.testing.assert_array_equal(summary.v, v.astype(np.float32))
 
+    @needs_kernels
     def test_folds_keep_their_budget(self):
         k, v, _ = cache(2048)
         kernels, budget = Kernels(), 2048 * RAW * LAYERS * HEADS // 16

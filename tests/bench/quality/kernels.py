@@ -56,6 +56,13 @@ def address(array):
     return c.c_void_p(array.ctypes.data)
 
 
+def newest_library():
+    """Either of the two that hold the kernels; after a change only the one that was made again is right."""
+    paths = [os.path.join(BUILD, "lib", name) for name in ("libbkvkernels.so", "libbalancekv.so")]
+    paths = [path for path in paths if os.path.exists(path)]
+    return max(paths, key=os.path.getmtime) if paths else built("lib", "libbkvkernels.so")
+
+
 class Kernels:
     """One backend ("auto": the best one for this CPU). Records are NumPy arrays of bytes; keys and values are float16
     [layers, heads, tokens, dim].
@@ -64,8 +71,7 @@ class Kernels:
 
     def __init__(self, backend="auto", shares=None):
         self.shares = None if shares is None else np.ascontiguousarray(shares, np.uint8)
-        alone = os.path.join(BUILD, "lib", "libbkvkernels.so")
-        self.library = c.CDLL(alone if os.path.exists(alone) else built("lib", "libbalancekv.so"))
+        self.library = c.CDLL(newest_library())
         self.library.bkv_backend_get.restype = c.c_void_p
         for name in ("bkv_codec_bound", "bkv_compress_workspace", "bkv_fold_workspace", "bkv_cool_node_bytes"):
             getattr(self.library, name).restype = c.c_size_t
