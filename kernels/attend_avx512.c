@@ -141,7 +141,8 @@ static void batch_gather(const attend_t *attend, place_t *place, bkv_batch_t *ba
 }
 
 // The batch's logits become probabilities relative to each row's largest logit so far; shrink is what the earlier ones lose.
-static void softmax_step(const bkv_batch_t *batch, uint32_t rows, float *logits, float *max, float *sum, float *shrink) {
+static void softmax_step(const bkv_batch_t *batch, uint32_t rows, float *logits, float *max, float *sum, float *shrink,
+                         bkv_ahead_t *ahead) {
     uint32_t whole = (batch->tokens + 63) / 64 * 64;
     for (uint32_t r = 0; r < rows; r++) {
         float *row = logits + (size_t)r * STRIDE;
@@ -153,6 +154,8 @@ static void softmax_step(const bkv_batch_t *batch, uint32_t rows, float *logits,
         shrink[r] = top > max[r] ? expf(max[r] - top) : 1; // 0 for the first batch, whose maximum so far is -INFINITY
         max[r] = top;
         sum[r] = sum[r] * shrink[r] + bkv_float_exp(row, whole, top);
+        bkv_ahead_step(ahead);
+        bkv_ahead_step(ahead);
     }
 }
 
@@ -179,8 +182,8 @@ static bool rows_attend(attend_t *attend, const float *q, uint32_t rows, float s
             }
         }
         batch_gather(attend, &place, attend->batch[turn ^ 1]);
-        softmax_step(batch, rows, attend->logits, max, sum, shrink);
         bkv_ahead_start(&ahead, attend->batch[turn ^ 1], false, bkv_values_steps(&attend->values, batch));
+        softmax_step(batch, rows, attend->logits, max, sum, shrink, &ahead);
         products->values_begin((rows + QUAD - 1) / QUAD);
         bkv_values_add(&attend->values, products, batch, attend->logits, STRIDE, shrink, &ahead);
     }

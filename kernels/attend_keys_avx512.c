@@ -231,7 +231,7 @@ static inline void transpose_pieces(__m512i v[4]) {
 // n - 32896, and the last one, 0x4b, becomes 1: the fourth column of products is then the sum of the codes, which pays back
 // the 32896.
 static void digits_make(const bkv_keys_t *keys, const bkv_key_order_t *order, uint32_t quad, uint32_t quads, float largest,
-                        unit_t unit[QUAD]) {
+                        unit_t unit[QUAD], bkv_ahead_t *ahead) {
     const __m512i less = _mm512_set1_epi32((int)0xb6c08080);
     const __m512 rounder = _mm512_set1_ps(ROUNDER);
     // Of four factors: their low digits, middle digits, high digits, ones.
@@ -242,6 +242,7 @@ static void digits_make(const bkv_keys_t *keys, const bkv_key_order_t *order, ui
         for (uint32_t step = chunk * order->phases; step < (chunk + 1) * order->phases; step++) {
             uint8_t *out = keys->digits + (size_t)(step * quads + quad) * 16 * LINE;
             const float *q = order->q + (size_t)quad * QUAD * order->slots;
+            bkv_ahead_step(ahead);
             for (uint32_t s = step * LINE; s < step * LINE + parts * 16; s += 16, out += (size_t)4 * LINE) {
                 __m512 scale = _mm512_load_ps(keys->scale + s), zeros = _mm512_load_ps(keys->zero + s);
                 __m512i v[QUAD];
@@ -417,7 +418,7 @@ static bool score_codes(bkv_keys_t *keys, const bkv_products_t *products, const 
     uint32_t quads = (keys->rows + QUAD - 1) / QUAD;
     unit_t unit[BKV_ATTEND_QUADS * QUAD];
     for (uint32_t quad = 0; quad < quads; quad++) {
-        digits_make(keys, order, quad, quads, largest, unit + (size_t)quad * QUAD);
+        digits_make(keys, order, quad, quads, largest, unit + (size_t)quad * QUAD, ahead);
     }
     // Some tokens at a time, in three stages that work on neighbours: none waits for what was written just before.
     const uint32_t some = TILES * TOKENS, count = piece->count;
@@ -443,7 +444,7 @@ static bool score_codes(bkv_keys_t *keys, const bkv_products_t *products, const 
 }
 
 uint64_t bkv_keys_steps(const bkv_batch_t *batch) {
-    return batch->tokens / 4; // at least one, as pieces are rounded up
+    return batch->tokens / 4 + 3ull * batch->count; // of its rows and, about, of its digits
 }
 
 static bool score_native(bkv_keys_t *keys, const bkv_piece_t *piece, float *logits, size_t stride, bkv_ahead_t *ahead) {

@@ -399,7 +399,8 @@ uint64_t bkv_values_steps(const bkv_values_t *values, const bkv_batch_t *batch) 
         return (batch->tokens + 3) / 4;
     }
     bool expanded = piece->value_bits == 3 && values->dim % 32 != 0;
-    return (uint64_t)((expanded ? values->dim : piece->value_row) + PIECE - 1) / PIECE * ((batch->tokens + 63) / 64) * 4;
+    return (uint64_t)((expanded ? values->dim : piece->value_row) + PIECE - 1) / PIECE * ((batch->tokens + 63) / 64) * 4 +
+           values->rows * (2ull * values->groups + 2);
 }
 
 static void add_codes(bkv_values_t *values, const bkv_products_t *products, const bkv_batch_t *batch, uint32_t bits,
@@ -414,6 +415,8 @@ static void add_codes(bkv_values_t *values, const bkv_products_t *products, cons
     for (uint32_t g = 0; g < values->groups; g++) {
         for (uint32_t r = 0; r < values->rows; r++) {
             unit[g][r] = digits_make(values, chunks * 64, r, g, p + r * stride);
+            bkv_ahead_step(ahead);
+            bkv_ahead_step(ahead);
         }
     }
     for (uint32_t offset = 0; offset < row; offset += PIECE) {
