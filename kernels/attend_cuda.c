@@ -15,8 +15,8 @@
 // Thread blocks of the general kernel for each processor.
 #define GENERAL_BLOCKS 2
 
-// The most rows of a KV head.
-#define ROWS_MAX 65536
+// Rows of a KV head become the grid's y.
+#define ROWS_MAX 65528
 
 static bkv_status_t args_check(const bkv_cuda_attend_args_t *args, bkv_error_t *err) {
     bkv_shape_t shape = {args->layer + 1, args->heads, 1, args->key_dim, args->value_dim, args->dtype};
@@ -40,9 +40,8 @@ static bkv_status_t args_check(const bkv_cuda_attend_args_t *args, bkv_error_t *
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "queries: %u for each of %u query heads a head is not in 1..%d",
                         args->queries, args->query_heads / args->heads, ROWS_MAX);
     }
-    if (args->batch == 0 || args->batch > INT32_MAX / (args->heads * rows)) { // which becomes a grid's x
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "batch: %u sequences of %u heads and %llu queries each", args->batch,
-                        args->heads, (unsigned long long)rows);
+    if (args->batch == 0 || (uint64_t)args->batch * args->heads > INT32_MAX) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "batch: %u sequences of %u heads", args->batch, args->heads);
     }
     return isfinite(args->scale) ? BKV_OK : bkv_fail(err, BKV_INVALID_ARGUMENT, "scale: not finite");
 }
@@ -91,7 +90,6 @@ static size_t job_carve(bkv_gpu_attend_t *job, void *workspace) {
     uint64_t parts = (uint64_t)job->thread_blocks * job->thread_block_warps + pairs * job->blocks;
     job->sections = bkv_scratch_take(&scratch, (uint64_t)job->max_records * job->heads * sizeof(*job->sections));
     job->tiles = bkv_scratch_take(&scratch, pairs * sizeof(*job->tiles));
-    job->before = bkv_scratch_take(&scratch, (pairs + 1) * sizeof(*job->before));
     job->parts = bkv_scratch_take(&scratch, parts * job->columns * (job->value_dim + 4) * sizeof(*job->parts));
     return scratch.used;
 }

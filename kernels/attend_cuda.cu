@@ -5,8 +5,7 @@
 #include "attend_walk_cuda.cuh"
 
 #define PLAN_THREADS  512
-#define MERGE_THREADS 1024
-#define MERGE_PARTS   4 // that a warp merges one after the other, if there are warps enough
+#define MERGE_THREADS 256
 
 // --- before: one thread block for each (sequence, head), one thread for each of its records
 
@@ -97,7 +96,23 @@ __global__ void __launch_bounds__(PLAN_THREADS) attend_plan(const __grid_constan
     }
 }
 
-// --- after: one thread block for each part; some of its warps for each column, its lanes the channels
+// --- after: one thread block for each column of each part; its warps share the partial results, its lanes the channels
+
+template <class T> __device__ __forceinline__ T block_sum(T value, T *shared) {
+    for (uint32_t step = WARP / 2; step > 0; step /= 2) {
+        value += __shfl_xor_sync(ALL_LANES, value, (int)step);
+    }
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) {
+        shared[threadIdx.x / WARP] = value;
+    }
+    __syncthreads();
+    T sum = 0;
+    for (uint32_t i = 0; i < MERGE_THREADS / WARP; i++) {
+        sum += shared[i];
+    }
+    return sum;
+}
 
 __device__ __forceinline__ void out_store(const bkv_gpu_attend_t &job, uint64_t i, float value) {
     if (job.out_dtype == BKV_FP32) {
@@ -117,96 +132,83 @@ __device__ __forceinline__ float merge_factor(float top, float of) {
     return of == -INFINITY ? 0 : exp2_fast(of - top);
 }
 
-// What warps first, first + step, ... before `end` left of column `column` of `part`, merged by a warp. The sums of channels
-// are in `sums`, relative to the result's top.
-__device__ inline merge_t merge_parts(const bkv_gpu_attend_t &job, uint32_t part, uint32_t column, uint32_t first, uint32_t end,
-                                      uint32_t step, float *sums) {
-    const uint32_t lane = threadIdx.x % WARP, dim = job.value_dim;
+// What `warps` warps left of column `column` of `part`, from warp `first` on, merged. The result is every thread's; the sums
+// of channels are in `sums`, relative to its top.
+__device__ inline merge_t merge_parts(const bkv_gpu_attend_t &job, uint32_t part, uint32_t column, uint32_t first,
+                                      uint32_t warps, float *sums) {
+    __shared__ merge_t of_warp[MERGE_THREADS / WARP];
+    const uint32_t lane = threadIdx.x % WARP, own = threadIdx.x / WARP, dim = job.value_dim;
+    float *mine = sums + own * dim;
     merge_t all = {-INFINITY, 0};
-    for (uint32_t i = first; i < end; i += step) {
-        const float *row = part_at(job, i, part) + (uint64_t)column * (dim + 4);
+    for (uint32_t i = own; i < warps; i += MERGE_THREADS / WARP) {
+        const float *row = part_at(job, first + i, part) + (uint64_t)column * (dim + 4);
         merge_t next = {row[dim], row[dim + 1]};
         float top = fmaxf(all.top, next.top), keep = merge_factor(top, all.top), gain = merge_factor(top, next.top);
         for (uint32_t d = lane; d < dim; d += WARP) {
-            sums[d] = (i == first ? 0 : sums[d] * keep) + row[d] * gain;
+            mine[d] = (i < MERGE_THREADS / WARP ? 0 : mine[d] * keep) + row[d] * gain;
         }
         all = {top, all.sum * keep + next.sum * gain};
+    }
+    if (lane == 0) {
+        of_warp[own] = all;
+    }
+    __syncthreads();
+    uint32_t used = min(warps, (uint32_t)(MERGE_THREADS / WARP));
+    all = {-INFINITY, 0};
+    for (uint32_t i = 0; i < used; i++) {
+        all.top = fmaxf(all.top, of_warp[i].top);
+    }
+    for (uint32_t i = 0; i < used; i++) {
+        all.sum += of_warp[i].sum * merge_factor(all.top, of_warp[i].top);
+    }
+    for (uint32_t d = threadIdx.x; d < dim; d += MERGE_THREADS) {
+        float sum = 0;
+        for (uint32_t i = 0; i < used; i++) {
+            sum += sums[i * dim + d] * merge_factor(all.top, of_warp[i].top);
+        }
+        sums[d] = sum; // this thread alone reads and writes channel d
     }
     return all;
 }
 
-// The results of `count` warps, whose sums are `dim` floats apart, merged and written out by the first of them.
-__device__ inline void merge_write(const bkv_gpu_attend_t &job, const merge_t *merged, const float *sums, uint32_t count,
-                                   uint64_t row) {
-    merge_t all = {-INFINITY, 0};
-    for (uint32_t i = 0; i < count; i++) {
-        all.top = fmaxf(all.top, merged[i].top);
-    }
-    for (uint32_t i = 0; i < count; i++) {
-        all.sum += merged[i].sum * merge_factor(all.top, merged[i].top);
-    }
-    for (uint32_t d = threadIdx.x % WARP; d < job.value_dim; d += WARP) {
-        float sum = 0;
-        for (uint32_t i = 0; i < count; i++) {
-            float factor = merge_factor(all.top, merged[i].top);
-            sum += factor > 0 ? sums[i * job.value_dim + d] * factor : 0; // a warp without parts has no sums either
-        }
-        out_store(job, row * job.value_dim + d, sum / all.sum);
-    }
-    if (threadIdx.x % WARP == 0) {
-        job.lse[row] = (all.top + log2f(all.sum)) * 0.6931471805599453f;
-    }
-}
-
-// Of a pair without records, or with wrong ones.
-__device__ inline void merge_nothing(const bkv_gpu_attend_t &job, uint64_t row, bool broken) {
-    for (uint32_t d = threadIdx.x % WARP; d < job.value_dim; d += WARP) {
-        out_store(job, row * job.value_dim + d, broken ? NAN : 0);
-    }
-    if (threadIdx.x % WARP == 0) {
-        job.lse[row] = broken ? NAN : -INFINITY;
-    }
-}
-
 __global__ void __launch_bounds__(MERGE_THREADS)
     attend_merge(const __grid_constant__ bkv_gpu_attend_t job, uint32_t all_warps) {
-    extern __shared__ float sums[]; // [warps of the thread block][value_dim]
-    __shared__ merge_t merged[MERGE_THREADS / WARP];
-    const uint32_t each = blockDim.x / WARP / job.columns, own = threadIdx.x / WARP, column = own / each;
-    const uint32_t part = blockIdx.x, pair = part / job.blocks, block = part % job.blocks;
-    const uint32_t tiles = pair_tiles(job, pair), row = block * job.columns + column;
+    extern __shared__ float sums[];
+    __shared__ unsigned long long counts[MERGE_THREADS / WARP];
+    const uint32_t pair = blockIdx.x, block = blockIdx.y / job.columns, column = blockIdx.y % job.columns;
+    const uint32_t row = block * job.columns + column;
+    if (row >= job.rows) {
+        return;
+    }
+    unsigned long long before = 0, total = 0;
+    for (uint32_t i = threadIdx.x; i < job.batch * job.heads; i += MERGE_THREADS) {
+        uint32_t tiles = pair_tiles(job, i);
+        before += i < pair ? tiles : 0;
+        total += tiles;
+    }
+    before = block_sum(before, counts) * job.blocks;
+    total = block_sum(total, counts) * job.blocks;
     const uint64_t at = (uint64_t)pair * job.rows + row;
-    if (tiles == 0) {
-        if (own % each == 0 && row < job.rows) {
-            merge_nothing(job, at, job.tiles[pair] == BKV_GPU_BROKEN);
+    const uint32_t tiles = job.tiles[pair];
+    if (tiles == 0 || tiles == BKV_GPU_BROKEN) {
+        for (uint32_t d = threadIdx.x; d < job.value_dim; d += MERGE_THREADS) {
+            out_store(job, at * job.value_dim + d, tiles == 0 ? 0 : NAN);
+        }
+        if (threadIdx.x == 0) {
+            job.lse[at] = tiles == 0 ? -INFINITY : NAN;
         }
         return;
     }
-    const uint64_t total = job.before[job.batch * job.heads] * job.blocks;
-    const uint64_t before = job.before[pair] * job.blocks + (uint64_t)block * tiles;
-    const uint32_t warps = share_warps(total, all_warps);
-    const uint32_t first = share_owner(total, before, warps), end = share_owner(total, before + tiles - 1, warps) + 1;
-    merge_t all = merge_parts(job, part, column, first + own % each, end, each, sums + own * job.value_dim);
-    if (threadIdx.x % WARP == 0) {
-        merged[own] = all;
+    before += (uint64_t)block * tiles;
+    all_warps = share_warps(total, all_warps);
+    uint32_t first = share_owner(total, before, all_warps), last = share_owner(total, before + tiles - 1, all_warps);
+    merge_t all = merge_parts(job, pair * job.blocks + block, column, first, last - first + 1, sums);
+    for (uint32_t d = threadIdx.x; d < job.value_dim; d += MERGE_THREADS) {
+        out_store(job, at * job.value_dim + d, sums[d] / all.sum);
     }
-    __syncthreads();
-    if (own % each == 0 && row < job.rows) {
-        merge_write(job, &merged[own], sums + own * job.value_dim, each, at);
+    if (threadIdx.x == 0) {
+        job.lse[at] = (all.top + log2f(all.sum)) * 0.6931471805599453f;
     }
-}
-
-// Enough warps for each column that none merges many parts, if the thread block's shared memory holds their sums.
-static int merge_launch(const bkv_gpu_attend_t *job, cudaStream_t stream) {
-    const uint32_t warps = job->thread_blocks * job->thread_block_warps, parts = job->batch * job->heads * job->blocks;
-    const uint32_t most = min(MERGE_THREADS / WARP, 48 * 1024 / (uint32_t)sizeof(float) / job->value_dim) / job->columns;
-    uint32_t each = 1;
-    while (2 * each <= most && each * MERGE_PARTS < warps / parts + 1) {
-        each *= 2;
-    }
-    const uint32_t threads = each * job->columns * WARP;
-    attend_merge<<<parts, threads, threads / WARP * job->value_dim * sizeof(float), stream>>>(*job, warps);
-    return (int)cudaGetLastError();
 }
 
 extern "C" int bkv_gpu_attend(const bkv_gpu_attend_t *job, void *stream) {
@@ -219,7 +221,10 @@ extern "C" int bkv_gpu_attend(const bkv_gpu_attend_t *job, void *stream) {
                                       : attend_wide(job, queue);
     }
     if (error == 0) {
-        error = merge_launch(job, queue);
+        dim3 grid(job->batch * job->heads, job->blocks * job->columns);
+        size_t shared = MERGE_THREADS / WARP * job->value_dim * sizeof(float);
+        attend_merge<<<grid, MERGE_THREADS, shared, queue>>>(*job, job->thread_blocks * job->thread_block_warps);
+        error = (int)cudaGetLastError();
     }
     return error;
 }
@@ -242,9 +247,13 @@ extern "C" bool bkv_gpu_attend_shape(bkv_gpu_attend_t *job, uint32_t shared_memo
     job->columns = job->rows <= 4 || value_dim > 128 ? 4 : 8;
     // As many warps as leave each a stage that takes 80 tokens of 3 bits; but rather shorter tiles than too few warps.
     uint32_t wanted = bkv_gpu_tile_room(BKV_GPU_BITS3, key_dim, BKV_GPU_BITS3, value_dim, BKV_GPU_TILE_MAX);
-    uint32_t needed = bkv_gpu_tile_room(BKV_GPU_BF16, key_dim, BKV_GPU_BF16, value_dim, BKV_GPU_TILE_STEP);
+    uint32_t needed = 0; // by the shortest tile of any pair of kinds
+    for (uint32_t pair = 0; pair < BKV_GPU_FP32 * BKV_GPU_FP32; pair++) {
+        uint32_t room = bkv_gpu_tile_room(pair / BKV_GPU_FP32, key_dim, pair % BKV_GPU_FP32, value_dim, BKV_GPU_TILE_STEP);
+        needed = room > needed ? room : needed;
+    }
     uint32_t most = narrow ? NARROW_WARPS : WIDE_WARPS, warps = most;
-    while (warps > 1 && stage_bytes(shared_memory, warps) < (warps > most * 2 / 3 ? wanted : needed)) {
+    while (warps > 1 && stage_bytes(shared_memory, warps) < (warps > most * 2 / 3 && wanted > needed ? wanted : needed)) {
         warps--;
     }
     job->thread_block_warps = warps;

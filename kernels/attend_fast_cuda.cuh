@@ -179,6 +179,7 @@ __device__ __forceinline__ void rows_products(const uint8_t *shared, const stage
                                               const uint32_t *rest, const float zero[4], float s[4]) {
     constexpr bool native = kind_native(KIND), bf16 = KIND == BKV_GPU_BF16;
     constexpr int words = kind_words(KIND);
+    const uint32_t stride = row_stride<KIND, F::KEY_DIM>();
     const uint32_t g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
     // Of rows behind the last one, codes are whatever is there; other elements could be NaN.
     uint32_t t = sub * BKV_GPU_TILE_STEP + g, u = t + 8;
@@ -191,8 +192,8 @@ __device__ __forceinline__ void rows_products(const uint8_t *shared, const stage
 #pragma unroll
     for (int r = 0; r < F::ROUNDS; r++) {
         uint32_t group = c + 4 * r < F::KEY_DIM / 32 ? c + 4 * r : 0;
-        const uint32_t *at = (const uint32_t *)(shared + stage.keys + key_row_at<KIND, F::KEY_DIM>(t)) + group * words;
-        const uint32_t *below = (const uint32_t *)(shared + stage.keys + key_row_at<KIND, F::KEY_DIM>(u)) + group * words;
+        const uint32_t *at = (const uint32_t *)(shared + stage.keys + t * stride) + group * words;
+        const uint32_t *below = (const uint32_t *)(shared + stage.keys + u * stride) + group * words;
         uint32_t packed[words], x[PAIRS], y[PAIRS];
 #pragma unroll
         for (int i = 0; i < words; i++) {
@@ -214,9 +215,7 @@ __device__ __forceinline__ void rows_products(const uint8_t *shared, const stage
     }
 }
 
-// From products to logits of base 2, with weights; -INFINITY behind the last token, if that may be among the 16. largest: of
-// this lane's two columns.
-template <bool ENDS>
+// From products to logits of base 2, with weights; -INFINITY behind the last token. largest: of this lane's two columns.
 __device__ __forceinline__ void rows_logits(const uint8_t *shared, const stage_t &stage, int sub, float2 range,
                                             const float unit[2], float s[4], float largest[2]) {
     const uint32_t g = threadIdx.x % WARP / 4;
@@ -224,7 +223,7 @@ __device__ __forceinline__ void rows_logits(const uint8_t *shared, const stage_t
     for (int i = 0; i < 2; i++) {
         uint32_t t = sub * BKV_GPU_TILE_STEP + g + 8 * i;
         float weight = (float)shared[stage.weights + t] * range.y + range.x; // without weights the range is 0
-        weight = !ENDS || t < stage.count ? weight : -INFINITY;
+        weight = t < stage.count ? weight : -INFINITY;
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             s[2 * i + j] = s[2 * i + j] * unit[j] + weight;
@@ -258,11 +257,7 @@ __device__ __forceinline__ void tile_logits(const F &f, const uint8_t *shared, c
             break;
         }
         rows_products<KIND, F>(shared, stage, sub, b, rest, zero, s[sub]);
-        if (WHOLE && sub < SUBS - 1) {
-            rows_logits<false>(shared, stage, sub, range, unit, s[sub], largest);
-        } else {
-            rows_logits<true>(shared, stage, sub, range, unit, s[sub], largest);
-        }
+        rows_logits(shared, stage, sub, range, unit, s[sub], largest);
     }
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
@@ -276,14 +271,13 @@ __device__ __forceinline__ void tile_logits(const F &f, const uint8_t *shared, c
 template <class F> __device__ __forceinline__ int tile_exponent(const uint8_t *shared, const stage_t &stage) {
     uint32_t largest = 0x3c00; // native values have the scale 1
     if (value_kind(stage.shape) <= BKV_GPU_BITS8) {
-        const uint32_t lane = threadIdx.x % WARP, last = stage.count * F::GROUPS - 1;
-        half2 both = __floats2half2_rn(0, 0); // scale below, zero above
+        const uint32_t *params = (const uint32_t *)(shared + stage.value_params), last = stage.count * F::GROUPS - 1;
+        largest = 0;
 #pragma unroll
         for (uint32_t i = 0; i < BKV_GPU_TILE_MAX * F::GROUPS; i += WARP) {
-            uint32_t params = *(const uint32_t *)(shared + stage.value_params + 4 * min(i + lane, last));
-            both = __hmax2(both, __habs2(as_half2(params)));
+            largest = max(largest, params[min(i + threadIdx.x % WARP, last)] & 0x7fffu);
         }
-        largest = __reduce_max_sync(ALL_LANES, as_bits(both) & 0xffff);
+        largest = __reduce_max_sync(ALL_LANES, largest);
     }
     return (int)(largest >> 10) - 22;
 }
@@ -384,13 +378,13 @@ template <int KIND, class F>
 __device__ __forceinline__ void rows_values(F &f, const uint8_t *shared, const stage_t &stage, int sub, const float s[4],
                                             const float base[2]) {
     constexpr bool native = kind_native(KIND), bf16 = KIND == BKV_GPU_BF16;
-    const uint32_t row = F::VALUE_DIM * kind_words(KIND) / 8, g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
+    const uint32_t stride = row_stride<KIND, F::VALUE_DIM>(), g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
     uint32_t near[F::CHUNKS][F::HALVES][2], rest[F::CHUNKS][F::HALVES][2], place[4];
     rows_weights<KIND>(f, shared, stage, sub, s, base, near, rest);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         uint32_t t = sub * BKV_GPU_TILE_STEP + 2 * c + i / 2 * 8 + i % 2;
-        place[i] = stage.values + (native ? min(t, stage.count - 1) : t) * row;
+        place[i] = stage.values + (native ? min(t, stage.count - 1) : t) * stride;
     }
 #pragma unroll
     for (int v = 0; v < F::CHUNKS; v++) {

@@ -170,15 +170,16 @@ __device__ void general_write(const bkv_gpu_attend_t &job, const general_t<SLICE
 template <int SLICES>
 __global__ void __launch_bounds__(GENERAL_WARPS *WARP) attend_any(const __grid_constant__ bkv_gpu_attend_t job) {
     const uint32_t warp = threadIdx.x / WARP * gridDim.x + blockIdx.x;
-    __shared__ uint64_t sums[GENERAL_WARPS * WARP];
-    const share_t share = share_find(job, sums, warp, gridDim.x * GENERAL_WARPS);
-    uint32_t left = share.left;
-    if (left == 0) {
+    const uint64_t total = walk_total(job);
+    const uint32_t warps = share_warps(total, gridDim.x * GENERAL_WARPS);
+    if (warp >= warps) {
         return;
     }
+    const uint64_t start = share_start(total, warp, warps);
+    uint64_t left = share_start(total, warp + 1, warps) - start;
     walk_t walk;
     general_t<SLICES> f;
-    walk_start(job, walk, share);
+    walk_start(job, walk, start);
     uint32_t part = walk.part;
     general_open(job, part, f);
     for (;;) {

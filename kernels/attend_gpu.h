@@ -64,7 +64,6 @@ typedef struct bkv_gpu_attend {
 
     bkv_gpu_section_t *sections; // [max_records * heads], in the workspace: those of a pair together
     uint32_t *tiles;             // [batch * heads], in the workspace
-    uint64_t *before;            // [batch * heads + 1], in the workspace: tiles of the pairs before, and of all
     float *parts;                // partial results, in the workspace: [warps + batch * heads * blocks][columns][value_dim + 4]
 
     float scale;
@@ -84,22 +83,16 @@ BKV_BOTH uint32_t bkv_gpu_row_bytes(uint32_t kind, uint32_t dim) {
     return dim * bits / 8;
 }
 
-// In shared memory, rows of keys that would all start at the same bank are cut into units with 16 bytes between. Bytes of a
-// unit, whole rows; 0 where rows just follow one another.
-BKV_BOTH uint32_t bkv_gpu_key_unit(uint32_t kind, uint32_t dim) {
-    uint32_t row = bkv_gpu_row_bytes(kind, dim);
-    return kind == BKV_GPU_BITS3 || row % 64 != 0 ? 0 : 256 % row == 0 ? 256 : row;
+// In shared memory, rows that would all start at the same bank are 16 bytes further apart.
+BKV_BOTH bool bkv_gpu_row_padded(uint32_t kind, uint32_t dim) {
+    return kind != BKV_GPU_BITS3 && bkv_gpu_row_bytes(kind, dim) % 64 == 0;
 }
 
 // Shared memory for the rows of a tile of `tokens` tokens, a multiple of BKV_GPU_TILE_STEP. Copies start and end at multiples
 // of 16 bytes of the source, hence the 16 more.
-BKV_BOTH uint32_t bkv_gpu_values_room(uint32_t kind, uint32_t dim, uint32_t tokens) {
-    return (tokens * bkv_gpu_row_bytes(kind, dim) + 31) / 16 * 16;
-}
-
-BKV_BOTH uint32_t bkv_gpu_keys_room(uint32_t kind, uint32_t dim, uint32_t tokens) {
-    uint32_t unit = bkv_gpu_key_unit(kind, dim), row = bkv_gpu_row_bytes(kind, dim);
-    return unit != 0 ? tokens * row / unit * (unit + 16) : bkv_gpu_values_room(kind, dim, tokens);
+BKV_BOTH uint32_t bkv_gpu_rows_room(uint32_t kind, uint32_t dim, uint32_t tokens) {
+    uint32_t row = bkv_gpu_row_bytes(kind, dim);
+    return bkv_gpu_row_padded(kind, dim) ? tokens * (row + 16) : (tokens * row + 31) / 16 * 16;
 }
 
 // For a key group's params: those of 32 channels after another, and 16 bytes between.
@@ -117,8 +110,8 @@ BKV_BOTH uint32_t bkv_gpu_scales_room(uint32_t kind, uint32_t dim, uint32_t toke
 
 BKV_BOTH uint32_t bkv_gpu_tile_room(uint32_t key_kind, uint32_t key_dim, uint32_t value_kind, uint32_t value_dim,
                                     uint32_t tokens) {
-    return tokens + 16 + bkv_gpu_params_room(key_kind, key_dim) + bkv_gpu_keys_room(key_kind, key_dim, tokens) +
-           bkv_gpu_scales_room(value_kind, value_dim, tokens) + bkv_gpu_values_room(value_kind, value_dim, tokens);
+    return tokens + 16 + bkv_gpu_params_room(key_kind, key_dim) + bkv_gpu_rows_room(key_kind, key_dim, tokens) +
+           bkv_gpu_scales_room(value_kind, value_dim, tokens) + bkv_gpu_rows_room(value_kind, value_dim, tokens);
 }
 
 // What a device of `shared_memory` bytes a thread block runs these dims with: stage, thread_block_warps and columns. False

@@ -134,13 +134,13 @@ __global__ void __launch_bounds__(WARPS *WARP, 1) attend_fast(const __grid_const
     extern __shared__ __align__(16) uint8_t shared[];
     // Warps that follow one another are on different multiprocessors, so that little work uses many.
     const uint32_t own = threadIdx.x / WARP, warp = own * gridDim.x + blockIdx.x;
-    const share_t share = share_find(job, (uint64_t *)(shared + BKV_GPU_BARRIERS_ROOM), warp, gridDim.x * (blockDim.x / WARP));
-    copies_follow();
-    __syncthreads();
-    uint32_t left = share.left;
-    if (left == 0) {
+    const uint64_t total = walk_total(job);
+    const uint32_t warps = share_warps(total, gridDim.x * (blockDim.x / WARP));
+    if (warp >= warps) {
         return;
     }
+    const uint64_t start = share_start(total, warp, warps);
+    uint32_t left = (uint32_t)(share_start(total, warp + 1, warps) - start);
     uint32_t to = BKV_GPU_BARRIERS_ROOM + own * 2 * job.stage, other = to + job.stage;
     fast_t<KEY_DIM, VALUE_DIM, COLUMNS> f;
     walk_t walk;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(WARPS *WARP, 1) attend_fast(const __grid_const
     copies_t copies, others;
     copies_open(copies, shared, 2 * own);
     copies_open(others, shared, 2 * own + 1);
-    walk_start(job, walk, share);
+    walk_start(job, walk, start);
     stage_fill<KEY_DIM, VALUE_DIM>(walk, shared, to, copies, stage);
     copies_commit();
     uint32_t part = stage.part, kind = value_kind(stage.shape);

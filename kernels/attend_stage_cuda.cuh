@@ -15,19 +15,14 @@ struct stage_t {
     uint32_t weight_range; // float16 base and step
     uint32_t weights;      // [count] codes
     uint32_t key_params;   // [key_dim / 32] pieces of 32 words, 144 bytes apart
-    uint32_t keys, values; // rows, see key_row_at
+    uint32_t keys, values; // rows, see row_stride
     uint32_t value_params;
 };
 
-// Where row `t` of keys is behind the first. See bkv_gpu_key_unit.
-template <int KIND, int DIM> __device__ __forceinline__ uint32_t key_row_at(uint32_t t) {
+// Bytes from one row to the next in shared memory.
+template <int KIND, int DIM> __device__ __forceinline__ constexpr uint32_t row_stride() {
     constexpr uint32_t row = DIM * kind_words(KIND) / 8;
-    if constexpr (KIND == BKV_GPU_BITS3 || row % 64 != 0) {
-        return t * row;
-    } else {
-        constexpr uint32_t rows = 256 % row == 0 ? 256 / row : 1;
-        return t / rows * (rows * row + 16) + t % rows * row;
-    }
+    return KIND != BKV_GPU_BITS3 && row % 64 == 0 ? row + 16 : row;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const uint8_t *shared) {
@@ -49,18 +44,6 @@ __device__ __forceinline__ void copies_open(copies_t &copies, uint8_t *shared, u
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
-}
-
-// True in one lane. The compiler knows that it is one, and need not take turns for the copy engine.
-__device__ __forceinline__ bool lane_elected() {
-    uint32_t elected;
-    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(elected));
-    return elected != 0;
-}
-
-// Shared memory that was written in the ordinary way is now the copy engine's.
-__device__ __forceinline__ void copies_follow() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // One lane says how many bytes are about to come.
@@ -99,8 +82,6 @@ __device__ __forceinline__ void copies_wait(copies_t &copies, bool any) {
 
 struct copies_t {};
 
-__device__ __forceinline__ void copies_follow() {}
-
 __device__ __forceinline__ void copies_open(copies_t &, uint8_t *, uint32_t) {}
 
 // All lanes of the warp together.
@@ -137,32 +118,26 @@ __device__ __forceinline__ uint32_t piece_cut(piece_t &piece, uint32_t to, const
     return to + skew;
 }
 
-// The pieces of a tile. params are those of the first 32 channels, the others' follow; keys are the first unit, where there
-// are units, and key_bytes those of all of them.
+// The pieces of a tile: of these, the rows that are padded are copied one by one.
 struct pieces_t {
-    piece_t weights, params, scales, keys, values;
-    uint32_t unit, key_bytes;
+    piece_t weights, params, scales, keys, values; // params: of the first 32 channels, the others' follow
 };
 
-// Bytes that a copy of the keys' unit `i` takes: `skew` of them lie before it.
-__device__ __forceinline__ uint32_t unit_bytes(const pieces_t &pieces, uint32_t skew, uint32_t i) {
-    return (skew + min(pieces.unit, pieces.key_bytes - i * pieces.unit) + 15) / 16 * 16;
+template <int DIM> __device__ __forceinline__ bool rows_apart(uint32_t kind) {
+    return bkv_gpu_row_padded(kind, DIM);
 }
 
 #if __CUDA_ARCH__ >= 900
 
-// All by one lane, but units of keys one by one by all lanes.
-template <int KEY_DIM>
-__device__ __forceinline__ void pieces_copy(const pieces_t &pieces, uint32_t skew, uint8_t *shared, copies_t &copies) {
+// All by one lane, but rows one by one by all lanes.
+template <int KEY_DIM, int VALUE_DIM>
+__device__ __forceinline__ void pieces_copy(const pieces_t &pieces, uint8_t *shared, copies_t &copies, uint32_t key_kind,
+                                            uint32_t value_kind, uint32_t count) {
     const uint32_t lane = threadIdx.x % WARP, base = shared_address(shared);
-    const uint32_t units = pieces.unit != 0 ? (pieces.key_bytes + pieces.unit - 1) / pieces.unit : 0;
-    if (lane_elected()) {
-        uint32_t keys = pieces.keys.bytes;
-        if (units > 0) {
-            keys = (units - 1) * unit_bytes(pieces, skew, 0) + unit_bytes(pieces, skew, units - 1);
-        }
-        copies_expect(copies, pieces.weights.bytes + pieces.scales.bytes + KEY_DIM / 32 * pieces.params.bytes + keys +
-                                  pieces.values.bytes);
+    const bool key_rows = rows_apart<KEY_DIM>(key_kind), value_rows = rows_apart<VALUE_DIM>(value_kind);
+    if (lane == 0) {
+        copies_expect(copies, pieces.weights.bytes + pieces.scales.bytes + KEY_DIM / 32 * pieces.params.bytes +
+                                  (key_rows ? count : 1) * pieces.keys.bytes + (value_rows ? count : 1) * pieces.values.bytes);
         if (pieces.weights.bytes > 0) {
             copies_start(copies, base + pieces.weights.to, pieces.weights.from, pieces.weights.bytes);
         }
@@ -175,40 +150,54 @@ __device__ __forceinline__ void pieces_copy(const pieces_t &pieces, uint32_t ske
                 copies_start(copies, base + pieces.params.to + 144 * i, pieces.params.from + 128 * i, pieces.params.bytes);
             }
         }
-        if (units == 0) {
+        if (!key_rows) {
             copies_start(copies, base + pieces.keys.to, pieces.keys.from, pieces.keys.bytes);
         }
-        copies_start(copies, base + pieces.values.to, pieces.values.from, pieces.values.bytes);
-    }
-    if (units > 0) {
-        __syncwarp();
-        for (uint32_t i = lane; i < units; i += WARP) {
-            copies_start(copies, base + pieces.keys.to + i * (pieces.unit + 16), pieces.keys.from + i * pieces.unit,
-                         unit_bytes(pieces, skew, i));
+        if (!value_rows) {
+            copies_start(copies, base + pieces.values.to, pieces.values.from, pieces.values.bytes);
         }
+    }
+    if (key_rows || value_rows) {
+        __syncwarp();
+    }
+    for (uint32_t t = lane; key_rows && t < count; t += WARP) {
+        uint32_t row = bkv_gpu_row_bytes(key_kind, KEY_DIM);
+        copies_start(copies, base + pieces.keys.to + t * (row + 16), pieces.keys.from + t * row, pieces.keys.bytes);
+    }
+    for (uint32_t t = lane; value_rows && t < count; t += WARP) {
+        uint32_t row = bkv_gpu_row_bytes(value_kind, VALUE_DIM);
+        copies_start(copies, base + pieces.values.to + t * (row + 16), pieces.values.from + t * row, pieces.values.bytes);
     }
 }
 
 #else
 
-// All by all lanes together.
-template <int KEY_DIM>
-__device__ __forceinline__ void pieces_copy(const pieces_t &pieces, uint32_t skew, uint8_t *shared, copies_t &) {
+__device__ __forceinline__ void rows_share(uint32_t base, const piece_t &rows, bool apart, uint32_t row, uint32_t count) {
+    if (!apart) {
+        return copies_share(base + rows.to, rows.from, rows.bytes);
+    }
+    const uint32_t pieces = row / 16 + 1;
+    for (uint32_t i = threadIdx.x % WARP; i < count * pieces; i += WARP) {
+        uint32_t t = i / pieces, at = 16 * (i % pieces);
+        if (at < rows.bytes) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(base + rows.to + 16 * i),
+                         "l"(rows.from + t * row + at)
+                         : "memory");
+        }
+    }
+}
+
+template <int KEY_DIM, int VALUE_DIM>
+__device__ __forceinline__ void pieces_copy(const pieces_t &pieces, uint8_t *shared, copies_t &, uint32_t key_kind,
+                                            uint32_t value_kind, uint32_t count) {
     const uint32_t base = shared_address(shared);
     copies_share(base + pieces.weights.to, pieces.weights.from, pieces.weights.bytes);
     copies_share(base + pieces.scales.to, pieces.scales.from, pieces.scales.bytes);
     for (uint32_t i = 0; i < KEY_DIM / 32 && pieces.params.bytes > 0; i++) {
         copies_share(base + pieces.params.to + 144 * i, pieces.params.from + 128 * i, pieces.params.bytes);
     }
-    if (pieces.unit == 0) {
-        copies_share(base + pieces.keys.to, pieces.keys.from, pieces.keys.bytes);
-    } else {
-        for (uint32_t i = 0; i * pieces.unit < pieces.key_bytes; i++) {
-            copies_share(base + pieces.keys.to + i * (pieces.unit + 16), pieces.keys.from + i * pieces.unit,
-                         unit_bytes(pieces, skew, i));
-        }
-    }
-    copies_share(base + pieces.values.to, pieces.values.from, pieces.values.bytes);
+    rows_share(base, pieces.keys, rows_apart<KEY_DIM>(key_kind), bkv_gpu_row_bytes(key_kind, KEY_DIM), count);
+    rows_share(base, pieces.values, rows_apart<VALUE_DIM>(value_kind), bkv_gpu_row_bytes(value_kind, VALUE_DIM), count);
 }
 
 #endif
@@ -227,18 +216,16 @@ __device__ __forceinline__ void stage_copy(const walk_t &walk, const span_t &spa
     stage.key_params = piece_cut(pieces.params, to, section_params(walk.now) + span.group * 4 * KEY_DIM, 128);
     pieces.params.bytes = key_kind <= BKV_GPU_BITS8 ? pieces.params.bytes : 0;
     to += bkv_gpu_params_room(key_kind, KEY_DIM);
-    const uint8_t *keys = section_keys(walk.now, key_kind, KEY_DIM) + (uint64_t)span.first * key_row;
-    pieces.unit = bkv_gpu_key_unit(key_kind, KEY_DIM);
-    pieces.key_bytes = key_row * span.count;
-    stage.keys = piece_cut(pieces.keys, to, keys, pieces.key_bytes);
-    to += bkv_gpu_keys_room(key_kind, KEY_DIM, room);
+    stage.keys = piece_cut(pieces.keys, to, section_keys(walk.now, key_kind, KEY_DIM) + (uint64_t)span.first * key_row,
+                           rows_apart<KEY_DIM>(key_kind) ? key_row : key_row * span.count);
+    to += bkv_gpu_rows_room(key_kind, KEY_DIM, room);
     stage.value_params = piece_cut(pieces.scales, to, walk.now.values + 4ull * groups * span.first, 4 * groups * span.count);
     pieces.scales.bytes = value_kind <= BKV_GPU_BITS8 ? pieces.scales.bytes : 0;
     to += bkv_gpu_scales_room(value_kind, VALUE_DIM, room);
     stage.values =
         piece_cut(pieces.values, to, section_values(walk.now, value_kind, VALUE_DIM) + (uint64_t)span.first * value_row,
-                  value_row * span.count);
-    pieces_copy<KEY_DIM>(pieces, stage.keys & 15, shared, copies);
+                  rows_apart<VALUE_DIM>(value_kind) ? value_row : value_row * span.count);
+    pieces_copy<KEY_DIM, VALUE_DIM>(pieces, shared, copies, key_kind, value_kind, span.count);
 }
 
 // Starts to copy the walk's current tile to `to`. The caller commits.

@@ -100,77 +100,24 @@ __device__ inline void walk_open(const bkv_gpu_attend_t &job, walk_t &walk, uint
     walk.list = job.sections + (uint64_t)from * job.heads + (uint64_t)head * walk.count;
 }
 
-// What a warp has to do: `left` tiles from `start` on, none if left is 0. The search for its pair may begin at `pair`, which
-// has `before` tiles before it.
-struct share_t {
-    uint64_t start, before;
-    uint32_t left, pair;
-};
-
-// The share of warp `warp` of all. By the whole thread block, each of whose threads counts some of the pairs; sums:
-// [blockDim.x] in shared memory. Ends with a barrier. One thread block also leaves behind, for the merge, how many tiles are before each pair.
-__device__ inline share_t share_find(const bkv_gpu_attend_t &job, uint64_t *sums, uint32_t warp, uint32_t all_warps) {
-    const uint32_t lane = threadIdx.x % WARP, pairs = job.batch * job.heads, each = (pairs + blockDim.x - 1) / blockDim.x;
-    const uint32_t first = min(threadIdx.x * each, pairs), last = min(first + each, pairs);
-    unsigned long long sum = 0;
-    for (uint32_t pair = first; pair < last; pair++) {
-        sum += pair_tiles(job, pair);
-    }
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x < WARP) { // of each thread's pairs to up to and with them
-        unsigned long long before = 0;
-        for (uint32_t i = lane; i < blockDim.x; i += WARP) {
-            unsigned long long upto = sums[i];
-            for (uint32_t step = 1; step < WARP; step *= 2) {
-                unsigned long long other = __shfl_up_sync(ALL_LANES, upto, step);
-                upto += lane >= step ? other : 0;
-            }
-            sums[i] = upto += before;
-            before = lane_get(upto, WARP - 1);
+// Goes to tile `tile` of all. There must be such a tile.
+__device__ inline void walk_start(const bkv_gpu_attend_t &job, walk_t &walk, uint64_t tile) {
+    uint32_t lane = threadIdx.x % WARP, pairs = job.batch * job.heads, pair = 0;
+    uint64_t before = 0;
+    for (uint32_t first = 0; first < pairs; first += WARP) {
+        uint64_t own = first + lane < pairs ? (uint64_t)pair_tiles(job, first + lane) * job.blocks : 0, upto = own;
+        for (uint32_t step = 1; step < WARP; step *= 2) {
+            uint64_t other = __shfl_up_sync(ALL_LANES, (unsigned long long)upto, step);
+            upto += lane >= step ? other : 0;
         }
-    }
-    __syncthreads();
-    if (blockIdx.x == 0) {
-        uint64_t before = sums[threadIdx.x] - sum;
-        for (uint32_t pair = first; pair < last; pair++) {
-            job.before[pair] = before;
-            before += pair_tiles(job, pair);
+        uint32_t beyond = __ballot_sync(ALL_LANES, before + upto > tile);
+        if (beyond) {
+            uint32_t there = (uint32_t)__ffs((int)beyond) - 1;
+            before += lane_get((unsigned long long)(upto - own), there);
+            pair = first + there;
+            break;
         }
-        if (threadIdx.x == blockDim.x - 1) {
-            job.before[pairs] = before;
-        }
-    }
-    share_t share = {};
-    const uint64_t total = sums[blockDim.x - 1] * job.blocks;
-    const uint32_t warps = share_warps(total, all_warps);
-    if (warp < warps) {
-        share.start = share_start(total, warp, warps);
-        share.left = (uint32_t)(share_start(total, warp + 1, warps) - share.start);
-        uint32_t low = 0, high = blockDim.x; // the first thread whose sum is beyond the start
-        while (low < high) {
-            uint32_t middle = (low + high) / 2;
-            if (sums[middle] * job.blocks > share.start) {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
-        }
-        share.before = (low > 0 ? sums[low - 1] : 0) * job.blocks;
-        share.pair = low * each;
-    }
-    __syncthreads();
-    return share;
-}
-
-// Goes to the first tile of a share that has one.
-__device__ inline void walk_start(const bkv_gpu_attend_t &job, walk_t &walk, const share_t &share) {
-    const uint32_t lane = threadIdx.x % WARP;
-    uint64_t before = share.before, tile = share.start;
-    uint32_t pair = share.pair;
-    while (tile - before >= (uint64_t)pair_tiles(job, pair) * job.blocks) {
-        before += (uint64_t)pair_tiles(job, pair) * job.blocks;
-        pair++;
+        before += lane_get((unsigned long long)upto, WARP - 1);
     }
     uint32_t tiles = pair_tiles(job, pair), within = (uint32_t)((tile - before) % tiles);
     walk_open(job, walk, pair * job.blocks + (uint32_t)((tile - before) / tiles));
@@ -222,6 +169,19 @@ __device__ __forceinline__ span_t walk_span(const walk_t &walk) {
     uint32_t first = group * group_tokens + piece * length;
     uint32_t end = min(min((group + 1) * group_tokens, first + length), walk.now.tokens);
     return {first, end > first ? end - first : 0, group};
+}
+
+// The all-tiles total, by a whole warp.
+__device__ inline uint64_t walk_total(const bkv_gpu_attend_t &job) {
+    uint32_t pairs = job.batch * job.heads;
+    unsigned long long sum = 0;
+    for (uint32_t pair = threadIdx.x % WARP; pair < pairs; pair += WARP) {
+        sum += pair_tiles(job, pair);
+    }
+    for (uint32_t step = WARP / 2; step > 0; step /= 2) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, (int)step);
+    }
+    return sum * job.blocks;
 }
 
 // Where a section's parts lie behind `keys` and `values`. The kind is its own; where it is known, it is a constant.
