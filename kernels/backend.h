@@ -2,7 +2,7 @@
 #ifndef BKV_BACKEND_H
 #define BKV_BACKEND_H
 
-#include "lanes.h"
+#include "cpu/lanes.h"
 #include "record.h"
 
 // The reference backend: portable C, and the definition of the result.
@@ -11,7 +11,7 @@ extern const bkv_backend_t bkv_backend_ref;
 extern const bkv_backend_t bkv_backend_avx2, bkv_backend_avx512, bkv_backend_amx;
 #endif
 
-// Compression on an NVIDIA GPU; see backend_cuda.c.
+// Compression on an NVIDIA GPU; see backend.c.
 extern const bkv_backend_t bkv_backend_cuda;
 
 // The bytes that a balance record of this shape may have: bf16 bytes / rate, rounded down to whole 16 bytes.

@@ -10,7 +10,7 @@
 //   dense4   every token, int4        (about 3.5x)
 //   balance  BalanceKV at a byte rate of 8, 16 or 32 against bf16: protect the outliers, halve the rest by a
 //            self-balancing walk, weight what stays, refit its values to what it stands for, quantise (arXiv 2502.07861;
-//            see balance_ref.c for each stage). Where the rate leaves room for every token, every token is kept
+//            see balance.c for each stage). Where the rate leaves room for every token, every token is kept
 #ifndef BKV_CODEC_H
 #define BKV_CODEC_H
 

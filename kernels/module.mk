@@ -1,22 +1,22 @@
 # kernels/: needs a C compiler only; seal.c also libxxhash, and is left out where that is missing (GPU hosts).
 HAVE_XXHASH := $(shell pkg-config --exists libxxhash 2>/dev/null && echo yes)
-KERNELS_SRC := $(filter-out $(if $(HAVE_XXHASH),,kernels/seal.c),$(wildcard kernels/*.c))
+KERNELS_SRC := $(filter-out $(if $(HAVE_XXHASH),,kernels/seal.c),$(wildcard kernels/*.c kernels/cpu/*.c kernels/cuda/*.c))
 
-# CUDA: *_cuda.cu where there is nvcc, absent_cuda.c elsewhere and in sanitizer builds. `make NVCC=` leaves it out too.
+# CUDA: cuda/*.cu where there is nvcc, cuda/absent.c elsewhere and in sanitizer builds. `make NVCC=` leaves it out too.
 ifeq ($(origin NVCC),undefined)
 NVCC := $(if $(SAN),,$(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 endif
-CUDA_SRC := $(if $(NVCC),$(wildcard kernels/*_cuda.cu))
+CUDA_SRC := $(if $(NVCC),$(wildcard kernels/cuda/*.cu))
 CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/obj/%.cu.o)
 CUDA_ALL := $(if $(NVCC),$(BUILD)/obj/kernels/cuda_all.o)
 CUDA_HOME = $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CUDA_RUNTIME = $(firstword $(wildcard $(CUDA_HOME)/lib64/libcudart_static.a $(CUDA_HOME)/targets/x86_64-linux/lib/libcudart_static.a \
   /usr/lib/x86_64-linux-gnu/libcudart_static.a))
 CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
-NVCC_FLAGS = -std=c++17 -O3 $(CUDA_ARCH) -Werror all-warnings \
+NVCC_FLAGS = -std=c++17 -O3 -Ikernels $(CUDA_ARCH) -Werror all-warnings \
   -Xcompiler -fPIC,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics,-fvisibility=hidden,-Wall,-Wextra,-Werror
 
-KERNELS_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(if $(NVCC),$(filter-out kernels/absent_cuda.c,$(KERNELS_SRC)),$(KERNELS_SRC))) $(CUDA_ALL)
+KERNELS_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(if $(NVCC),$(filter-out kernels/cuda/absent.c,$(KERNELS_SRC)),$(KERNELS_SRC))) $(CUDA_ALL)
 KERNELS_LIB := $(BUILD)/lib/libbkvkernels.a
 KERNELS_LIBS = -lm $(if $(HAVE_XXHASH),$(call libs_of,libxxhash))
 

@@ -1,5 +1,5 @@
 // plan.c - how many bytes a balance record may have, and what they are spent on: each section's share, the tokens it keeps and
-// the bits of an element. balance_ref.c and fold_ref.c then choose the tokens.
+// the bits of an element. balance.c and fold.c then choose the tokens.
 //
 // Which sections the bytes go to matters more than anything else. In the real model of the quality bench (8 layers, 2 KV heads)
 // one of the 16 sections carries nearly all the loss: compressing it alone at 24x moves the text's next-token distribution by

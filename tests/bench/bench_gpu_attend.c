@@ -7,8 +7,8 @@
 // gigabyte of records goes by in each step, eight times the cache. Bytes are those that a step must read: of the planes of
 // one layer, all but the index of kept tokens. bench_gpu_sdpa.py, where there is PyTorch, times its attention over the whole
 // cache in bfloat16; its seconds are read from its output.
-#include "cuda.h"
-#include "gpu.h"
+#include "cuda/bkv_cuda.h"
+#include "cuda/gpu.h"
 #include "tests/bench/report.h"
 
 #include <math.h>

@@ -5,8 +5,8 @@
 // Rates are of payload: bytes of K and V that went in, over the time until the last record was whole. The bytes go round a
 // gigabyte, twenty times the cache, so that none is found there from the time before. bench_gpu_authors.py, where there is
 // PyTorch, times the published algorithm on the same blocks; its seconds are read from its output.
-#include "cuda.h"
-#include "gpu.h"
+#include "cuda/bkv_cuda.h"
+#include "cuda/gpu.h"
 #include "tests/bench/report.h"
 
 #include <math.h>

@@ -1,8 +1,8 @@
 // bench_kernels_compress.c - compression, folding and the Gram matrix on one core, by backend.
 #include "tests/bench/bench_kernels.h"
 
-#include "kernels/cpu.h"
-#include "kernels/lanes.h"
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/lanes.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -72,7 +72,8 @@ static void fold(const void *record, size_t size) {
     bkv_record_id_t id = {0};
     size_t budget = size * 2 / 3, length = 0;
     void *out = room(budget), *workspace = room(bkv_fold_workspace(backend, &record, 1, budget));
-    if (bkv_fold(backend, &record, 1, &id, &(bkv_fold_params_t){.budget = budget, .seed = 1}, out, workspace, &length, NULL) == BKV_OK) {
+    if (bkv_fold(backend, &record, 1, &id, &(bkv_fold_params_t){.budget = budget, .seed = 1}, out, workspace, &length, NULL) ==
+        BKV_OK) {
         require(length <= budget && bkv_record_check(out, length, NULL) == BKV_OK);
     }
     free(workspace);

@@ -1,7 +1,7 @@
 // support.c - see support.h.
 #include "support.h"
 
-#include "gpu.h"
+#include "cuda/gpu.h"
 
 #include <math.h>
 #include <stdarg.h>

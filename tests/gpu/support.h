@@ -3,7 +3,7 @@
 #ifndef BKV_TESTS_GPU_SUPPORT_H
 #define BKV_TESTS_GPU_SUPPORT_H
 
-#include "cuda.h"
+#include "cuda/bkv_cuda.h"
 
 // Checks: a failed one says what it saw and is counted; the program goes on.
 void check_begin(const char *name);

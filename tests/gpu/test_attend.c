@@ -8,7 +8,7 @@
 // only what some codec writes.
 #include "support.h"
 
-#include "gpu.h"
+#include "cuda/gpu.h"
 #include "record.h"
 
 #include <math.h>

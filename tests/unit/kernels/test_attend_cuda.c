@@ -1,6 +1,6 @@
 // test_attend_cuda.c - what bkv_cuda_attend says and needs before any device is asked; tests/gpu/test_attend.c has the rest.
-#include "attend_gpu.h"
-#include "device_cuda.h"
+#include "cuda/attend_gpu.h"
+#include "cuda/device.h"
 
 #include <criterion/criterion.h>
 #include <math.h>

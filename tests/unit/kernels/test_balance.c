@@ -1,6 +1,6 @@
-// test_balance.c - kernels/selection_ref.c, walk_ref.c, write_ref.c and balance_ref.c: how many tokens stay, which, with what
+// test_balance.c - kernels/cpu/selection.c, walk.c, write.c and balance.c: how many tokens stay, which, with what
 // weight, and that the walk does better than chance, measured in float64.
-#include "balance.h"
+#include "cpu/balance.h"
 
 #include "oracle.h"
 

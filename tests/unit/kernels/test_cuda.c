@@ -1,8 +1,8 @@
-// test_cuda.c - what of cuda.h can be seen without a device: that its absence is an answer, and what a status says. The kernels
+// test_cuda.c - what of bkv_cuda.h can be seen without a device: that its absence is an answer, and what a status says. The kernels
 // themselves are tested by tests/gpu, on a machine that has one.
-#include "cuda.h"
+#include "cuda/bkv_cuda.h"
 
-#include "gpu.h"
+#include "cuda/gpu.h"
 
 #include <criterion/criterion.h>
 #include <string.h>

@@ -1,4 +1,4 @@
-// test_fold.c - kernels/fold_ref.c: budgets hold, what fits is concatenated, indices and weights speak of source tokens.
+// test_fold.c - kernels/cpu/fold.c: budgets hold, what fits is concatenated, indices and weights speak of source tokens.
 #include "codec.h"
 
 #include "oracle.h"

@@ -1,9 +1,9 @@
 // test_lanes.c - kernels/lanes_*.c: every table of inner loops that this machine can run, against float64 and, where results are
 // the same to the bit, against ref. What the machine lacks is said.
-#include "lanes.h"
+#include "cpu/lanes.h"
 
 #include "convert.h"
-#include "cpu.h"
+#include "cpu/cpu.h"
 #include "oracle.h"
 #include "quant.h"
 #include "record.h"

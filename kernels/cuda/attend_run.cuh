@@ -1,0 +1,206 @@
+// attend_run.cuh - internal: the kernel around attend_fast.cuh: a warp's way through its tiles, and what it leaves
+// behind for each part of the work.
+#ifndef BKV_ATTEND_RUN_CUDA_CUH
+#define BKV_ATTEND_RUN_CUDA_CUH
+
+#include "attend_fast.cuh"
+
+// Takes one tile into the running result.
+template <class F> __device__ __forceinline__ void tile_take(F &f, const uint8_t *shared, const stage_t &stage) {
+    const bool whole = stage.count > BKV_GPU_TILE_MAX - BKV_GPU_TILE_STEP;
+    float s[SUBS][4], largest[2];
+    switch (key_kind(stage.shape)) {
+    case BKV_GPU_BITS2:
+        tile_logits<BKV_GPU_BITS2, false>(f, shared, stage, s, largest);
+        break;
+    case BKV_GPU_BITS3:
+        if (whole) {
+            tile_logits<BKV_GPU_BITS3, true>(f, shared, stage, s, largest);
+        } else {
+            tile_logits<BKV_GPU_BITS3, false>(f, shared, stage, s, largest);
+        }
+        break;
+    case BKV_GPU_BITS4:
+        tile_logits<BKV_GPU_BITS4, false>(f, shared, stage, s, largest);
+        break;
+    case BKV_GPU_BITS8:
+        tile_logits<BKV_GPU_BITS8, false>(f, shared, stage, s, largest);
+        break;
+    case BKV_GPU_BF16:
+        tile_logits<BKV_GPU_BF16, false>(f, shared, stage, s, largest);
+        break;
+    default:
+        tile_logits<BKV_GPU_FP16, false>(f, shared, stage, s, largest);
+        break;
+    }
+    fast_rescale(f, largest, tile_exponent<F>(shared, stage));
+    switch (value_kind(stage.shape)) {
+    case BKV_GPU_BITS2:
+        return tile_values<BKV_GPU_BITS2, false>(f, shared, stage, s);
+    case BKV_GPU_BITS3:
+        if (whole) {
+            return tile_values<BKV_GPU_BITS3, true>(f, shared, stage, s);
+        }
+        return tile_values<BKV_GPU_BITS3, false>(f, shared, stage, s);
+    case BKV_GPU_BITS4:
+        return tile_values<BKV_GPU_BITS4, false>(f, shared, stage, s);
+    case BKV_GPU_BITS8:
+        return tile_values<BKV_GPU_BITS8, false>(f, shared, stage, s);
+    case BKV_GPU_BF16:
+        return tile_values<BKV_GPU_BF16, false>(f, shared, stage, s);
+    default:
+        return tile_values<BKV_GPU_FP16, false>(f, shared, stage, s);
+    }
+}
+
+// Sixteen channels of lanes g and g ^ 1 from the order of three-bit codes into their own: half a word's codes, five of each
+// word, change places with the channels [16 g, 16 g + 16).
+__device__ __forceinline__ void channels_straighten(float *x) {
+    const bool upper = threadIdx.x / 4 % 2;
+    float y[PAIRS], other[6];
+#pragma unroll
+    for (int i = 0; i < 6; i++) {
+        other[i] = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i < 5 ? 10 + i : 15], 4);
+    }
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        float low = i < 5 ? x[i] : i < 10 ? other[i - 5] : i < 15 ? x[i - 5] : other[5];
+        float high = i < 4 ? x[6 + i] : i < 9 ? other[i - 4] : i < 14 ? x[i + 1] : i < 15 ? other[5] : x[15];
+        y[i] = upper ? high : low;
+    }
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        x[i] = y[i];
+    }
+}
+
+// The running result of a part: [columns][value_dim] sums that are relative to the largest logit, which follows them, and
+// then the sum of weights. more: there is something already, from values of another kind.
+template <class F>
+__device__ __forceinline__ void fast_write(const bkv_gpu_attend_t &job, F &f, uint32_t warp, uint32_t part, uint32_t kind,
+                                           bool more) {
+    const uint32_t lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4;
+    const bool upper = g / 4; // half of the channels
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) {
+            f.sum[j] += __shfl_xor_sync(ALL_LANES, f.sum[j], step);
+#pragma unroll
+            for (int v = 0; v < F::CHUNKS * F::HALVES; v++) {
+                float *zero = &f.zero[0][0][0] + 2 * v + j;
+                *zero += __shfl_xor_sync(ALL_LANES, *zero, step);
+            }
+        }
+        uint32_t column = 2 * (F::TWICE ? c % 2 : c) + j;
+        float *row = part_at(job, warp, part) + column * (F::VALUE_DIM + 4);
+        float before = more ? row[F::VALUE_DIM] : -INFINITY, sum = more ? row[F::VALUE_DIM + 1] : 0;
+        __syncwarp();
+        float top = fmaxf(before, f.top[j]);
+        float keep = before == -INFINITY ? 0 : exp2_fast(before - top),
+              gain = f.top[j] == -INFINITY ? 0 : exp2_fast(f.top[j] - top + (float)f.exponent);
+#pragma unroll
+        for (int v = 0; v < F::CHUNKS; v++) {
+            float x[PAIRS];
+            float zero = upper ? f.zero[v][F::HALVES - 1][j] : f.zero[v][0][j];
+#pragma unroll
+            for (int e = 0; e < PAIRS; e++) {
+                int shift = kind_native((int)kind) ? 0 : 24 - kind_shift((int)kind, e);
+                float sums = upper ? f.out[v][F::HALVES - 1][e / 2][e % 2 * 2 + j] : f.out[v][0][e / 2][e % 2 * 2 + j];
+                x[e] = (sums * exp2f((float)shift) + zero) * gain;
+            }
+            if (kind == BKV_GPU_BITS3) {
+                channels_straighten(x);
+            }
+            if (128 * v + 16 * g < F::VALUE_DIM && (!F::TWICE || c / 2 == upper)) {
+                float4 *at = (float4 *)(row + 128 * v + 16 * g);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float4 old = more ? at[i] : make_float4(0, 0, 0, 0);
+                    at[i] = make_float4(old.x * keep + x[4 * i], old.y * keep + x[4 * i + 1], old.z * keep + x[4 * i + 2],
+                                        old.w * keep + x[4 * i + 3]);
+                }
+            }
+        }
+        if (g == 0 && (!F::TWICE || c < 2)) {
+            row[F::VALUE_DIM] = top;
+            row[F::VALUE_DIM + 1] = sum * keep + f.sum[j] * gain;
+        }
+    }
+}
+
+template <int KEY_DIM, int VALUE_DIM, int COLUMNS, int WARPS>
+__global__ void __launch_bounds__(WARPS *WARP, 1) attend_fast(const __grid_constant__ bkv_gpu_attend_t job) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    // Warps that follow one another are on different multiprocessors, so that little work uses many.
+    const uint32_t own = threadIdx.x / WARP, warp = own * gridDim.x + blockIdx.x;
+    const uint64_t total = walk_total(job);
+    const uint32_t warps = share_warps(total, gridDim.x * (blockDim.x / WARP));
+    if (warp >= warps) {
+        return;
+    }
+    const uint64_t start = share_start(total, warp, warps);
+    uint32_t left = (uint32_t)(share_start(total, warp + 1, warps) - start);
+    uint32_t to = BKV_GPU_BARRIERS_ROOM + own * 2 * job.stage, other = to + job.stage;
+    fast_t<KEY_DIM, VALUE_DIM, COLUMNS> f;
+    walk_t walk;
+    stage_t stage, next = {};
+    copies_t copies, others;
+    copies_open(copies, shared, 2 * own);
+    copies_open(others, shared, 2 * own + 1);
+    walk_start(job, walk, start);
+    stage_fill<KEY_DIM, VALUE_DIM>(walk, shared, to, copies, stage);
+    copies_commit();
+    uint32_t part = stage.part, kind = value_kind(stage.shape);
+    bool more = false;
+    query_open(job, part, f);
+    fast_reset(f);
+    for (;;) {
+        if (left > 1) {
+            walk_next(job, walk);
+            stage_fill<KEY_DIM, VALUE_DIM>(walk, shared, other, others, next);
+        }
+        copies_commit();
+        if (stage.part != part || value_kind(stage.shape) != kind) {
+            fast_write(job, f, warp, part, kind, more);
+            more = stage.part == part;
+            kind = value_kind(stage.shape);
+            if (!more) {
+                part = stage.part;
+                query_open(job, part, f);
+            }
+            fast_reset(f);
+        }
+        copies_wait(copies, stage.count > 0);
+        if (stage.count > 0) {
+            tile_take(f, shared, stage);
+        }
+        if (--left == 0) {
+            break;
+        }
+        __syncwarp(); // all have read the tile before the next but one comes over it
+        stage = next;
+        uint32_t swap = to;
+        to = other;
+        other = swap;
+        copies_t copies_swap = copies;
+        copies = others;
+        others = copies_swap;
+    }
+    fast_write(job, f, warp, part, kind, more);
+}
+
+// Starts the kernel for these dims.
+template <int KEY_DIM, int VALUE_DIM, int COLUMNS, int WARPS>
+int fast_launch(const bkv_gpu_attend_t *job, cudaStream_t stream) {
+    auto *kernel = attend_fast<KEY_DIM, VALUE_DIM, COLUMNS, WARPS>;
+    int bytes = (int)(BKV_GPU_BARRIERS_ROOM + 2 * job->stage * job->thread_block_warps);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) {
+        return (int)error;
+    }
+    kernel<<<job->thread_blocks, job->thread_block_warps * WARP, (size_t)bytes, stream>>>(*job);
+    return (int)cudaGetLastError();
+}
+
+#endif
