@@ -58,7 +58,8 @@ def parse():
 
 
 def plan(options):
-    """[(tokens, text, seed, questions)], longest contexts first, so that no process is left with one at the end."""
+    """[(tokens, text, seed, questions)], longest contexts first, so that no process is left with one at the end, and both kinds
+    in turn, so that a limit leaves some of each."""
     jobs = []
     for word in options.lengths.split(","):
         tokens, facts, plain = numbers(word.replace(":", ","))
@@ -68,8 +69,9 @@ def plan(options):
         questions = options.questions or (QUESTIONS_LONG if tokens > 8192 else QUESTIONS)
         for i in range(facts + plain):
             seed = options.seeds[i % len(options.seeds)] * 1000 + i
-            jobs.append((tokens, texts[i % len(texts)], seed, questions if i < facts else 0))
-    return sorted(jobs, key=lambda job: -job[0])
+            turn = i / facts if i < facts else (i - facts) / plain
+            jobs.append((-tokens, turn, (tokens, texts[i % len(texts)], seed, questions if i < facts else 0)))
+    return [job for _, _, job in sorted(jobs)]
 
 
 def work(options, jobs):
