@@ -4,9 +4,11 @@
 // other factor:
 //   keys    <q, k_t> = sum_i (q_i scale_i) code_ti + <q, zero>        scale and zero of a channel, one set a key group
 //   values  sum_t p_t v_ti = sum_t (p_t scale_tg) code_ti + sum_t p_t zero_tg      of a token and its 64 channels g
-// The factors in brackets are rounded to integers of 24 (keys) and 16 bits (values) with one unit for each query, and cut into
-// signed bytes, "digits". Codes (unsigned bytes) times digits is what vpdpbusd and the tiles of AMX multiply exactly; the only
-// errors are those roundings, 2^-23 and 2^-15 of the largest factor.
+// The factors in brackets are rounded to integers and cut into signed bytes, "digits". Codes (unsigned bytes) times digits is
+// what vpdpbusd and the tiles of AMX multiply exactly; the only errors are those roundings:
+//   keys    three digits: 2^-23 of the query's largest element times the group's largest scale
+//   values  two digits: 2^-15 of the largest factor of a query within a batch of tokens
+// The second unit has to be found by looking at every factor: tokens that take most of the attention often have tiny values.
 //
 // Codes are never put in their order. One vpmultishiftqb cuts 64 fields out of 64 packed bytes wherever they lie; the
 // fields of all phases together are "slots", and the queries are brought into the order of the slots instead, once a call. The
