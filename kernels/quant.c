@@ -155,7 +155,7 @@ void bkv_quant_key_group(const float *rows, uint32_t count, uint32_t dim, uint32
         params_choose(low[i], high[i], bits, params + 4 * (size_t)i, &inverse[i], &zero[i]);
     }
     float top = (float)((1u << bits) - 1u);
-    uint8_t row_codes[BKV_MAX_DIM];
+    uint8_t row_codes[BKV_MAX_DIM] = {0};
     for (uint32_t t = 0; t < count; t++) {
         const float *row = rows + (size_t)t * dim;
         for (uint32_t i = 0; i < dim; i++) {

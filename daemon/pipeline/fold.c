@@ -70,7 +70,7 @@ static bkv_status_t survey(fold_t *fold, bkv_error_t *err) {
     if (fold->blocks != NULL) {
         return BKV_OK;
     }
-    fold->blocks = malloc(fold->count * sizeof(fold->blocks[0]));
+    fold->blocks = calloc(fold->count, sizeof(fold->blocks[0]));
     fold->before = malloc((fold->count + (size_t)1) * sizeof(fold->before[0]));
     if (fold->blocks == NULL || fold->before == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for %u", fold->count);

@@ -2,6 +2,7 @@
 // for: AVX-512 or AVX2 with FMA. Rows are padded with zeros to whole vectors.
 #ifndef BKV_ATTEND_FLOAT_H
 #define BKV_ATTEND_FLOAT_H
+#if defined(__AVX2__) && defined(__FMA__) // empty for anything else
 
 #include <immintrin.h>
 #include <stddef.h>
@@ -181,4 +182,5 @@ static inline float bkv_float_top(const float *logits, uint32_t count) {
 #endif
 }
 
+#endif
 #endif

@@ -416,7 +416,7 @@ static bool score_codes(bkv_keys_t *keys, const bkv_products_t *products, const 
     const bkv_key_order_t *order = order_get(keys, bits);
     float largest = params_load(keys, order, piece->key_params);
     uint32_t quads = (keys->rows + QUAD - 1) / QUAD;
-    unit_t unit[BKV_ATTEND_QUADS * QUAD];
+    unit_t unit[BKV_ATTEND_QUADS * QUAD] = {{0}};
     for (uint32_t quad = 0; quad < quads; quad++) {
         digits_make(keys, order, quad, quads, largest, unit + (size_t)quad * QUAD, ahead);
     }

@@ -23,6 +23,7 @@
 #define LARGER_SIZE 0x0b
 
 static uint32_t phases_of(uint32_t bits) {
+    assert(bits >= 2 && bits <= 8);
     return bits == 3 ? 3 : 8 / bits;
 }
 

@@ -217,7 +217,7 @@ class Operations(Case):
                     for head in range(heads):
                         sections = [b[first + layer, head // 3] for b in blocks]
                         want, want_lse = record.attend(sections, q[layer, head], scale or None)
-                        self.assertTrue(np.allclose(out[layer, head], want, rtol=2e-4, atol=2e-5))
+                        self.assertTrue(np.linalg.norm(out[layer, head] - want) <= 1e-3 * np.linalg.norm(want))
                         self.assertTrue(np.allclose(lse[layer, head], want_lse, rtol=2e-5, atol=2e-5))
 
     def test_pin_holds_a_lease_and_unpin_ends_it(self):
