@@ -426,13 +426,13 @@ static bool score_codes(bkv_keys_t *keys, const bkv_products_t *products, const 
     bool finite = true;
     for (uint32_t i = 0; i * some < count + 2 * some; i++) {
         uint32_t first = i * some, end = first + some < count ? first + some : count;
-        if (first < count) {
-            tiles_unpack(order, rows, first, end, keys->codes + i % 2 * codes, ahead);
-        }
         if (i >= 1 && first - some < count) {
             uint32_t tokens = count - (first - some) < some ? count - (first - some) : some;
             products->scores(keys->codes + (i - 1) % 2 * codes, keys->digits, (tokens + TOKENS - 1) / TOKENS,
                              order->chunks * order->phases, quads, keys->sums + (size_t)((i - 1) % 2) * SUMS);
+        }
+        if (first < count) {
+            tiles_unpack(order, rows, first, end, keys->codes + i % 2 * codes, ahead);
         }
         if (i >= 2 && first - 2 * some < count) {
             uint32_t last = first - some < count ? first - some : count;

@@ -292,15 +292,18 @@ static inline void chunk_unpack(run_t *run, uint32_t offset, uint32_t bytes, con
         const uint8_t *row = piece->values + run->at * stride + offset;
         uint32_t whole = whole_fours(piece, run->at, offset), end = i + whole < 16 ? i + whole : 16;
         run->at += 4 * (end - i);
-        for (; i % 4 == 0 && i + 4 <= end; i += 4) { // place_of_four, four at once
-            for (uint32_t j = 0; j < 4; j++, row += 4 * stride) {
+        while (i < end) {
+            if (i % 4 != 0 || i + 4 > end) {
+                fields_cut(four_load(row, stride), shifts, mask, phases, codes + place_of_four[i++]);
+                row += 4 * stride;
+                continue;
+            }
+            for (uint32_t j = 0; j < 4; j++, row += 4 * stride) { // place_of_four, four at once
                 fields_cut(four_load(row, stride), shifts, mask, phases, codes + (size_t)(i / 4 + 4 * j) * LINE);
             }
+            i += 4;
             bkv_ahead_step(ahead);
             steps--;
-        }
-        for (; i < end; i++, row += 4 * stride) {
-            fields_cut(four_load(row, stride), shifts, mask, phases, codes + place_of_four[i]);
         }
         bool few = i < 16 && run->at < piece->count;
         if (few) {
