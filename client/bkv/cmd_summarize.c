@@ -15,10 +15,10 @@
 #define DEFAULT_WINDOW       64
 #define DEFAULT_BLOCK_TOKENS 256
 
-// With a profile, --rate is the fold's. Its blocks are kept whole until they are folded, as int4 unless --codec says otherwise.
+// With a profile, --rate is the fold's. Its blocks are kept whole until they are folded, as int8 unless --codec says otherwise.
 static bkv_status_t cool_options(bkv_cli_t *cli, bool rate, bkv_summarize_t *options, bkv_error_t *err) {
     if (!bkv_cli_given(cli, BKV_OPT_codec)) {
-        options->params.codec = BKV_CODEC_DENSE4;
+        options->params.codec = BKV_CODEC_DENSE8;
     }
     if (options->params.codec == BKV_CODEC_BALANCE) {
         return bkv_cli_usage(cli, err, "--codec: with --profile it is that of whole blocks: raw, dense8 or dense4");

@@ -133,7 +133,7 @@ class CommandLine(Case):
 
     def test_fold_and_summarize_agree(self):
         """The daemon's bands and those made off-line hold the same."""
-        self.bkv("put", self.trace, "--codec", "dense4", "--window", 256, "--keys", self.path("keys.json"))
+        self.bkv("put", self.trace, "--codec", "dense8", "--window", 256, "--keys", self.path("keys.json"))
         made = self.bkv("fold", "--keys", self.path("keys.json"), "--rate", 16, "--profile", "512:4,:24", "--out",
                         self.path("fold.safetensors"))
         self.assertEqual(len(made["records"]), 2)

@@ -25,7 +25,8 @@ class Spec(c.Structure):
     _fields_ = [("model", c.c_char_p), ("layers", c.c_uint32), ("kv_heads", c.c_uint32), ("key_dim", c.c_uint32),
                 ("value_dim", c.c_uint32), ("dtype", c.c_int), ("block_tokens", c.c_uint32), ("tenant", c.c_char_p),
                 ("tp_rank", c.c_uint32), ("tp_size", c.c_uint32), ("codec", c.c_int), ("rate", c.c_uint32),
-                ("sink_tokens", c.c_uint32), ("no_sink", c.c_bool), ("seed", c.c_uint64)]
+                ("sink_tokens", c.c_uint32), ("no_sink", c.c_bool), ("seed", c.c_uint64), ("shares", c.c_char_p),
+                ("share_count", c.c_size_t)]
 
 
 Key, SpecId = c.c_uint8 * 32, c.c_uint8 * 16

@@ -33,9 +33,10 @@ def one_piece(rate):
 
 
 def fold(profile=None):
-    """dense4 blocks, folded under a budget: to one record, or to several by a profile of ages ("auto:RATE": our own)."""
+    """dense8 blocks, as int4 ones have lost some places already, folded under a budget: to one record, or to several by a
+    profile of ages ("auto:RATE": our own)."""
     def store(kernels, k, v, budget, seed):
-        records = kernels.compress_blocks(k, v, BLOCK_TOKENS, "dense4", seed=seed)
+        records = kernels.compress_blocks(k, v, BLOCK_TOKENS, "dense8", seed=seed)
         return kernels.fold_prefix(records, budget, profile, seed)
     return store
 
