@@ -23,7 +23,7 @@
     X(memory, staging, SIZE, "256M", false, "memory for payloads on their way to a codec")                                     \
     X(memory, tenant_quota, SIZE, "0", true, "bytes a tenant may hold; 0: no limit. [tenant NAME] quota overrides")            \
     X(memory, ttl, MS, "0", true, "time to live of blocks that give none; 0: until evicted")                                   \
-    X(compute, backend, STRING, "auto", false, "kernels: auto or ref")                                                         \
+    X(compute, backend, STRING, "auto", false, "kernels: auto (the best that this CPU has), ref, avx2, avx512, amx or cuda")   \
     X(compute, threads, U32, "0", false, "compute threads; 0: one per CPU")                                                    \
     X(compute, max_jobs, U32, "1024", false, "blocks waiting for a compute thread; beyond it UNAVAILABLE")                     \
     X(limits, rpc_threads, U32, "0", false, "threads that serve gRPC completion queues; 0: one for every 4 CPUs, at most 8")   \

@@ -86,7 +86,7 @@ typedef struct bkv_cli_range {
       "fold by age: AGE:RATE,...,:RATE, newest first (512:4,2048:8,:32), or auto: the best known for --rate")                  \
     X(ttl, "ttl", MS, "TIME", TTL, "put: time to live (default the daemon's); pin: length of the lease (default 60s)")         \
     X(window, "window", U32, "N", WINDOW, "newest tokens to leave out (put, default 0) or pass exactly (summarize, 64)")       \
-    X(backend, "backend", STRING, "NAME", LOCAL, "kernels to use: auto or ref (default auto)")                                 \
+    X(backend, "backend", STRING, "NAME", LOCAL, "kernels to use: auto, ref, avx2, avx512, amx or cuda (default auto)")        \
     X(threads, "threads", U32, "N", LOCAL, "threads (default one per CPU)")                                                    \
     X(parallel, "parallel", U32, "N", PARALLEL, "calls in flight at once (default 4)")                                         \
     X(queries, "queries", STRING, "FILE", QUERIES, "safetensors file with q.N [query heads, tokens, dim]")                     \
