@@ -5,7 +5,7 @@
 // pair of its 32 elements, a row with that pair of 16 columns ("by pairs"): its transpose in units of 32 bits.
 #include "lanes.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__x86_64__)
 
 #include "lanes_amx.h"
 #include "lanes_kernel.h"
