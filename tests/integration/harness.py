@@ -2,8 +2,11 @@
 
 Each test_*.py runs by itself, see support/runner.py: `/usr/bin/python3 tests/integration/test_interop.py [name...]`.
 """
+import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import unittest
 
@@ -12,7 +15,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import grpc
 import numpy as np
 
-from support import record, wire
+from support import ROOT, built, record, wire
 from support.daemon import Daemon
 from support.runner import run
 from support.wire import Client, pb
@@ -97,3 +100,25 @@ class Case(unittest.TestCase):
     def gauges(self, *names):
         stats = self.client.stats()
         return {name: stats[name] for name in names}
+
+
+class CommandLineCase(Case):
+    """bkv against the case's daemon, on the trace of tests/data, in a folder of its own."""
+
+    timeout_s = 60
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.trace = os.path.join(ROOT, "tests", "data", "trace.safetensors")
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def bkv(self, *words, code=0):
+        done = subprocess.run([built("bin", "bkv"), "--endpoint", self.daemon.target, "--json", *map(str, words)],
+                              capture_output=True, text=True, timeout=self.timeout_s)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return json.loads(done.stdout if code == 0 else done.stderr)

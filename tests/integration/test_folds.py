@@ -1,11 +1,9 @@
 """Folds by age: what they promise to a stock gRPC client, what they cost, and the command line that asks for them."""
 import json
-import os
 import subprocess
-import tempfile
 
-from harness import (Case, Code, HEADS, KEY_DIM, LAYERS, TOKENS, VALUE_DIM, key, np, payload, pb, record, run)
-from support import ROOT, built, safetensors
+from harness import (Case, Code, CommandLineCase, HEADS, KEY_DIM, LAYERS, TOKENS, VALUE_DIM, key, np, payload, pb, record, run)
+from support import built, safetensors
 
 PROFILE = [(2 * TOKENS, 4), (6 * TOKENS, 8), (0, 24)]
 TOKEN_BYTES = LAYERS * HEADS * (KEY_DIM + VALUE_DIM) * 2  # as bf16
@@ -112,24 +110,8 @@ class Folds(Case):
         self.assert_error(Code.NOT_FOUND, "keys[4]", self.client.bands, spec_id, keys + [key(1599)], PROFILE, rate=8)
 
 
-class CommandLine(Case):
+class CommandLine(CommandLineCase):
     """bkv put, fold and summarize on a small trace."""
-
-    def setUp(self):
-        super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = folder.name
-        self.trace = os.path.join(ROOT, "tests", "data", "trace.safetensors")
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
-    def bkv(self, *words, code=0):
-        done = subprocess.run([built("bin", "bkv"), "--endpoint", self.daemon.target, "--json", *map(str, words)],
-                              capture_output=True, text=True, timeout=60)
-        self.assertEqual(done.returncode, code, done.stderr)
-        return json.loads(done.stdout if code == 0 else done.stderr)
 
     def test_fold_and_summarize_agree(self):
         """The daemon's bands and those made off-line hold the same."""

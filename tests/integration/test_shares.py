@@ -1,11 +1,9 @@
 """Shares: a spec says which heads a record's bytes go to. Over the wire, from the command line, and measured by calibrate."""
 import json
-import os
 import subprocess
-import tempfile
 
-from harness import Case, Code, HEADS, LAYERS, SPEC, TOKENS, key, np, payload, pb, record, run
-from support import ROOT, built, safetensors
+from harness import Case, Code, CommandLineCase, HEADS, LAYERS, SPEC, TOKENS, key, np, payload, pb, record, run
+from support import built, safetensors
 
 SHARES = bytes([20, 40, 255, 40, 20, 1])
 
@@ -57,24 +55,10 @@ class Shares(Case):
         self.assertTrue(divided[1, 0] > divided[0, 1] > divided[0, 0] > divided[2, 1] >= 1, divided)
 
 
-class CommandLine(Case):
+class CommandLine(CommandLineCase):
     """bkv calibrate, and --shares of put, summarize and those that read the keys file."""
 
-    def setUp(self):
-        super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = folder.name
-        self.trace = os.path.join(ROOT, "tests", "data", "trace.safetensors")
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
-    def bkv(self, *words, code=0):
-        done = subprocess.run([built("bin", "bkv"), "--endpoint", self.daemon.target, "--json", *map(str, words)],
-                              capture_output=True, text=True, timeout=120)
-        self.assertEqual(done.returncode, code, done.stderr)
-        return json.loads(done.stdout if code == 0 else done.stderr)
+    timeout_s = 120
 
     def local(self, *words, code=0):
         done = subprocess.run([built("bin", "bkv"), *map(str, words), "--json"], capture_output=True, text=True, timeout=120)

@@ -3,6 +3,7 @@
 
 #include <criterion/criterion.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -282,4 +283,16 @@ double oracle_attend(const oracle_section_t *sections, uint32_t count, const flo
         }
     }
     return top + log(sum);
+}
+
+void oracle_on_every_backend(void (*check)(const bkv_backend_t *backend)) {
+    static const char *const names[] = {"ref", "avx2", "avx512", "amx"};
+    for (int i = 0; i < 4; i++) {
+        const bkv_backend_t *backend = bkv_backend_get(names[i]);
+        if (backend) {
+            check(backend);
+        } else {
+            fprintf(stderr, "SKIPPED: %s, which this machine does not have\n", names[i]);
+        }
+    }
 }

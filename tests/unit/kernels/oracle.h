@@ -51,4 +51,7 @@ double oracle_attend(const oracle_section_t *sections, uint32_t count, const flo
 // Code i of a packed row of `dim` codes, bit by bit.
 uint32_t oracle_code(const uint8_t *row, uint32_t dim, uint32_t bits, uint32_t i);
 
+// Calls check with every CPU backend; says aloud which ones this machine does not have.
+void oracle_on_every_backend(void (*check)(const bkv_backend_t *backend));
+
 #endif

@@ -7,7 +7,6 @@
 #include <criterion/criterion.h>
 #include <float.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,18 +16,6 @@ static bkv_status_t attend(const bkv_backend_t *backend, const void *const *reco
     bkv_status_t status = bkv_attend(backend, records, count, args, workspace, err);
     free(workspace);
     return status;
-}
-
-static void on_every_backend(void (*check)(const bkv_backend_t *backend)) {
-    static const char *const names[] = {"ref", "avx2", "avx512", "amx"};
-    for (int i = 0; i < 4; i++) {
-        const bkv_backend_t *backend = bkv_backend_get(names[i]);
-        if (backend) {
-            check(backend);
-        } else {
-            fprintf(stderr, "SKIPPED: %s, which this machine does not have\n", names[i]);
-        }
-    }
 }
 
 typedef struct fixture {
@@ -96,7 +83,7 @@ static void check_equals_float64_over_one_and_several_records(const bkv_backend_
 }
 
 Test(attend, equals_float64_over_one_and_several_records) {
-    on_every_backend(check_equals_float64_over_one_and_several_records);
+    oracle_on_every_backend(check_equals_float64_over_one_and_several_records);
 }
 
 static void check_takes_the_scale_it_is_given(const bkv_backend_t *backend) {
@@ -108,7 +95,7 @@ static void check_takes_the_scale_it_is_given(const bkv_backend_t *backend) {
 }
 
 Test(attend, takes_the_scale_it_is_given) {
-    on_every_backend(check_takes_the_scale_it_is_given);
+    oracle_on_every_backend(check_takes_the_scale_it_is_given);
 }
 
 static void check_sharp_softmaxes_do_not_overflow(const bkv_backend_t *backend) {
@@ -122,7 +109,7 @@ static void check_sharp_softmaxes_do_not_overflow(const bkv_backend_t *backend) 
 }
 
 Test(attend, sharp_softmaxes_do_not_overflow) {
-    on_every_backend(check_sharp_softmaxes_do_not_overflow);
+    oracle_on_every_backend(check_sharp_softmaxes_do_not_overflow);
 }
 
 static void check_partial_results_merge_to_the_whole(const bkv_backend_t *backend) {
@@ -141,7 +128,7 @@ static void check_partial_results_merge_to_the_whole(const bkv_backend_t *backen
 }
 
 Test(attend, partial_results_merge_to_the_whole) {
-    on_every_backend(check_partial_results_merge_to_the_whole);
+    oracle_on_every_backend(check_partial_results_merge_to_the_whole);
 }
 
 Test(attend, merging_with_nothing_changes_nothing) {
@@ -188,7 +175,7 @@ static void check_bad_arguments_name_their_field(const bkv_backend_t *backend) {
 }
 
 Test(attend, bad_arguments_name_their_field) {
-    on_every_backend(check_bad_arguments_name_their_field);
+    oracle_on_every_backend(check_bad_arguments_name_their_field);
 }
 
 static void check_records_must_go_together(const bkv_backend_t *backend) {
@@ -209,5 +196,5 @@ static void check_records_must_go_together(const bkv_backend_t *backend) {
 }
 
 Test(attend, records_must_go_together) {
-    on_every_backend(check_records_must_go_together);
+    oracle_on_every_backend(check_records_must_go_together);
 }

@@ -8,21 +8,8 @@
 
 #include <criterion/criterion.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-static void on_every_backend(void (*check)(const bkv_backend_t *backend)) {
-    static const char *const names[] = {"ref", "avx2", "avx512", "amx"};
-    for (int i = 0; i < 4; i++) {
-        const bkv_backend_t *backend = bkv_backend_get(names[i]);
-        if (backend) {
-            check(backend);
-        } else {
-            fprintf(stderr, "SKIPPED: %s, which this machine does not have\n", names[i]);
-        }
-    }
-}
 
 static const bkv_codec_params_t balance16 = {.codec = BKV_CODEC_BALANCE, .rate = 16, .sink = 4, .seed = 4};
 
@@ -111,7 +98,7 @@ static void check_quality(const bkv_backend_t *backend) {
 }
 
 Test(backends, attention_is_as_good_as_by_ref) {
-    on_every_backend(check_quality);
+    oracle_on_every_backend(check_quality);
 }
 
 static void check_dense(const bkv_backend_t *backend) {
@@ -131,7 +118,7 @@ static void check_dense(const bkv_backend_t *backend) {
 }
 
 Test(backends, dense_codecs_are_the_same_to_the_bit) {
-    on_every_backend(check_dense);
+    oracle_on_every_backend(check_dense);
 }
 
 static void check_alone(const bkv_backend_t *backend) {
@@ -163,7 +150,7 @@ static void check_alone(const bkv_backend_t *backend) {
 }
 
 Test(backends, sections_depend_on_nothing_else) {
-    on_every_backend(check_alone);
+    oracle_on_every_backend(check_alone);
 }
 
 static void check_strides(const bkv_backend_t *backend) {
@@ -193,7 +180,7 @@ static void check_strides(const bkv_backend_t *backend) {
 }
 
 Test(backends, strides_do_not_matter) {
-    on_every_backend(check_strides);
+    oracle_on_every_backend(check_strides);
 }
 
 enum { CHILDREN = 5 };
@@ -243,5 +230,5 @@ static void check_fold(const bkv_backend_t *backend) {
 }
 
 Test(backends, folds_are_as_good_as_by_ref) {
-    on_every_backend(check_fold);
+    oracle_on_every_backend(check_fold);
 }
