@@ -137,7 +137,7 @@ static bkv_status_t find_record(const fold_t *fold, const bkv_key_t *key, bkv_de
 }
 
 static bkv_status_t make_band(fold_t *fold, const bkv_cool_band_t *band, const bkv_key_t *key, bkv_scratch_t *scratch,
-                              bkv_error_t *err) {
+                              bkv_pin_t *pin, bkv_error_t *err) {
     bkv_status_t status = survey(fold, err);
     bkv_fold_run_t run = {.model = fold->model,
                           .keys = fold->keys + band->first,
@@ -145,7 +145,7 @@ static bkv_status_t make_band(fold_t *fold, const bkv_cool_band_t *band, const b
                           .count = band->count,
                           .number = band->first,
                           .ttl_ms = fold->ttl_ms};
-    return status == BKV_OK ? bkv_fold_run(fold->pipeline, &run, band->budget, key, scratch, err) : status;
+    return status == BKV_OK ? bkv_fold_run(fold->pipeline, &run, band->budget, key, scratch, pin, err) : status;
 }
 
 static bkv_status_t answer_band(fold_t *fold, const bkv_cool_band_t *band, bkv_scratch_t *scratch, bkv_fold_record_t *record,
@@ -160,15 +160,13 @@ static bkv_status_t answer_band(fold_t *fold, const bkv_cool_band_t *band, bkv_s
         bkv_count(&pipeline->counters.fold_hits_total, 1);
         return BKV_OK;
     }
-    status = make_band(fold, band, &record->key, scratch, err);
-    if (status != BKV_OK) {
-        return status;
+    bkv_pin_t pin;
+    status = make_band(fold, band, &record->key, scratch, &pin, err);
+    if (status == BKV_OK) {
+        record->delivery = (bkv_delivery_t){.data = pin.data, .length = pin.length, .pin = pin};
+        bkv_count(&pipeline->counters.get_records_total, 1);
     }
-    bkv_error_t cause;
-    if (find_record(fold, &record->key, &record->delivery, &cause) != BKV_OK) {
-        return bkv_fail(err, BKV_BUSY, "the fold went away as soon as it was made (%.160s); ask again", cause.message);
-    }
-    return BKV_OK;
+    return status;
 }
 
 void bkv_fold_release(bkv_pipeline_t *pipeline, bkv_fold_result_t *result) {

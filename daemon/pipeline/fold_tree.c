@@ -103,8 +103,18 @@ static bkv_status_t fold_records(const tree_t *tree, const bkv_gather_t *gather,
     return BKV_OK;
 }
 
+// The same request ran twice at once: the older record has the same bytes, unless memory has decayed.
+static bkv_status_t check_older(bkv_pipeline_t *pipeline, const bkv_pin_t *pin, bkv_error_t *err) {
+    bkv_status_t status = bkv_record_verify(pin->data, pin->length, err);
+    if (status != BKV_OK) {
+        bkv_store_unpin(pipeline->config.store, pin);
+    }
+    return status;
+}
+
+// Publishes and pins the fold.
 static bkv_status_t fold_gathered(const tree_t *tree, bkv_gather_t *gather, uint64_t budget, const bkv_key_t *key,
-                                  bkv_error_t *err) {
+                                  bkv_pin_t *pin, bkv_error_t *err) {
     bkv_pipeline_t *pipeline = tree->pipeline;
     bkv_shape_t shape;
     bkv_slot_t slot;
@@ -119,20 +129,19 @@ static bkv_status_t fold_gathered(const tree_t *tree, bkv_gather_t *gather, uint
     for (uint32_t i = 0; i < gather->count; i++) {
         bkv_count(&pipeline->counters.fold_read_bytes_total, gather->pins[i].length);
     }
-    status = bkv_store_publish(pipeline->config.store, &slot, bkv_pipeline_ttl(pipeline, tree->run->ttl_ms),
-                               bkv_shape_bytes(&shape), pipeline->config.now_ms(), err);
-    return status == BKV_ALREADY_EXISTS ? BKV_OK : status; // the same request ran twice at once: the same bytes
+    status = bkv_store_publish_pinned(pipeline->config.store, &slot, bkv_pipeline_ttl(pipeline, tree->run->ttl_ms),
+                                      bkv_shape_bytes(&shape), pipeline->config.now_ms(), pin, err);
+    return status == BKV_ALREADY_EXISTS ? check_older(pipeline, pin, err) : status;
 }
 
 static bkv_status_t make_part(const tree_t *tree, uint32_t first, uint32_t count, uint64_t budget, const bkv_key_t *key,
-                              bkv_error_t *err);
+                              bkv_pin_t *pin, bkv_error_t *err);
 
 // Pins a node, which is made first where it is missing.
 static bkv_status_t pin_node(const tree_t *tree, const bkv_cool_part_t *part, bkv_pin_t *pin, bkv_error_t *err) {
     bkv_pipeline_t *pipeline = tree->pipeline;
     const bkv_fold_run_t *run = tree->run;
     bkv_key_t key;
-    bkv_error_t cause;
     bkv_status_t status =
         derive_key(NODE_TAG, sizeof(NODE_TAG), run->model, run->keys + part->first, part->count, tree->node_bytes, &key, err);
     if (status != BKV_OK) {
@@ -142,16 +151,11 @@ static bkv_status_t pin_node(const tree_t *tree, const bkv_cool_part_t *part, bk
         bkv_pin_checked(pipeline, &run->model->id, &key, pipeline->config.now_ms(), pin, NULL) == BKV_OK) {
         return BKV_OK;
     }
-    status = make_part(tree, part->first, part->count, tree->node_bytes, &key, err);
-    if (status != BKV_OK) {
-        return status;
+    status = make_part(tree, part->first, part->count, tree->node_bytes, &key, pin, err);
+    if (status == BKV_OK) {
+        bkv_count(&pipeline->counters.fold_nodes_total, 1);
     }
-    bkv_count(&pipeline->counters.fold_nodes_total, 1);
-    if (bkv_pin_checked(pipeline, &run->model->id, &key, pipeline->config.now_ms(), pin, &cause) != BKV_OK) {
-        return bkv_fail(err, BKV_BUSY, "a part of the fold went away as soon as it was made (%.160s); ask again",
-                        cause.message);
-    }
-    return BKV_OK;
+    return status;
 }
 
 static bkv_status_t pin_part(const tree_t *tree, const bkv_cool_part_t *part, bkv_pin_t *pin, bkv_error_t *err) {
@@ -165,10 +169,10 @@ static bkv_status_t pin_part(const tree_t *tree, const bkv_cool_part_t *part, bk
     return status == BKV_OK ? BKV_OK : bkv_fail(err, status, "keys[%u]: %.200s", run->number + part->first, cause.message);
 }
 
-// Makes and publishes the fold of records [first, first + count) of the run under `key`. What it is made from stays pinned
+// Makes, publishes and pins the fold of records [first, first + count) of the run under `key`. What it is made from stays pinned
 // meanwhile, also while a node deeper in the tree is made: at most the node's bytes for each level.
 static bkv_status_t make_part(const tree_t *tree, uint32_t first, uint32_t count, uint64_t budget, const bkv_key_t *key,
-                              bkv_error_t *err) {
+                              bkv_pin_t *pin, bkv_error_t *err) {
     bkv_cool_part_t *parts = malloc(count * sizeof(parts[0]));
     if (parts == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for %u", count);
@@ -177,22 +181,22 @@ static bkv_status_t make_part(const tree_t *tree, uint32_t first, uint32_t count
     bkv_gather_t gather;
     bkv_status_t status = bkv_gather_init(&gather, part_count, err);
     for (uint32_t i = 0; i < part_count && status == BKV_OK; i++) {
-        bkv_pin_t pin;
-        status = pin_part(tree, &parts[i], &pin, err);
+        bkv_pin_t part;
+        status = pin_part(tree, &parts[i], &part, err);
         if (status == BKV_OK) {
-            bkv_gather_add(&gather, &pin);
+            bkv_gather_add(&gather, &part);
         }
     }
     free(parts);
     if (status == BKV_OK) {
-        status = fold_gathered(tree, &gather, budget, key, err);
+        status = fold_gathered(tree, &gather, budget, key, pin, err);
     }
     bkv_gather_unpin(tree->pipeline, &gather);
     return status;
 }
 
 bkv_status_t bkv_fold_run(bkv_pipeline_t *pipeline, const bkv_fold_run_t *run, uint64_t budget, const bkv_key_t *key,
-                          bkv_scratch_t *scratch, bkv_error_t *err) {
+                          bkv_scratch_t *scratch, bkv_pin_t *pin, bkv_error_t *err) {
     tree_t tree = {.pipeline = pipeline, .run = run, .scratch = scratch, .node_bytes = bkv_cool_node_bytes(budget)};
     if (tree.node_bytes > bkv_store_max_record(pipeline->config.store)) {
         tree.node_bytes = UINT64_MAX; // no node would fit: all is read at once
@@ -202,7 +206,7 @@ bkv_status_t bkv_fold_run(bkv_pipeline_t *pipeline, const bkv_fold_run_t *run, u
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "budget_bytes: %llu hold no record of %u layers and %u heads",
                         (unsigned long long)budget, shape->layers, shape->heads);
     }
-    bkv_status_t status = make_part(&tree, 0, run->count, budget, key, err);
+    bkv_status_t status = make_part(&tree, 0, run->count, budget, key, pin, err);
     if (status == BKV_OK) {
         bkv_count(&pipeline->counters.folds_total, 1);
     }

@@ -76,8 +76,8 @@ typedef struct bkv_fold_run {
 bkv_status_t bkv_fold_key(const bkv_model_t *model, const bkv_key_t *keys, uint32_t count, uint64_t budget, bkv_key_t *key,
                           bkv_error_t *err);
 
-// Makes the run's fold, in at most `budget` bytes, and publishes it under `key`. On a compute thread.
+// Makes the run's fold, in at most `budget` bytes, publishes it under `key` and pins it. On a compute thread.
 bkv_status_t bkv_fold_run(bkv_pipeline_t *pipeline, const bkv_fold_run_t *run, uint64_t budget, const bkv_key_t *key,
-                          bkv_scratch_t *scratch, bkv_error_t *err);
+                          bkv_scratch_t *scratch, bkv_pin_t *pin, bkv_error_t *err);
 
 #endif

@@ -68,6 +68,9 @@ void bkv_store_give_slot(bkv_store_t *store, uint32_t tenant, uint32_t page);
 // the pool with key, page, length, expires_ms and tenant set.
 void bkv_store_enter(bkv_store_t *store, uint32_t entry);
 
+// [shard] Pins a linked entry, which counts as a use. BUSY: too many pins on it.
+bkv_status_t bkv_store_pin_entry(bkv_store_t *store, bkv_shard_t *shard, uint32_t entry, bkv_pin_t *pin, bkv_error_t *err);
+
 // [space] The tenant table's slot of a tag; BKV_NO_TENANT when it is full. Between hold and let_go it stays that tenant's.
 uint32_t bkv_store_hold_tenant(bkv_store_t *store, uint64_t tag);
 void bkv_store_let_go_tenant(bkv_store_t *store, uint32_t tenant);

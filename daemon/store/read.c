@@ -49,6 +49,24 @@ static void leave_expired(bkv_store_t *store, const bkv_spec_id_t *spec_id, cons
     pthread_mutex_unlock(&store->space);
 }
 
+bkv_status_t bkv_store_pin_entry(bkv_store_t *store, bkv_shard_t *shard, uint32_t entry, bkv_pin_t *pin, bkv_error_t *err) {
+    bkv_entry_t *e = &store->index.entries[entry];
+    if (e->pins == BKV_PINS_MAX) {
+        return bkv_fail(err, BKV_BUSY, "key: " KEY_FORMAT " is being read %u times already", KEY_ARGS(&e->key), BKV_PINS_MAX);
+    }
+    e->pins++;
+    e->flags |= BKV_ENTRY_VISITED;
+    e->used = bkv_store_turn(store);
+    shard->pinned++;
+    *pin = (bkv_pin_t){
+        .data = bkv_arena_at(&store->arena, e->page),
+        .length = bkv_entry_length(e),
+        .entry = entry,
+        .shard = (uint32_t)(shard - store->index.shards),
+    };
+    return BKV_OK;
+}
+
 // The whole record is summed at every pin, outside of any lock: memory decays at any time, and the arena may be shared.
 bkv_status_t bkv_store_pin(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
                            bkv_pin_t *pin, bkv_error_t *err) {
@@ -61,24 +79,13 @@ bkv_status_t bkv_store_pin(bkv_store_t *store, const bkv_spec_id_t *spec_id, con
         }
         return bkv_fail(err, BKV_NOT_FOUND, "key: " KEY_FORMAT " is not here", KEY_ARGS(key));
     }
-    bkv_entry_t *e = &store->index.entries[found.entry];
-    if (e->pins == BKV_PINS_MAX) {
-        pthread_mutex_unlock(&found.shard->lock);
-        return bkv_fail(err, BKV_BUSY, "key: " KEY_FORMAT " is being read %u times already", KEY_ARGS(key), BKV_PINS_MAX);
-    }
-    e->pins++;
-    e->flags |= BKV_ENTRY_VISITED;
-    e->used = bkv_store_turn(store);
-    found.shard->pinned++;
-    found.shard->hits++;
-    *pin = (bkv_pin_t){
-        .data = bkv_arena_at(&store->arena, e->page),
-        .length = bkv_entry_length(e),
-        .entry = found.entry,
-        .shard = (uint32_t)(found.shard - store->index.shards),
-    };
+    bkv_status_t status = bkv_store_pin_entry(store, found.shard, found.entry, pin, err);
+    found.shard->hits += status == BKV_OK;
     pthread_mutex_unlock(&found.shard->lock);
-    bkv_status_t status = bkv_record_verify(pin->data, pin->length, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    status = bkv_record_verify(pin->data, pin->length, err);
     if (status != BKV_OK) {
         leave_damaged(store, pin->entry);
         bkv_store_unpin(store, pin);

@@ -117,6 +117,11 @@ bkv_status_t bkv_store_reserve(bkv_store_t *store, uint64_t tenant, uint64_t len
 bkv_status_t bkv_store_publish(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes, uint64_t now_ms,
                                bkv_error_t *err);
 
+// The same, and pins the record that is resident afterwards, so that it cannot leave before its maker has read it: this one on
+// BKV_OK, the older one on ALREADY_EXISTS, whose checksum is then the caller's to verify. BUSY: too many pins on the older one.
+bkv_status_t bkv_store_publish_pinned(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes,
+                                      uint64_t now_ms, bkv_pin_t *pin, bkv_error_t *err);
+
 // Gives a slot back unpublished.
 void bkv_store_abort(bkv_store_t *store, bkv_slot_t *slot);
 

@@ -99,8 +99,9 @@ static void exchange(bkv_store_t *store, bkv_slot_t *slot, uint64_t length, uint
     pthread_mutex_unlock(&store->space);
 }
 
-// [space] Whether there is a record of this key and spec already; one whose time is over makes way.
-static bool is_duplicate(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms) {
+// [space] ALREADY_EXISTS: there is a record of this key and spec, pinned now if that is wanted; one whose time is over makes way.
+static bkv_status_t meet_older(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
+                               bkv_pin_t *pin, bkv_error_t *err) {
     uint64_t hash = bkv_index_hash_key(&store->index, key);
     bkv_shard_t *shard = bkv_index_shard(&store->index, hash);
     pthread_mutex_lock(&shard->lock);
@@ -109,8 +110,23 @@ static bool is_duplicate(bkv_store_t *store, const bkv_spec_id_t *spec_id, const
         bkv_store_leave(store, shard, entry, BKV_LEAVE_EXPIRED);
         entry = BKV_NO_ENTRY;
     }
+    bkv_status_t status = BKV_OK;
+    if (entry != BKV_NO_ENTRY) {
+        store->counts.duplicates_total++;
+        status = pin != NULL ? bkv_store_pin_entry(store, shard, entry, pin, err) : BKV_OK;
+        status = status == BKV_OK ? bkv_fail(err, BKV_ALREADY_EXISTS, "key: it is resident already") : status;
+    }
     pthread_mutex_unlock(&shard->lock);
-    return entry != BKV_NO_ENTRY;
+    return status;
+}
+
+// [space] Pins a record that nobody else can have pinned yet.
+static void pin_new(bkv_store_t *store, uint32_t entry, bkv_pin_t *pin) {
+    bkv_shard_t *shard = bkv_index_lock_entry(&store->index, entry);
+    bkv_status_t status = bkv_store_pin_entry(store, shard, entry, pin, NULL);
+    pthread_mutex_unlock(&shard->lock);
+    assert(status == BKV_OK);
+    (void)status;
 }
 
 // [space] The pool's next entry, after an eviction if need be.
@@ -124,10 +140,10 @@ static uint32_t new_entry(bkv_store_t *store, uint32_t size_class, uint64_t now_
 
 // [space]
 static bkv_status_t publish(bkv_store_t *store, const bkv_slot_t *slot, const bkv_key_t *key, const bkv_spec_id_t *spec_id,
-                            uint64_t length, uint64_t expires_ms, uint64_t now_ms, bkv_error_t *err) {
-    if (is_duplicate(store, spec_id, key, now_ms)) {
-        store->counts.duplicates_total++;
-        return bkv_fail(err, BKV_ALREADY_EXISTS, "key: it is resident already");
+                            uint64_t length, uint64_t expires_ms, uint64_t now_ms, bkv_pin_t *pin, bkv_error_t *err) {
+    bkv_status_t status = meet_older(store, spec_id, key, now_ms, pin, err);
+    if (status != BKV_OK) {
+        return status;
     }
     uint32_t entry = new_entry(store, bkv_slabs_class_of(&store->slabs, slot->page), now_ms);
     if (entry == BKV_NO_ENTRY) {
@@ -143,6 +159,9 @@ static bkv_status_t publish(bkv_store_t *store, const bkv_slot_t *slot, const bk
     bkv_arena_set_state(&store->arena, slot->page, BKV_SLOT_LIVE);
     __atomic_store_n(&store->turn, store->turn + 1, __ATOMIC_RELAXED);
     bkv_store_enter(store, entry);
+    if (pin != NULL) {
+        pin_new(store, entry, pin);
+    }
     return BKV_OK;
 }
 
@@ -161,6 +180,11 @@ static bkv_status_t check(const bkv_record_header_t *header, const bkv_slot_t *s
 
 bkv_status_t bkv_store_publish(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes, uint64_t now_ms,
                                bkv_error_t *err) {
+    return bkv_store_publish_pinned(store, slot, ttl_ms, raw_bytes, now_ms, NULL, err);
+}
+
+bkv_status_t bkv_store_publish_pinned(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes,
+                                      uint64_t now_ms, bkv_pin_t *pin, bkv_error_t *err) {
     _Alignas(BKV_RECORD_ALIGN) bkv_record_header_t header;
     memcpy(&header, slot->data, sizeof(header));
     bkv_status_t status = check(&header, slot, err);
@@ -177,7 +201,7 @@ bkv_status_t bkv_store_publish(bkv_store_t *store, bkv_slot_t *slot, uint64_t tt
     }
     uint64_t expires_ms = ttl_ms != 0 ? bkv_store_deadline(now_ms, ttl_ms) : 0;
     pthread_mutex_lock(&store->space);
-    status = publish(store, slot, &key, &spec_id, header.length, expires_ms, now_ms, err);
+    status = publish(store, slot, &key, &spec_id, header.length, expires_ms, now_ms, pin, err);
     if (status == BKV_OK) {
         store->counts.published_total++;
         store->counts.raw_bytes_total += raw_bytes;

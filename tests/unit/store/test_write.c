@@ -275,3 +275,27 @@ Test(store_write, specs_do_not_meet) {
     fixture_audit(store);
     bkv_store_destroy(store);
 }
+
+// Who publishes for its own use must not lose the record to others' pressure before it has read it.
+Test(store_write, published_pinned_stays_under_pressure) {
+    bkv_store_config_t config = fixture_config(4 * MIB, MIB);
+    bkv_store_t *store = fixture_store(&config);
+    bkv_pin_t pins[2];
+    for (int i = 0; i < 2; i++) { // the second one meets the first
+        bkv_slot_t slot;
+        cr_assert_eq(bkv_store_reserve(store, TENANT, 100 * KIB, NOW, &slot, NULL), BKV_OK);
+        fixture_fill(slot.data, 7, 100 * KIB, TENANT);
+        bkv_status_t status = bkv_store_publish_pinned(store, &slot, 10, 0, NOW, &pins[i], NULL);
+        cr_assert_eq(status, i == 0 ? BKV_OK : BKV_ALREADY_EXISTS);
+    }
+    cr_assert_eq(pins[0].data, pins[1].data);
+    for (uint64_t i = 100; i < 400; i++) { // ten times what fits, and past its time to live
+        fixture_put(store, i, 100 * KIB, TENANT, 0, NOW + 20, NULL);
+    }
+    cr_assert(fixture_matches(pins[0].data, 7, pins[0].length));
+    cr_assert_eq(fixture_metrics(store).pinned, 2);
+    bkv_store_unpin(store, &pins[0]);
+    bkv_store_unpin(store, &pins[1]);
+    fixture_audit(store);
+    bkv_store_destroy(store);
+}
