@@ -43,6 +43,12 @@ typedef struct bkv_client_options {
     const char *tls_cert; // PEM file of this client's certificate (mTLS); NULL: none
     const char *tls_key;
     const char *tls_name; // name to expect in the daemon's certificate; NULL: the endpoint's host
+
+    // How payloads move: "inline", "shm" or "verbs"; NULL: $BKV_TRANSPORT, else "auto", the best that both ends have. What "auto"
+    // cannot have goes inline, and bkv_transports says why; one asked for by name that cannot be had is UNIMPLEMENTED.
+    const char *transport;
+    uint64_t window_bytes;    // of memory shared with the daemon for it, taken with the first use; 0: 256 MiB
+    const char *verbs_device; // RDMA device as "NAME[:PORT[:GID INDEX]]"; NULL: the first with an active port
 } bkv_client_options_t;
 
 // A model's cache, as in proto/balancekv.proto's Spec; zero fields take the same defaults.
@@ -91,13 +97,15 @@ typedef struct bkv_range {
 } bkv_range_t;
 
 // A record received, validated (bkv_record_check) and verified (checksum). data is 64-byte aligned and owned by the holder
-// of the bkv_record_t; free with bkv_record_free. status != BKV_OK: there is no data, and the call's message says why for the
+// of the bkv_record_t, perhaps in memory shared with the daemon, of which there is little: free it soon, with bkv_record_free,
+// also when the client is gone already. status != BKV_OK: there is no data, and the call's message says why for the
 // first such record.
 typedef struct bkv_record {
     bkv_key_t key;
     bkv_status_t status;
     void *data;
     size_t length;
+    void *owner; // of data; the library's own
 } bkv_record_t;
 
 // What a fold is to be. Exactly one of budget_bytes and rate, or neither with a profile, whose rates then hold as they are.
@@ -121,6 +129,17 @@ typedef struct bkv_stats {
     size_t count;
     bkv_metric_t *metrics;
 } bkv_stats_t;
+
+// One way for payloads to move, as seen from this client.
+typedef struct bkv_transport_info {
+    const char *name; // "shm", "cuda-ipc", "verbs", "inline"; static
+    bool offered;     // by the daemon to this peer
+    bool usable;      // tried out, and works; cuda-ipc is not tried, as it needs a device of the caller's
+    bool chosen;      // Put and Get use it
+    char reason[120]; // when not usable: why
+} bkv_transport_info_t;
+
+#define BKV_TRANSPORTS 4
 
 // Library version, "1.0.0".
 BKV_API const char *bkv_version(void);
@@ -193,6 +212,17 @@ BKV_API void bkv_stats_free(bkv_stats_t *stats);
 BKV_API bkv_status_t bkv_ping(bkv_client_t *client, uint32_t timeout_ms, uint64_t *round_trip_ns, bkv_error_t *err);
 
 BKV_API void bkv_record_free(bkv_record_t *record); // frees data, not the struct; NULL data is allowed
+
+// Which transports there are and which is in use: asks the daemon, and tries those that are not in use yet. info has room for
+// BKV_TRANSPORTS; *count says how many there are.
+BKV_API bkv_status_t bkv_transports(bkv_client_t *client, uint32_t timeout_ms, bkv_transport_info_t *info, size_t *count,
+                                    bkv_error_t *err);
+
+// Memory that is shared with the daemon (shm, verbs), 64-byte aligned, contents undefined: a payload that lies within is not copied
+// by this library when it is put. Without such memory (no transport but inline, window full) it is ordinary memory, to the same
+// effect but for the copy. NULL: out of memory. Give it back once no call uses it, while the client is alive.
+BKV_API void *bkv_buffer_get(bkv_client_t *client, size_t bytes);
+BKV_API void bkv_buffer_put(bkv_client_t *client, void *buffer);
 
 // ---- asynchronous ----
 

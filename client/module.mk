@@ -1,5 +1,5 @@
 # client/: libbalancekv (the C API plus kernels/) and bkv (the command line).
-CLIENT_PC := grpc libprotobuf-c libcrypto libxxhash
+CLIENT_PC := grpc libprotobuf-c libcrypto libxxhash libibverbs
 BKV_PC := jansson
 BKV_SRC := $(wildcard client/bkv/*.c)
 CLIENT_SRC := $(wildcard client/*.c)

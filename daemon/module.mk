@@ -1,5 +1,5 @@
 # daemon/: balancekvd, an archive of everything but main.c (so that tests link it) plus main.c.
-DAEMON_PC := grpc libprotobuf-c libuv inih libsystemd libcrypto libxxhash
+DAEMON_PC := grpc libprotobuf-c libuv inih libsystemd libcrypto libxxhash libibverbs
 DAEMON_SRC := $(filter-out daemon/main.c,$(wildcard daemon/*.c daemon/*/*.c))
 DAEMON_OBJ := $(DAEMON_SRC:%.c=$(BUILD)/obj/%.o)
 DAEMON_LIB := $(BUILD)/lib/libbkvdaemon.a

@@ -34,6 +34,15 @@
     X(limits, max_specs, U32, "1024", false, "most specs open at once")                                                        \
     X(limits, op_timeout, MS, "30s", true, "deadline of calls that bring none, and the longest any may have")                  \
     X(limits, drain_timeout, MS, "10s", true, "how long SIGTERM waits for calls in flight")                                    \
+    X(transport, shm, SIZE, "1G", false, "most memory shared with local clients, all together; 0: none")                       \
+    X(transport, shm_window, SIZE, "256M", false, "most memory shared with one of them")                                       \
+    X(transport, cuda_ipc, BOOL, "yes", false, "take blocks straight from local workers' GPU memory, where there is a GPU")    \
+    X(transport, verbs, STRING, "auto", false, "RDMA device: auto (the first with an active port), off, or a name")            \
+    X(transport, verbs_port, U32, "0", false, "its port; 0: the first active one")                                             \
+    X(transport, verbs_gid, STRING, "auto", false, "index in the port's GID table, or auto")                                   \
+    X(transport, verbs_sessions, U32, "256", false, "most RDMA clients at once")                                               \
+    X(transport, max_sessions, U32, "1024", false, "most clients that share memory at once")                                   \
+    X(transport, idle, MS, "5m", false, "when a client that shares memory and asks for nothing is given up")                   \
     X(log, target, STRING, "auto", false, "auto (journald under systemd, else text), journald, text or json")                  \
     X(log, level, STRING, "info", true, "error, warn, info or debug")
 

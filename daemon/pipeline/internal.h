@@ -36,9 +36,6 @@ bkv_status_t bkv_pipeline_admit(bkv_pipeline_t *pipeline, const bkv_spec_id_t *s
 // 1..max_batch keys, else INVALID_ARGUMENT or RESOURCE_EXHAUSTED.
 bkv_status_t bkv_pipeline_check_batch(const bkv_pipeline_t *pipeline, uint32_t count, bkv_error_t *err);
 
-// Queues a job and counts a refusal.
-bkv_status_t bkv_pipeline_submit(bkv_pipeline_t *pipeline, bkv_job_t *job, bkv_error_t *err);
-
 // The time to live that a request's ttl_ms means.
 uint64_t bkv_pipeline_ttl(const bkv_pipeline_t *pipeline, uint64_t ttl_ms);
 

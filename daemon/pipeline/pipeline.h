@@ -17,6 +17,7 @@
 #define BKV_PIPELINE_H
 
 #include "daemon/pipeline/model.h"
+#include "daemon/pipeline/pool.h"
 #include "daemon/store/store.h"
 #include "kernels/cool.h"
 
@@ -78,6 +79,12 @@ void bkv_pipeline_metrics(const bkv_pipeline_t *pipeline, bkv_pipeline_metrics_t
 // May be changed at any time (SIGHUP).
 void bkv_pipeline_set_default_ttl(bkv_pipeline_t *pipeline, uint64_t ttl_ms);
 
+// Queues a job of anybody's beside the pipeline's own (pool.h). BUSY: too many; counted.
+bkv_status_t bkv_pipeline_submit(bkv_pipeline_t *pipeline, bkv_job_t *job, bkv_error_t *err);
+
+// The staging memory, to be registered with devices: one mapping, for the pipeline's life.
+void bkv_pipeline_staging(bkv_pipeline_t *pipeline, void **memory, uint64_t *bytes);
+
 // The model table, for Open.
 bkv_model_table_t *bkv_pipeline_models(bkv_pipeline_t *pipeline);
 
@@ -94,6 +101,7 @@ typedef struct bkv_ingest_args {
     uint64_t ttl_ms;   // 0: the default
     bool has_checksum;
     uint64_t checksum; // XXH3-64 of the payload
+    bool on_device;    // the payload stays in GPU memory and a finished record arrives: see bkv_ingest_device
 } bkv_ingest_args_t;
 
 typedef struct bkv_ingest_result {
@@ -123,6 +131,36 @@ bkv_status_t bkv_ingest_commit(bkv_ingest_t *ingest, bkv_ingest_done_t done, voi
 // Gives an uncommitted ingest up; nothing of it remains.
 void bkv_ingest_abort(bkv_ingest_t *ingest);
 
+// Payloads that do not come by _write from the caller:
+//
+//   _commit_from   a compute thread calls `read` first, which brings all bytes by bkv_ingest_write and may fail; it is called at
+//                  most once, and `source` must live until `done`. Statuses as of _commit
+//   _memory        where the payload is to lie, for DMA: payload_bytes bytes that stay put until commit or abort; NULL when the
+//                  key is resident, and nothing need be brought. Then _filled when all bytes lie there, and _commit, which
+//                  looks through them on a compute thread
+//   _device        (args.on_device) what is to be made and where: see there. Then _made, and _commit, which seals and publishes
+typedef bkv_status_t (*bkv_ingest_read_t)(void *source, bkv_ingest_t *ingest, bkv_error_t *err);
+bkv_status_t bkv_ingest_commit_from(bkv_ingest_t *ingest, bkv_ingest_read_t read, void *source, bkv_ingest_done_t done,
+                                    void *user, bkv_error_t *err);
+
+void *bkv_ingest_memory(bkv_ingest_t *ingest);
+void bkv_ingest_filled(bkv_ingest_t *ingest);
+
+// The record to make of a payload in GPU memory. record is memory of the arena (see bkv_store_memory), capacity at least
+// bkv_codec_bound; NULL when the key is resident and nothing need be made. params.shares live as long as the pipeline.
+typedef struct bkv_ingest_device {
+    bkv_shape_t shape;
+    bkv_codec_params_t params;
+    bkv_record_id_t id;
+    uint8_t *record;
+    uint64_t capacity;
+} bkv_ingest_device_t;
+void bkv_ingest_device(bkv_ingest_t *ingest, bkv_ingest_device_t *device);
+void bkv_ingest_made(bkv_ingest_t *ingest, uint64_t length); // a record without its checksum lies there
+
+// Bytes of the payload, as checked at begin.
+uint64_t bkv_ingest_bytes(const bkv_ingest_t *ingest);
+
 // ---- Get ----
 
 typedef struct bkv_deliver_range {
@@ -139,6 +177,15 @@ typedef struct bkv_delivery {
 
 bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
                          const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery, bkv_error_t *err);
+
+// The same without looking at the record's bytes: for bkv_delivery_copy, which verifies them as it goes.
+bkv_status_t bkv_deliver_unverified(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
+                                    const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery,
+                                    bkv_error_t *err);
+
+// Copies a delivery's bytes, in one pass with their checksum. DATA_LOSS: they are damaged; the record has been dropped, and what
+// was copied means nothing.
+bkv_status_t bkv_delivery_copy(bkv_pipeline_t *pipeline, const bkv_delivery_t *delivery, void *to, bkv_error_t *err);
 
 // From any thread. Leaves the delivery empty; an empty (zeroed) one is left alone.
 void bkv_delivery_release(bkv_pipeline_t *pipeline, bkv_delivery_t *delivery);

@@ -7,12 +7,14 @@
 
 #include "daemon/observe/metrics.h"
 #include "daemon/pipeline/pipeline.h"
+#include "daemon/transport/transport.h"
 
 typedef struct bkv_server bkv_server_t;
 
 typedef struct bkv_server_config {
     bkv_pipeline_t *pipeline; // outlive the server
     bkv_store_t *store;
+    bkv_transports_t *transports;
     const bkv_metric_source_t *sources; // for Stats; the server adds its own
     size_t source_count;
     const char *version, *backend;

@@ -93,6 +93,9 @@ void bkv_store_destroy(bkv_store_t *store);
 // The arena's descriptor, to hand to a successor. Owned by the store.
 int bkv_store_fd(const bkv_store_t *store);
 
+// The arena's memory, to be registered with devices: one mapping, for the store's life.
+void bkv_store_memory(const bkv_store_t *store, void **memory, uint64_t *bytes);
+
 // Largest record that fits.
 uint64_t bkv_store_max_record(const bkv_store_t *store);
 
@@ -130,6 +133,12 @@ void bkv_store_abort(bkv_store_t *store, bkv_slot_t *slot);
 bkv_status_t bkv_store_pin(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
                            bkv_pin_t *pin, bkv_error_t *err);
 void bkv_store_unpin(bkv_store_t *store, const bkv_pin_t *pin);
+
+// The same without the checksum, for a reader that sums the bytes itself as it moves them; it calls _damaged where they do not
+// match, while it holds the pin: the record is dropped and counted as corrupt.
+bkv_status_t bkv_store_pin_unverified(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
+                                      bkv_pin_t *pin, bkv_error_t *err);
+void bkv_store_damaged(bkv_store_t *store, const bkv_pin_t *pin);
 
 // Whether key is resident; does not count as a use.
 bool bkv_store_contains(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms);
