@@ -24,6 +24,10 @@ typedef struct bkv_transport_ops {
     void (*end)(void *self, void *state);
     void (*detach)(void *self, void *state); // after the last transfer; once
 
+    // Whether a session's link still works, which can no longer be mended once it does not: bkv_session_find ends it then. state
+    // NULL: whether the transport is to be had just now, or its device has gone. NULL: always. Must not block.
+    bool (*alive)(void *self, void *state);
+
     // As bkv_session_fetch and _deliver; the caller has checked a place that is one range (layout NULL) against the session's
     // bytes, and holds a reference to the session until `done`, which these must call exactly once after BKV_OK.
     bkv_status_t (*fetch)(void *self, void *state, const bkv_place_t *place, bkv_ingest_t *ingest, bkv_ingest_done_t done,

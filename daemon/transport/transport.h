@@ -18,6 +18,7 @@
 #define BKV_TRANSPORT_H
 
 #include "daemon/pipeline/pipeline.h"
+#include "proto/verbs_link.h"
 
 #define BKV_SESSION_BYTES      16
 #define BKV_PLACE_ALIGN        64
@@ -98,13 +99,6 @@ typedef struct bkv_device_allocation {
     const uint8_t *handle; // BKV_CUDA_HANDLE_BYTES; NULL: a descriptor comes through the fd socket
     uint64_t bytes;
 } bkv_device_allocation_t;
-
-// One side of a queue pair, as in VerbsWindow.
-typedef struct bkv_verbs_end {
-    uint32_t queue_pair, packet, lid, mtu, reads, key;
-    uint8_t gid[16];
-    uint64_t address, bytes;
-} bkv_verbs_end_t;
 
 typedef struct bkv_attach_args {
     bkv_transport_kind_t kind;
