@@ -1,8 +1,12 @@
-# proto/: protobuf-c code made from the .proto files, never committed.
+# proto/: protobuf-c code made from the .proto files, never committed, and what both ends share of RDMA.
 PROTO_SRC := $(wildcard proto/*.proto)
 PROTO_GEN := $(PROTO_SRC:proto/%.proto=$(BUILD)/proto/%.pb-c.c)
-PROTO_OBJ := $(PROTO_GEN:.c=.o)
+VERBS_SRC := $(wildcard proto/verbs_*.c)
+VERBS_OBJ := $(VERBS_SRC:%.c=$(BUILD)/obj/%.o)
+PROTO_OBJ := $(PROTO_GEN:.c=.o) $(VERBS_OBJ)
 PROTO_HDR := $(PROTO_GEN:.c=.h)
+
+$(VERBS_OBJ): DEPS_CFLAGS = $(call cflags_of,libibverbs)
 
 $(BUILD)/proto/%.pb-c.c $(BUILD)/proto/%.pb-c.h &: proto/%.proto
 	@mkdir -p $(@D)

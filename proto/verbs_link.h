@@ -83,9 +83,10 @@ typedef struct bkv_verbs_end {
 typedef struct bkv_verbs_link {
     const bkv_verbs_device_t *device;
     struct ibv_qp *pair;
-    uint32_t packet; // first packet sequence number
-    uint32_t work;   // most work requests in its queue
-    uint32_t reads;  // most outstanding READs; as agreed once it is connected
+    struct ibv_cq *own; // completions, unless they are the caller's
+    uint32_t packet;    // first packet sequence number
+    uint32_t work;      // most work requests in its queue
+    uint32_t reads;     // most outstanding READs; as agreed once it is connected
     bool answers;
 } bkv_verbs_link_t;
 
@@ -95,7 +96,8 @@ typedef struct bkv_verbs_link {
 bkv_status_t bkv_verbs_link_init(bkv_verbs_link_t *link, const bkv_verbs_device_t *device, struct ibv_cq *completions,
                                  uint32_t work, bool answers, bkv_error_t *err);
 
-// This end, for the other one. window: memory that it may use, or NULL.
+// This end, for the other one. window: memory that it may use, or NULL; end->address is then the caller's to set where the window
+// is a GPU's.
 void bkv_verbs_link_describe(const bkv_verbs_link_t *link, const struct ibv_mr *window, bkv_verbs_end_t *end);
 
 // Checks what the other end says of itself; local: of the device that is to connect to it. INVALID_ARGUMENT names the field:

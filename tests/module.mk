@@ -101,7 +101,7 @@ tsan-run: all $(UNIT_BIN)
 FUZZ_SRC := $(wildcard tests/fuzz/fuzz_*.c)
 FUZZ_BIN := $(FUZZ_SRC:tests/fuzz/%.c=build-fuzz/%)
 FUZZ_SECONDS ?= 20
-FUZZ_ROOM_SRC = $(KERNELS_SRC) $(filter-out client/bkv/main.c,$(BKV_SRC)) $(CLIENT_SRC) $(DAEMON_SRC) $(PROTO_GEN)
+FUZZ_ROOM_SRC = $(KERNELS_SRC) $(filter-out client/bkv/main.c,$(BKV_SRC)) $(CLIENT_SRC) $(DAEMON_SRC) $(PROTO_GEN) $(VERBS_SRC)
 FUZZ_OBJ = $(FUZZ_ROOM_SRC:%.c=build-fuzz/obj/%.o)
 build-fuzz/obj/%.o: %.c | $(PROTO_HDR)
 	@mkdir -p $(@D)
@@ -132,4 +132,4 @@ tidy-run: $(PROTO_HDR)
 format: setup
 	clang-format -i $$(git ls-files '*.c' '*.h')
 
-include tests/gpu/module.mk
+include tests/gpu/module.mk tests/rdma/module.mk

@@ -30,6 +30,7 @@ allow() { # room, rooms it may include
         sources "$room/*.c" "$room/*.h" | xargs -r grep -nHE '^#include "(kernels|daemon|client|tests)/' | grep -vE "#include \"($may)")
 }
 allow kernels 'kernels/'
+allow proto 'kernels/status.h'
 allow daemon/observe 'kernels/status.h|daemon/observe/'
 allow daemon/store 'kernels/|daemon/store/|daemon/observe/'
 allow daemon/pipeline 'kernels/|daemon/store/|daemon/observe/|daemon/pipeline/'
@@ -47,7 +48,7 @@ done
 check() { xargs -r -P "$(nproc)" -I{} clang-tidy --quiet {} -- "${flags[@]}" "$@" 2>/dev/null; }
 avx2=(-mavx2 -mfma -mf16c)
 avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni)
-sources 'kernels/*.c' 'daemon/*.c' 'client/*.c' | grep -vE '_(avx2|avx512|amx)\.c$' | check || complain "clang-tidy has findings"
+sources 'kernels/*.c' 'proto/*.c' 'daemon/*.c' 'client/*.c' | grep -vE '_(avx2|avx512|amx)\.c$' | check || complain "clang-tidy has findings"
 sources 'kernels/*_avx2.c' | check "${avx2[@]}" || complain "clang-tidy has findings"
 sources 'kernels/*_avx512.c' | check "${avx512[@]}" || complain "clang-tidy has findings"
 sources 'kernels/*_amx.c' | check "${avx512[@]}" -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 || complain "clang-tidy has findings"
