@@ -18,7 +18,8 @@ class Error(c.Structure):
 
 class Options(c.Structure):
     _fields_ = [("endpoint", c.c_char_p), ("timeout_ms", c.c_uint32), ("tls_ca", c.c_char_p), ("tls_cert", c.c_char_p),
-                ("tls_key", c.c_char_p), ("tls_name", c.c_char_p)]
+                ("tls_key", c.c_char_p), ("tls_name", c.c_char_p), ("transport", c.c_char_p),
+                ("window_bytes", c.c_uint64), ("verbs_device", c.c_char_p)]
 
 
 class Spec(c.Structure):
@@ -42,7 +43,8 @@ class PutResult(c.Structure):
 
 
 class RecordC(c.Structure):
-    _fields_ = [("key", Key), ("status", c.c_int), ("data", c.c_void_p), ("length", c.c_size_t)]
+    _fields_ = [("key", Key), ("status", c.c_int), ("data", c.c_void_p), ("length", c.c_size_t),
+                ("owner", c.c_void_p)]
 
 
 class Shape(c.Structure):
