@@ -76,55 +76,64 @@ static int gid_rank(const struct ibv_gid_entry *entry) {
 }
 
 // The chosen GID, or the best one: the first of the highest rank.
-static bkv_status_t pick_gid(bkv_verbs_device_t *device, int32_t wanted, int table, bkv_error_t *err) {
+static bkv_status_t pick_gid(struct ibv_context *context, int32_t wanted, int table, bkv_verbs_port_t *port, bkv_error_t *err) {
     int best = -1;
     for (int i = 0; i < table && i <= UINT8_MAX; i++) {
         struct ibv_gid_entry entry = {0};
-        bool allowed = wanted >= 0 ? i == wanted : device->ethernet || i == 0;
-        if (!allowed || ibv_query_gid_ex(device->context, device->port, (uint32_t)i, &entry, 0) != 0) {
+        bool allowed = wanted >= 0 ? i == wanted : port->ethernet || i == 0;
+        if (!allowed || ibv_query_gid_ex(context, port->number, (uint32_t)i, &entry, 0) != 0) {
             continue; // an empty place in the table
         }
-        int rank = device->ethernet ? gid_rank(&entry) : 0;
+        int rank = port->ethernet ? gid_rank(&entry) : 0;
         if (rank > best) {
             best = rank;
-            device->gid_index = (uint8_t)i;
-            memcpy(device->gid, entry.gid.raw, sizeof(device->gid));
+            port->gid_index = (uint8_t)i;
+            memcpy(port->gid, entry.gid.raw, sizeof(port->gid));
         }
     }
     if (best >= 0) {
         return BKV_OK;
     }
     if (wanted >= 0) {
-        return bkv_fail(err, BKV_UNIMPLEMENTED, "port %u has no GID with index %d", device->port, wanted);
+        return bkv_fail(err, BKV_UNIMPLEMENTED, "port %u has no GID with index %d", port->number, wanted);
     }
-    return bkv_fail(err, BKV_UNIMPLEMENTED, "port %u has no GID: has its network interface no address?", device->port);
+    return bkv_fail(err, BKV_UNIMPLEMENTED, "port %u has no GID: has its network interface no address?", port->number);
 }
 
-static bkv_status_t open_port(bkv_verbs_device_t *device, uint8_t port, int32_t gid, bkv_error_t *err) {
+static bkv_status_t find_port(struct ibv_context *context, uint8_t number, int32_t gid, bkv_verbs_port_t *port,
+                              bkv_error_t *err) {
     struct ibv_port_attr attr;
-    if (ibv_query_port(device->context, port, &attr) != 0) {
-        return bkv_fail(err, BKV_UNIMPLEMENTED, "it has no port %u", port);
+    if (ibv_query_port(context, number, &attr) != 0) {
+        return bkv_fail(err, BKV_UNIMPLEMENTED, "port %u is not there: %s", number, strerror(errno));
     }
     if (attr.state != IBV_PORT_ACTIVE) {
-        return bkv_fail(err, BKV_UNIMPLEMENTED, "port %u is not active (%s)", port, ibv_port_state_str(attr.state));
+        return bkv_fail(err, BKV_UNIMPLEMENTED, "port %u is not active (%s)", number, ibv_port_state_str(attr.state));
     }
-    device->port = port;
-    device->ethernet = attr.link_layer == IBV_LINK_LAYER_ETHERNET;
-    device->lid = device->ethernet ? 0 : attr.lid;
-    device->mtu = 128u << attr.active_mtu; // IBV_MTU_256 is 1
-    device->message_bytes = attr.max_msg_sz;
-    return pick_gid(device, gid, attr.gid_tbl_len, err);
+    *port = (bkv_verbs_port_t){
+        .number = number,
+        .ethernet = attr.link_layer == IBV_LINK_LAYER_ETHERNET,
+        .mtu = 128u << attr.active_mtu, // IBV_MTU_256 is 1
+        .message_bytes = attr.max_msg_sz,
+    };
+    port->lid = port->ethernet ? 0 : attr.lid;
+    return pick_gid(context, gid, attr.gid_tbl_len, port, err);
 }
 
-static bkv_status_t pick_port(bkv_verbs_device_t *device, uint8_t ports, const bkv_verbs_choice_t *choice, bkv_error_t *err) {
-    if (choice->port != 0) {
-        return open_port(device, (uint8_t)choice->port, choice->gid, err);
+static bkv_status_t choose_port(bkv_verbs_device_t *device, uint8_t ports, uint32_t wanted, bkv_error_t *err) {
+    if (wanted != 0) {
+        return find_port(device->context, (uint8_t)wanted, device->gid, &device->port, err);
     }
     bkv_status_t status = bkv_fail(err, BKV_UNIMPLEMENTED, "it has no port");
-    for (unsigned port = 1; port <= ports && status != BKV_OK; port++) {
-        status = open_port(device, (uint8_t)port, choice->gid, err);
+    for (unsigned number = 1; number <= ports && status != BKV_OK; number++) {
+        status = find_port(device->context, (uint8_t)number, device->gid, &device->port, err);
     }
     return status;
+}
+
+bkv_status_t bkv_verbs_look(const bkv_verbs_device_t *device, bkv_verbs_port_t *port, bkv_error_t *err) {
+    bkv_error_t cause;
+    bkv_status_t status = find_port(device->context, device->port.number, device->gid, port, &cause);
+    return status == BKV_OK ? BKV_OK : bkv_fail(err, status, "%s: %s", device->name, cause.message);
 }
 
 // ---- the device ----
@@ -152,7 +161,8 @@ static bkv_status_t prepare(bkv_verbs_device_t *device, const bkv_verbs_choice_t
     device->links = positive(attr.max_qp);
     device->link_work = positive(attr.max_qp_wr);
     device->completions = positive(attr.max_cqe);
-    bkv_status_t status = pick_port(device, attr.phys_port_cnt, choice, err);
+    device->gid = choice->gid;
+    bkv_status_t status = choose_port(device, attr.phys_port_cnt, choice->port, err);
     if (status != BKV_OK) {
         return status;
     }

@@ -32,7 +32,7 @@ static bkv_status_t make_pair(bkv_verbs_link_t *link, struct ibv_cq *completions
     }
     struct ibv_qp_attr init = {
         .qp_state = IBV_QPS_INIT,
-        .port_num = link->device->port,
+        .port_num = link->port.number,
         .qp_access_flags = link->answers ? IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE : 0,
     };
     int cause = ibv_modify_qp(link->pair, &init, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
@@ -47,6 +47,10 @@ bkv_status_t bkv_verbs_link_init(bkv_verbs_link_t *link, const bkv_verbs_device_
                                  uint32_t work, bool answers, bkv_error_t *err) {
     assert(work > 0);
     *link = (bkv_verbs_link_t){.device = device, .work = work, .answers = answers};
+    bkv_status_t status = bkv_verbs_look(device, &link->port, err);
+    if (status != BKV_OK) {
+        return status;
+    }
     if (getrandom(&link->packet, sizeof(link->packet), 0) != sizeof(link->packet)) {
         return bkv_fail(err, BKV_INTERNAL, "no random bytes: %s", strerror(errno));
     }
@@ -55,9 +59,9 @@ bkv_status_t bkv_verbs_link_init(bkv_verbs_link_t *link, const bkv_verbs_device_
         link->own = ibv_create_cq(device->context, (int)work + 1, NULL, NULL, 0);
         completions = link->own;
     }
-    bkv_status_t status = completions != NULL ? make_pair(link, completions, err)
-                                              : bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "%s has no more completion queues: %s",
-                                                         device->name, strerror(errno));
+    status = completions != NULL
+                 ? make_pair(link, completions, err)
+                 : bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "%s has no more completion queues: %s", device->name, strerror(errno));
     if (status != BKV_OK) {
         bkv_verbs_link_deinit(link);
     }
@@ -75,15 +79,14 @@ void bkv_verbs_link_deinit(bkv_verbs_link_t *link) {
 }
 
 void bkv_verbs_link_describe(const bkv_verbs_link_t *link, const struct ibv_mr *window, bkv_verbs_end_t *end) {
-    const bkv_verbs_device_t *device = link->device;
     *end = (bkv_verbs_end_t){
         .queue_pair = link->pair->qp_num,
         .packet = link->packet,
-        .lid = device->lid,
-        .mtu = device->mtu,
-        .reads = link->answers ? device->answers : 0,
+        .lid = link->port.lid,
+        .mtu = link->port.mtu,
+        .reads = link->answers ? link->device->answers : 0,
     };
-    memcpy(end->gid, device->gid, sizeof(end->gid));
+    memcpy(end->gid, link->port.gid, sizeof(end->gid));
     if (window != NULL) {
         end->key = window->rkey;
         end->address = (uintptr_t)window->addr;
@@ -93,17 +96,16 @@ void bkv_verbs_link_describe(const bkv_verbs_link_t *link, const struct ibv_mr *
 
 // ---- the other end ----
 
-static bkv_status_t check_address(const bkv_verbs_device_t *local, const bkv_verbs_end_t *end, bkv_error_t *err) {
+static bkv_status_t check_address(const bkv_verbs_port_t *local, const bkv_verbs_end_t *end, bkv_error_t *err) {
     static const uint8_t nobody[16];
     if (!local->ethernet) {
         if (end->lid == 0 || end->lid >= 0xc000) { // from there on: groups
-            return bkv_fail(err, BKV_INVALID_ARGUMENT, "verbs.lid: %u, but %s is InfiniBand and needs one of 1..49151",
-                            end->lid, local->name);
+            return bkv_fail(err, BKV_INVALID_ARGUMENT, "verbs.lid: %u, but over InfiniBand it is one of 1..49151", end->lid);
         }
         return BKV_OK;
     }
     if (end->lid != 0) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "verbs.lid: %u, but %s is Ethernet and has none", end->lid, local->name);
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "verbs.lid: %u, but over Ethernet there is none", end->lid);
     }
     if (memcmp(end->gid, nobody, sizeof(nobody)) == 0 || end->gid[0] == 0xff) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "verbs.gid: not the address of one end");
@@ -111,7 +113,7 @@ static bkv_status_t check_address(const bkv_verbs_device_t *local, const bkv_ver
     return BKV_OK;
 }
 
-bkv_status_t bkv_verbs_end_check(const bkv_verbs_device_t *local, const bkv_verbs_end_t *end, bkv_error_t *err) {
+bkv_status_t bkv_verbs_end_check(const bkv_verbs_port_t *local, const bkv_verbs_end_t *end, bkv_error_t *err) {
     if (end->queue_pair < 2 || end->queue_pair > BITS_24) { // 0 and 1 are the fabric's own
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "verbs.queue_pair: %u is not within 2..%u", end->queue_pair, BITS_24);
     }
@@ -142,18 +144,18 @@ static enum ibv_mtu mtu_code(uint32_t bytes) {
 }
 
 static int ready_to_receive(const bkv_verbs_link_t *link, const bkv_verbs_end_t *other) {
-    const bkv_verbs_device_t *device = link->device;
+    const bkv_verbs_port_t *port = &link->port;
     struct ibv_qp_attr attr = {
         .qp_state = IBV_QPS_RTR,
-        .path_mtu = mtu_code(other->mtu < device->mtu ? other->mtu : device->mtu),
+        .path_mtu = mtu_code(other->mtu < port->mtu ? other->mtu : port->mtu),
         .dest_qp_num = other->queue_pair,
         .rq_psn = other->packet,
-        .max_dest_rd_atomic = (uint8_t)(link->answers ? device->answers : 0),
+        .max_dest_rd_atomic = (uint8_t)(link->answers ? link->device->answers : 0),
         .min_rnr_timer = RNR_TIMER,
-        .ah_attr = {.dlid = (uint16_t)other->lid, .port_num = device->port, .is_global = device->ethernet},
+        .ah_attr = {.dlid = (uint16_t)other->lid, .port_num = port->number, .is_global = port->ethernet},
     };
-    if (device->ethernet) {
-        attr.ah_attr.grh = (struct ibv_global_route){.sgid_index = device->gid_index, .hop_limit = HOPS};
+    if (port->ethernet) {
+        attr.ah_attr.grh = (struct ibv_global_route){.sgid_index = port->gid_index, .hop_limit = HOPS};
         memcpy(attr.ah_attr.grh.dgid.raw, other->gid, sizeof(other->gid));
     }
     return ibv_modify_qp(link->pair, &attr,
@@ -176,7 +178,7 @@ static int ready_to_send(const bkv_verbs_link_t *link) {
 }
 
 bkv_status_t bkv_verbs_link_connect(bkv_verbs_link_t *link, const bkv_verbs_end_t *other, bkv_error_t *err) {
-    bkv_status_t status = bkv_verbs_end_check(link->device, other, err);
+    bkv_status_t status = bkv_verbs_end_check(&link->port, other, err);
     if (status != BKV_OK) {
         return status;
     }

@@ -32,23 +32,28 @@ typedef struct bkv_verbs_choice {
 // Reads "auto" or "NAME[:PORT[:GID INDEX]]"; NULL and "" are "auto". INVALID_ARGUMENT says what is wrong, without a field's name.
 bkv_status_t bkv_verbs_choose(const char *text, bkv_verbs_choice_t *choice, bkv_error_t *err);
 
+// A port and the GID that names it, as found; both may change while the device is open.
+typedef struct bkv_verbs_port {
+    uint8_t number, gid_index;
+    bool ethernet; // RoCE; else InfiniBand
+    uint8_t gid[16];
+    uint16_t lid;           // 0 over Ethernet
+    uint32_t mtu;           // bytes, as active
+    uint32_t message_bytes; // most in one work request
+} bkv_verbs_port_t;
+
 // An open device. All fields may be read; the pointers are the device's.
 typedef struct bkv_verbs_device {
     struct ibv_context *context;
     struct ibv_pd *domain;
     char name[BKV_VERBS_NAME];
-    uint8_t port;
-    uint8_t gid_index;
-    bool ethernet; // RoCE; else InfiniBand
-    uint8_t gid[16];
-    uint16_t lid;           // 0 over Ethernet
-    uint32_t mtu;           // bytes, as active on the port
-    uint32_t reads;         // most outstanding RDMA READs that it can post on a connection
-    uint32_t answers;       // and that it can answer
-    uint32_t links;         // most connections
-    uint32_t link_work;     // most work requests in one connection's queue
-    uint32_t completions;   // most in one completion queue
-    uint32_t message_bytes; // most in one work request
+    bkv_verbs_port_t port; // as found when it was opened
+    int32_t gid;           // as chosen
+    uint32_t reads;        // most outstanding RDMA READs that it can post on a connection
+    uint32_t answers;      // and that it can answer
+    uint32_t links;        // most connections
+    uint32_t link_work;    // most work requests in one connection's queue
+    uint32_t completions;  // most in one completion queue
 } bkv_verbs_device_t;
 
 // UNIMPLEMENTED: there is none, or none as chosen; the message says why of the last one that was looked at. Over Ethernet the
@@ -57,6 +62,9 @@ bkv_status_t bkv_verbs_open(const bkv_verbs_choice_t *choice, bkv_verbs_device_t
 
 // Once its links and its memory are gone. NULL is allowed.
 void bkv_verbs_close(bkv_verbs_device_t *device);
+
+// The device's port as it is now, for a new link. UNIMPLEMENTED: it is not active, or has lost its GID.
+bkv_status_t bkv_verbs_look(const bkv_verbs_device_t *device, bkv_verbs_port_t *port, bkv_error_t *err);
 
 // Registers memory once for its whole life. remote: the other ends of this device's links may read and write it, who know its
 // rkey; else only this end's own transfers use it. FAILED_PRECONDITION: not to be had, for want of lockable memory for example.
@@ -82,6 +90,7 @@ typedef struct bkv_verbs_end {
 
 typedef struct bkv_verbs_link {
     const bkv_verbs_device_t *device;
+    bkv_verbs_port_t port;
     struct ibv_qp *pair;
     struct ibv_cq *own; // completions, unless they are the caller's
     uint32_t packet;    // first packet sequence number
@@ -92,7 +101,7 @@ typedef struct bkv_verbs_link {
 
 // Makes a queue pair, not connected yet, for at most `work` posted requests, whose completions go to `completions` (the
 // caller's, and it must have room for them; NULL: one of its own, for an end that posts nothing). answers: the other end may
-// reach memory that is registered with `remote`. RESOURCE_EXHAUSTED: the device has no more.
+// reach memory that is registered with `remote`. RESOURCE_EXHAUSTED: the device has no more. UNIMPLEMENTED: bkv_verbs_look.
 bkv_status_t bkv_verbs_link_init(bkv_verbs_link_t *link, const bkv_verbs_device_t *device, struct ibv_cq *completions,
                                  uint32_t work, bool answers, bkv_error_t *err);
 
@@ -100,9 +109,9 @@ bkv_status_t bkv_verbs_link_init(bkv_verbs_link_t *link, const bkv_verbs_device_
 // is a GPU's.
 void bkv_verbs_link_describe(const bkv_verbs_link_t *link, const struct ibv_mr *window, bkv_verbs_end_t *end);
 
-// Checks what the other end says of itself; local: of the device that is to connect to it. INVALID_ARGUMENT names the field:
+// Checks what the other end says of itself; local: the port that is to connect to it. INVALID_ARGUMENT names the field:
 // "verbs.gid: ...".
-bkv_status_t bkv_verbs_end_check(const bkv_verbs_device_t *local, const bkv_verbs_end_t *end, bkv_error_t *err);
+bkv_status_t bkv_verbs_end_check(const bkv_verbs_port_t *local, const bkv_verbs_end_t *end, bkv_error_t *err);
 
 // Connects to the other end, which does the same: both may post once both have. Checks it first. May take a second, where an
 // address has to be found out and nobody answers. FAILED_PRECONDITION: there is no way to it. After a failure the link can only be
