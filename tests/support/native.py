@@ -144,11 +144,12 @@ def sections(data, length):
 
 
 class Client:
-    """One connection and one spec."""
+    """One connection and one spec. transport None: $BKV_TRANSPORT, else the best that both ends have."""
 
-    def __init__(self, endpoint, timeout_ms=30000, **spec):
+    def __init__(self, endpoint, timeout_ms=30000, transport=None, window_bytes=0, verbs_device=None, **spec):
         self.handle, self.spec_id, self.error = c.c_void_p(), SpecId(), Error()
-        options = Options(endpoint=endpoint.encode(), timeout_ms=timeout_ms)
+        options = Options(endpoint=endpoint.encode(), timeout_ms=timeout_ms, transport=transport and transport.encode(),
+                          window_bytes=window_bytes, verbs_device=verbs_device and verbs_device.encode())
         check(library().bkv_client_create(c.byref(options), c.byref(self.handle), c.byref(self.error)), self.error)
         spec = Spec(**{name: value.encode() if isinstance(value, str) else value for name, value in spec.items()})
         check(library().bkv_open(self.handle, c.byref(spec), 0, c.byref(self.spec_id), None, c.byref(self.error)), self.error)
