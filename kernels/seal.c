@@ -84,15 +84,18 @@ void bkv_sum_advance(bkv_sum_t *sum, const void *record, size_t available) {
         XXH3_64bits_reset_withSeed(sum->state, seed_of(record));
         sum->summed = SEALED_FROM;
     }
-    const uint8_t *from = (const uint8_t *)record + sum->summed;
-    size_t length = available - sum->summed;
+    bkv_sum_append(sum, (const uint8_t *)record + sum->summed, available - sum->summed);
+}
+
+void bkv_sum_append(bkv_sum_t *sum, const void *bytes, size_t length) {
+    assert(sum->summed >= SEALED_FROM);
     if (XXH3_64bits_update_dispatch) {
-        (void)XXH3_64bits_update_dispatch(sum->state, from, length);
+        (void)XXH3_64bits_update_dispatch(sum->state, bytes, length);
         registers_settle();
     } else {
-        (void)XXH3_64bits_update(sum->state, from, length);
+        (void)XXH3_64bits_update(sum->state, bytes, length);
     }
-    sum->summed = available;
+    sum->summed += length;
 }
 
 void bkv_sum_restart(bkv_sum_t *sum) {

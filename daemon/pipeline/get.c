@@ -1,11 +1,19 @@
 // get.c - Get: a record's bytes where they lie, pinned; or, of some layers and heads only, a slice of it in staging memory.
 //
-// Sending them is the wire's (rpc/); the pin or the slice is held until bkv_delivery_release.
+// Moving them is the wire's (rpc/) and the transports'; the pin or the slice is held until bkv_delivery_release.
 #include "daemon/pipeline/internal.h"
 
+#include "daemon/pipeline/stream.h"
 #include "kernels/seal.h"
 
 #include <stdlib.h>
+#include <string.h>
+
+// What is summed before it is copied, and thereby read from memory once.
+#define PIECE_BYTES ((size_t)32 << 10)
+
+// A larger record than this goes past the cache: who gets it will not find its beginning there anyway.
+#define STREAM_FROM ((size_t)1 << 20)
 
 // Fills the counts of 0 in and checks a range against what the model has.
 static bkv_status_t check_range(const char *first_name, uint32_t first, const char *count_name, uint32_t *count, uint32_t have,
@@ -71,8 +79,13 @@ static bkv_status_t deliver_slice(bkv_pipeline_t *pipeline, const bkv_spec_id_t 
     return status;
 }
 
-bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
-                         const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery, bkv_error_t *err) {
+typedef bkv_status_t (*pin_t)(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
+                              bkv_pin_t *pin, bkv_error_t *err);
+
+// A whole record is pinned by `pin`, and so verified or not.
+static bkv_status_t deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
+                            const bkv_deliver_range_t *range, uint64_t now_ms, pin_t pin, bkv_delivery_t *delivery,
+                            bkv_error_t *err) {
     *delivery = (bkv_delivery_t){0};
     const bkv_model_t *model;
     bkv_deliver_range_t wanted = *range;
@@ -84,7 +97,7 @@ bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id,
         return status;
     }
     if (wanted.layers == model->shape.layers && wanted.heads == model->shape.heads) {
-        status = bkv_store_pin(pipeline->config.store, spec_id, key, now_ms, &delivery->pin, err);
+        status = pin(pipeline->config.store, spec_id, key, now_ms, &delivery->pin, err);
         if (status == BKV_OK) {
             delivery->data = delivery->pin.data;
             delivery->length = delivery->pin.length;
@@ -96,6 +109,64 @@ bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id,
         bkv_count(&pipeline->counters.get_records_total, 1);
     }
     return status;
+}
+
+bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
+                         const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery, bkv_error_t *err) {
+    return deliver(pipeline, spec_id, key, range, now_ms, bkv_store_pin, delivery, err);
+}
+
+bkv_status_t bkv_deliver_unverified(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
+                                    const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery,
+                                    bkv_error_t *err) {
+    return deliver(pipeline, spec_id, key, range, now_ms, bkv_store_pin_unverified, delivery, err);
+}
+
+// ---- a delivery's bytes ----
+
+bkv_status_t bkv_delivery_verify(bkv_pipeline_t *pipeline, const bkv_delivery_t *delivery, bkv_error_t *err) {
+    if (delivery->slice != NULL) { // of a record that was verified, and sealed here
+        return BKV_OK;
+    }
+    bkv_status_t status = bkv_record_verify(delivery->data, delivery->length, err);
+    if (status != BKV_OK) {
+        bkv_store_damaged(pipeline->config.store, &delivery->pin);
+    }
+    return status;
+}
+
+static void copy_summed(const bkv_delivery_t *delivery, uint8_t *to, bkv_sum_t *sum) {
+    bool stream = delivery->length >= STREAM_FROM;
+    for (uint64_t at = 0; at < delivery->length; at += PIECE_BYTES) {
+        uint64_t left = delivery->length - at, piece = left < PIECE_BYTES ? left : PIECE_BYTES;
+        bkv_sum_advance(sum, delivery->data, at + piece);
+        if (stream) {
+            bkv_stream_copy(to + at, delivery->data + at, piece);
+        } else {
+            memcpy(to + at, delivery->data + at, piece);
+        }
+    }
+}
+
+// What is summed is the record, which nobody writes to, and not the copy: that may lie in memory of the client's.
+bkv_status_t bkv_delivery_copy(bkv_pipeline_t *pipeline, const bkv_delivery_t *delivery, void *to, bkv_error_t *err) {
+    bkv_sum_t *sum = bkv_sum_create();
+    if (sum == NULL) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a Get");
+    }
+    _Alignas(BKV_RECORD_ALIGN) bkv_record_header_t header;
+    memcpy(&header, delivery->data, sizeof(header));
+    copy_summed(delivery, to, sum);
+    uint64_t value = bkv_sum_value(sum);
+    bkv_sum_destroy(sum);
+    if (header.length == delivery->length && header.checksum == value) {
+        return BKV_OK;
+    }
+    if (delivery->slice == NULL) {
+        bkv_store_damaged(pipeline->config.store, &delivery->pin);
+    }
+    return bkv_fail(err, BKV_DATA_LOSS, "checksum: the record says %016llx, its bytes give %016llx",
+                    (unsigned long long)header.checksum, (unsigned long long)value);
 }
 
 void bkv_delivery_release(bkv_pipeline_t *pipeline, bkv_delivery_t *delivery) {

@@ -66,6 +66,10 @@ bkv_model_table_t *bkv_pipeline_models(bkv_pipeline_t *pipeline) {
     return pipeline->models;
 }
 
+void bkv_pipeline_staging(bkv_pipeline_t *pipeline, void **memory, uint64_t *bytes) {
+    bkv_staging_memory(pipeline->staging, memory, bytes);
+}
+
 void bkv_pipeline_metrics(const bkv_pipeline_t *pipeline, bkv_pipeline_metrics_t *metrics) {
 #define X(name, is_counter, help) metrics->name = atomic_load_explicit(&pipeline->counters.name, memory_order_relaxed);
     BKV_PIPELINE_METRICS(X)

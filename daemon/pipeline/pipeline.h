@@ -134,11 +134,12 @@ void bkv_ingest_abort(bkv_ingest_t *ingest);
 // Payloads that do not come by _write from the caller:
 //
 //   _commit_from   a compute thread calls `read` first, which brings all bytes by bkv_ingest_write and may fail; it is called at
-//                  most once, and `source` must live until `done`. Statuses as of _commit
+//                  most once (not when the key is resident), and `source` must live until `done`. Statuses as of _commit
 //   _memory        where the payload is to lie, for DMA: payload_bytes bytes that stay put until commit or abort; NULL when the
-//                  key is resident, and nothing need be brought. Then _filled when all bytes lie there, and _commit, which
-//                  looks through them on a compute thread
-//   _device        (args.on_device) what is to be made and where: see there. Then _made, and _commit, which seals and publishes
+//                  key is resident, and nothing need be brought. Then _filled when all bytes lie there or are not needed, and
+//                  _commit, which looks through them on a compute thread
+//   _device        (args.on_device) what is to be made and where: see there. Then _made, unless the key is resident, and _commit,
+//                  which seals and publishes
 typedef bkv_status_t (*bkv_ingest_read_t)(void *source, bkv_ingest_t *ingest, bkv_error_t *err);
 bkv_status_t bkv_ingest_commit_from(bkv_ingest_t *ingest, bkv_ingest_read_t read, void *source, bkv_ingest_done_t done,
                                     void *user, bkv_error_t *err);
@@ -178,10 +179,14 @@ typedef struct bkv_delivery {
 bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
                          const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery, bkv_error_t *err);
 
-// The same without looking at the record's bytes: for bkv_delivery_copy, which verifies them as it goes.
+// The same without looking at the record's bytes, for whoever verifies them when they move: by bkv_delivery_verify before, or by
+// bkv_delivery_copy in the same pass. (A slice is verified as it is made.)
 bkv_status_t bkv_deliver_unverified(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
                                     const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery,
                                     bkv_error_t *err);
+
+// DATA_LOSS: the delivery's bytes are damaged; the record has been dropped. The delivery is still the caller's to release.
+bkv_status_t bkv_delivery_verify(bkv_pipeline_t *pipeline, const bkv_delivery_t *delivery, bkv_error_t *err);
 
 // Copies a delivery's bytes, in one pass with their checksum. DATA_LOSS: they are damaged; the record has been dropped, and what
 // was copied means nothing.

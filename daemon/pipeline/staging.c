@@ -120,6 +120,11 @@ void bkv_staging_put(bkv_staging_t *staging, void *memory) {
     pthread_mutex_unlock(&staging->lock);
 }
 
+void bkv_staging_memory(const bkv_staging_t *staging, void **memory, uint64_t *bytes) {
+    *memory = staging->region;
+    *bytes = (uint64_t)staging->units * BKV_STAGING_UNIT;
+}
+
 uint64_t bkv_staging_used(bkv_staging_t *staging) {
     pthread_mutex_lock(&staging->lock);
     uint64_t used = (uint64_t)staging->used_units * BKV_STAGING_UNIT;

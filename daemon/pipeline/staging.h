@@ -24,6 +24,9 @@ void bkv_staging_destroy(bkv_staging_t *staging);
 bkv_status_t bkv_staging_get(bkv_staging_t *staging, uint64_t bytes, void **memory, bkv_error_t *err);
 void bkv_staging_put(bkv_staging_t *staging, void *memory);
 
+// All of it.
+void bkv_staging_memory(const bkv_staging_t *staging, void **memory, uint64_t *bytes);
+
 // Bytes handed out, rounding included.
 uint64_t bkv_staging_used(bkv_staging_t *staging);
 

@@ -27,17 +27,6 @@ static bkv_found_t find(bkv_store_t *store, const bkv_spec_id_t *spec_id, const 
     return found;
 }
 
-// Takes out a damaged record that the caller has pinned, unless somebody else did already.
-static void leave_damaged(bkv_store_t *store, uint32_t entry) {
-    pthread_mutex_lock(&store->space);
-    bkv_shard_t *shard = bkv_index_lock_entry(&store->index, entry);
-    if (store->index.entries[entry].flags & BKV_ENTRY_LINKED) {
-        bkv_store_leave(store, shard, entry, BKV_LEAVE_CORRUPT);
-    }
-    pthread_mutex_unlock(&shard->lock);
-    pthread_mutex_unlock(&store->space);
-}
-
 // Takes out a record whose time is over, unless it has been replaced meanwhile.
 static void leave_expired(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms) {
     pthread_mutex_lock(&store->space);
@@ -67,9 +56,8 @@ bkv_status_t bkv_store_pin_entry(bkv_store_t *store, bkv_shard_t *shard, uint32_
     return BKV_OK;
 }
 
-// The whole record is summed at every pin, outside of any lock: memory decays at any time, and the arena may be shared.
-bkv_status_t bkv_store_pin(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
-                           bkv_pin_t *pin, bkv_error_t *err) {
+bkv_status_t bkv_store_pin_unverified(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
+                                      bkv_pin_t *pin, bkv_error_t *err) {
     bkv_found_t found = find(store, spec_id, key, now_ms);
     if (found.entry == BKV_NO_ENTRY || found.expired) {
         found.shard->misses++;
@@ -82,15 +70,33 @@ bkv_status_t bkv_store_pin(bkv_store_t *store, const bkv_spec_id_t *spec_id, con
     bkv_status_t status = bkv_store_pin_entry(store, found.shard, found.entry, pin, err);
     found.shard->hits += status == BKV_OK;
     pthread_mutex_unlock(&found.shard->lock);
+    return status;
+}
+
+// The whole record is summed at every pin, outside of any lock: memory decays at any time, and the arena may be shared.
+bkv_status_t bkv_store_pin(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
+                           bkv_pin_t *pin, bkv_error_t *err) {
+    bkv_status_t status = bkv_store_pin_unverified(store, spec_id, key, now_ms, pin, err);
     if (status != BKV_OK) {
         return status;
     }
     status = bkv_record_verify(pin->data, pin->length, err);
     if (status != BKV_OK) {
-        leave_damaged(store, pin->entry);
+        bkv_store_damaged(store, pin);
         bkv_store_unpin(store, pin);
     }
     return status;
+}
+
+// The caller's pin keeps the entry, but somebody else may have taken it out already.
+void bkv_store_damaged(bkv_store_t *store, const bkv_pin_t *pin) {
+    pthread_mutex_lock(&store->space);
+    bkv_shard_t *shard = bkv_index_lock_entry(&store->index, pin->entry);
+    if (store->index.entries[pin->entry].flags & BKV_ENTRY_LINKED) {
+        bkv_store_leave(store, shard, pin->entry, BKV_LEAVE_CORRUPT);
+    }
+    pthread_mutex_unlock(&shard->lock);
+    pthread_mutex_unlock(&store->space);
 }
 
 void bkv_store_unpin(bkv_store_t *store, const bkv_pin_t *pin) {

@@ -144,6 +144,11 @@ int bkv_store_fd(const bkv_store_t *store) {
     return store->arena.fd;
 }
 
+void bkv_store_memory(const bkv_store_t *store, void **memory, uint64_t *bytes) {
+    *memory = store->arena.slabs; // the slots alone: no device has business with what is kept about them
+    *bytes = store->arena.slab_bytes * store->arena.slab_count;
+}
+
 uint64_t bkv_store_max_record(const bkv_store_t *store) {
     return store->arena.slab_bytes;
 }

@@ -79,3 +79,21 @@ Test(seal, pieces_sum_like_the_whole) {
     }
     bkv_sum_destroy(sum);
 }
+
+Test(seal, appended_pieces_sum_like_the_whole) {
+    size_t length;
+    uint8_t *record = sealed(&length), piece[100];
+    bkv_sum_t *sum = bkv_sum_create();
+    for (size_t first = 128; first < length; first += 57) {
+        bkv_sum_restart(sum);
+        bkv_sum_advance(sum, record, first);
+        for (size_t at = first; at < length;) {
+            size_t step = length - at < sizeof(piece) ? length - at : sizeof(piece);
+            memcpy(piece, record + at, step);
+            bkv_sum_append(sum, piece, step);
+            at += step;
+        }
+        cr_assert_eq(bkv_sum_value(sum), bkv_record_checksum(record, length));
+    }
+    bkv_sum_destroy(sum);
+}

@@ -130,6 +130,80 @@ Test(pipeline_get, sealed_nonsense_is_not_sliced) {
     fixture_close(&fixture);
 }
 
+static bkv_status_t deliver_unverified(fixture_t *fixture, uint32_t key, bkv_deliver_range_t range, bkv_delivery_t *delivery) {
+    bkv_key_t full = fixture_key(key);
+    return bkv_deliver_unverified(fixture->pipeline, &fixture->model.id, &full, &range, fixture_now(), delivery, NULL);
+}
+
+Test(pipeline_get, copies_are_the_record_and_verified) {
+    fixture_t fixture;
+    fixture_open(&fixture, 0, 8);
+    fixture_put_block(&fixture, 1, 0, 64, BKV_CODEC_RAW); // more than a piece
+    fixture_put_block(&fixture, 2, 0, 64, BKV_CODEC_DENSE4);
+    for (uint32_t key = 1; key <= 2; key++) {
+        for (uint32_t layers = 0; layers < 2; layers++) { // the whole, a slice
+            bkv_delivery_t delivery;
+            bkv_error_t err;
+            cr_assert_eq(deliver_unverified(&fixture, key, (bkv_deliver_range_t){.layers = layers}, &delivery), BKV_OK);
+            uint8_t *copy = malloc(delivery.length + 64);
+            memset(copy, 0xee, delivery.length + 64);
+            cr_assert_eq(bkv_delivery_verify(fixture.pipeline, &delivery, &err), BKV_OK, "%s", err.message);
+            cr_assert_eq(bkv_delivery_copy(fixture.pipeline, &delivery, copy, &err), BKV_OK, "%s", err.message);
+            cr_assert_eq(memcmp(copy, delivery.data, delivery.length), 0);
+            cr_assert_eq(copy[delivery.length], 0xee);
+            cr_assert_eq(bkv_record_verify(copy, delivery.length, NULL), BKV_OK);
+            bkv_delivery_release(fixture.pipeline, &delivery);
+            free(copy);
+        }
+    }
+    cr_assert_eq(deliver_unverified(&fixture, 7, (bkv_deliver_range_t){0}, &(bkv_delivery_t){0}), BKV_NOT_FOUND);
+    fixture_close(&fixture);
+}
+
+Test(pipeline_get, a_record_of_many_pieces_goes_past_the_cache_unchanged) {
+    fixture_t fixture;
+    fixture_open(&fixture, 0, 8);
+    bkv_model_t large = fixture.model;
+    large.shape.tokens = 4096; // 3 MiB
+    cr_assert_eq(bkv_model_complete(&large, NULL), BKV_OK);
+    cr_assert_eq(bkv_model_table_add(bkv_pipeline_models(fixture.pipeline), &large, NULL), BKV_OK);
+    fixture.model = large;
+    fixture_put_block(&fixture, 1, 0, 4096, BKV_CODEC_RAW);
+    bkv_delivery_t delivery;
+    cr_assert_eq(deliver_unverified(&fixture, 1, (bkv_deliver_range_t){0}, &delivery), BKV_OK);
+    uint8_t *copy = malloc(delivery.length);
+    cr_assert_eq(bkv_delivery_copy(fixture.pipeline, &delivery, copy, NULL), BKV_OK);
+    cr_assert_eq(memcmp(copy, delivery.data, delivery.length), 0);
+    bkv_delivery_release(fixture.pipeline, &delivery);
+    free(copy);
+    fixture_close(&fixture);
+}
+
+Test(pipeline_get, damage_shows_when_the_record_moves_and_drops_it) {
+    fixture_t fixture;
+    fixture_open(&fixture, 0, 8);
+    static const size_t damaged[] = {0, 8, 16, 24, 1000, 49000}; // magic, length, checksum, key, payload
+    for (size_t i = 0; i < sizeof(damaged) / sizeof(damaged[0]); i++) {
+        for (int verify = 0; verify < 2; verify++) {
+            fixture_put_block(&fixture, 1, 0, 64, BKV_CODEC_RAW);
+            resident_bytes(&fixture, 1)[damaged[i]] ^= 4;
+            bkv_delivery_t delivery;
+            bkv_error_t err;
+            cr_assert_eq(deliver_unverified(&fixture, 1, (bkv_deliver_range_t){0}, &delivery), BKV_OK);
+            uint8_t *copy = malloc(delivery.length);
+            cr_assert_eq(verify ? bkv_delivery_verify(fixture.pipeline, &delivery, &err)
+                                : bkv_delivery_copy(fixture.pipeline, &delivery, copy, &err),
+                         BKV_DATA_LOSS, "byte %zu", damaged[i]);
+            free(copy);
+            cr_assert_eq(deliver(&fixture, 1, (bkv_deliver_range_t){0}, &(bkv_delivery_t){0}, NULL), BKV_NOT_FOUND);
+            bkv_delivery_release(fixture.pipeline, &delivery);
+            cr_assert_eq(fixture_store_metrics(&fixture).slot_bytes, 0);
+        }
+    }
+    cr_assert_eq(fixture_store_metrics(&fixture).corrupt_total, 2 * sizeof(damaged) / sizeof(damaged[0]));
+    fixture_close(&fixture);
+}
+
 Test(pipeline_get, slices_are_bounded_by_staging_memory) {
     fixture_t fixture;
     fixture_open(&fixture, 0, 8);

@@ -44,6 +44,27 @@ Test(store_read, damage_is_data_loss_then_a_miss) {
     bkv_store_destroy(store);
 }
 
+Test(store_read, unverified_pins_leave_the_verdict_to_their_holder) {
+    bkv_store_t *store = small_store();
+    fixture_add(store, 1, 4096);
+    bkv_key_t key = fixture_key(1);
+    bkv_pin_t pin, second;
+    cr_assert_eq(bkv_store_pin_unverified(store, &fixture_spec, &key, NOW, &pin, NULL), BKV_OK);
+    *(bkv_arena_at(&store->arena, store->index.entries[pin.entry].page) + 2000) ^= 0x10;
+    cr_assert_eq(bkv_store_pin_unverified(store, &fixture_spec, &key, NOW, &second, NULL), BKV_OK);
+    bkv_store_damaged(store, &pin);
+    bkv_store_damaged(store, &second); // somebody else has dropped it by then
+    cr_assert_eq(bkv_store_pin_unverified(store, &fixture_spec, &key, NOW, &second, NULL), BKV_NOT_FOUND);
+    fixture_add(store, 1, 4096); // the key anew, while the damaged one is still pinned twice
+    bkv_store_unpin(store, &pin);
+    bkv_store_damaged(store, &second); // which is not the new one
+    bkv_store_unpin(store, &second);
+    cr_assert(fixture_has(store, 1));
+    cr_assert_eq(fixture_metrics(store).corrupt_total, 1);
+    fixture_audit(store);
+    bkv_store_destroy(store);
+}
+
 Test(store_read, dropped_while_pinned) {
     bkv_store_t *store = small_store();
     fixture_add(store, 1, MIB);

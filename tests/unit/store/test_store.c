@@ -129,3 +129,19 @@ Test(store_store, random_walk, .timeout = 120) {
     cr_assert(m.evicted_capacity_total && m.evicted_quota_total && m.evicted_slab_total && m.expired_total && m.dropped_total);
     bkv_store_destroy(store);
 }
+
+Test(store_store, its_memory_is_all_of_its_slots) {
+    bkv_store_config_t config = fixture_config(4 * MIB, MIB);
+    bkv_store_t *store = fixture_store(&config);
+    void *memory;
+    uint64_t bytes;
+    bkv_store_memory(store, &memory, &bytes);
+    cr_assert_eq(bytes, 4 * MIB);
+    for (uint64_t i = 0; i < 4; i++) {
+        bkv_slot_t slot;
+        cr_assert_eq(bkv_store_reserve(store, TENANT, MIB, NOW, &slot, NULL), BKV_OK);
+        cr_assert(slot.data >= (uint8_t *)memory && slot.data + slot.capacity <= (uint8_t *)memory + bytes);
+        bkv_store_abort(store, &slot);
+    }
+    bkv_store_destroy(store);
+}
