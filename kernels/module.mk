@@ -2,7 +2,7 @@
 HAVE_XXHASH := $(shell pkg-config --exists libxxhash 2>/dev/null && echo yes)
 KERNELS_SRC := $(filter-out $(if $(HAVE_XXHASH),,kernels/seal.c),$(wildcard kernels/*.c kernels/cpu/*.c kernels/cuda/*.c))
 
-# CUDA: cuda/*.cu where there is nvcc, cuda/absent.c elsewhere and in sanitizer builds. `make NVCC=` leaves it out too.
+# CUDA: cuda/*.cu where there is nvcc, cuda/absent*.c elsewhere and in sanitizer builds. `make NVCC=` leaves it out too.
 ifeq ($(origin NVCC),undefined)
 NVCC := $(if $(SAN),,$(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 endif
@@ -16,7 +16,7 @@ CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[
 NVCC_FLAGS = -std=c++17 -O3 -Ikernels $(CUDA_ARCH) -Werror all-warnings \
   -Xcompiler -fPIC,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics,-fvisibility=hidden,-Wall,-Wextra,-Werror
 
-KERNELS_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(if $(NVCC),$(filter-out kernels/cuda/absent.c,$(KERNELS_SRC)),$(KERNELS_SRC))) $(CUDA_ALL)
+KERNELS_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(if $(NVCC),$(filter-out kernels/cuda/absent%.c,$(KERNELS_SRC)),$(KERNELS_SRC))) $(CUDA_ALL)
 KERNELS_LIB := $(BUILD)/lib/libbkvkernels.a
 KERNELS_LIBS = -lm $(if $(HAVE_XXHASH),$(call libs_of,libxxhash))
 
