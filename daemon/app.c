@@ -1,4 +1,4 @@
-// app.c - turns a configuration into a running store, pipeline and server, and back. The event loop is loop.c.
+// app.c - turns a configuration into a running store, pipeline, transports and server, and back. The event loop is loop.c.
 #include "daemon/app.h"
 
 #include "daemon/config_check.h"
@@ -79,7 +79,7 @@ static void apply_quotas(bkv_app_t *app) {
     }
 }
 
-// ---- pipeline and server ----
+// ---- pipeline, transports and server ----
 
 static bkv_status_t start_pipeline(bkv_app_t *app, bkv_error_t *err) {
     const bkv_config_t *config = app->config;
@@ -101,6 +101,28 @@ static bkv_status_t start_pipeline(bkv_app_t *app, bkv_error_t *err) {
         .now_ms = bkv_now_ms,
     };
     return bkv_pipeline_create(&pipeline, &app->pipeline, err);
+}
+
+// The strings stay where they are: none of them is reloadable.
+static bkv_status_t start_transports(bkv_app_t *app, bkv_error_t *err) {
+    const bkv_config_t *config = app->config;
+    const bkv_transports_config_t transports = {
+        .pipeline = app->pipeline,
+        .store = app->store,
+        .socket_path = config->listen_socket,
+        .socket_mode = bkv_config_socket_mode(config),
+        .max_sessions = config->transport_max_sessions,
+        .idle_ms = config->transport_idle,
+        .shm_bytes = config->transport_shm,
+        .shm_window = config->transport_shm_window,
+        .cuda_ipc = config->transport_cuda_ipc,
+        .verbs_device = config->transport_verbs,
+        .verbs_port = config->transport_verbs_port,
+        .verbs_gid = bkv_config_verbs_gid(config),
+        .verbs_sessions = config->transport_verbs_sessions,
+        .now_ms = bkv_now_ms,
+    };
+    return bkv_transports_create(&transports, &app->transports, err);
 }
 
 // Never the same twice in a row, and never 0: clients compare it to notice a restart.
@@ -128,10 +150,11 @@ static bkv_status_t start_server(bkv_app_t *app, bkv_error_t *err) {
     if (status != BKV_OK) {
         return status;
     }
-    bkv_sources_init(app->store, app->pipeline, app->sources);
+    bkv_sources_init(app->store, app->pipeline, app->transports, app->sources);
     const bkv_server_config_t server = {
         .pipeline = app->pipeline,
         .store = app->store,
+        .transports = app->transports,
         .sources = app->sources,
         .source_count = BKV_SOURCE_COUNT,
         .version = BKV_VERSION,
@@ -177,6 +200,9 @@ bkv_status_t bkv_app_start(bkv_app_t *app, const bkv_args_t *args, bkv_config_t 
         status = start_pipeline(app, err);
     }
     if (status == BKV_OK) {
+        status = start_transports(app, err);
+    }
+    if (status == BKV_OK) {
         status = start_server(app, err);
     }
     if (status != BKV_OK) {
@@ -192,6 +218,7 @@ void bkv_app_stop(bkv_app_t *app) {
     if (app->server != NULL) {
         bkv_server_stop(app->server);
     }
+    bkv_transports_destroy(app->transports);
     bkv_pipeline_destroy(app->pipeline);
     if (app->store != NULL) {
         bkv_store_destroy(app->store);

@@ -70,6 +70,9 @@ void bkv_config_adopt(bkv_config_t *current, bkv_config_t *next);
 // listen.socket_mode as a number.
 unsigned bkv_config_socket_mode(const bkv_config_t *config);
 
+// transport.verbs_gid as a number; -1: auto.
+int bkv_config_verbs_gid(const bkv_config_t *config);
+
 // The effective configuration, as a file that loads to the same.
 void bkv_config_print(const bkv_config_t *config, FILE *out);
 

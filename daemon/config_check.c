@@ -3,11 +3,14 @@
 
 #include "daemon/value.h"
 #include "kernels/codec.h"
+#include "proto/fd_socket.h"
 
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/un.h>
+
+#define GID_HIGHEST 65535
 
 bkv_status_t bkv_config_refuse(const bkv_config_t *config, size_t id, bkv_error_t *err, const char *format, ...) {
     const bkv_option_t *option = &bkv_options[id];
@@ -63,6 +66,12 @@ static const struct {
     {BKV_OPT_limits_max_specs, false, 1, 1 << 20},
     {BKV_OPT_limits_op_timeout, false, 1, 86400000},
     {BKV_OPT_limits_drain_timeout, true, 1, 3600000},
+    {BKV_OPT_transport_shm, true, UINT64_C(64) << 10, UINT64_C(1) << 44},
+    {BKV_OPT_transport_shm_window, false, UINT64_C(64) << 10, UINT64_C(1) << 44},
+    {BKV_OPT_transport_verbs_port, true, 1, 255},
+    {BKV_OPT_transport_verbs_sessions, false, 1, 1 << 16},
+    {BKV_OPT_transport_max_sessions, false, 1, 1 << 20},
+    {BKV_OPT_transport_idle, false, 1, 86400000},
 };
 
 static bkv_status_t check_range(const bkv_config_t *config, size_t i, bkv_error_t *err) {
@@ -121,9 +130,32 @@ unsigned bkv_config_socket_mode(const bkv_config_t *config) {
     return mode;
 }
 
+// "auto" is -1.
+static bool parse_gid(const char *text, int *gid) {
+    uint32_t index = 0;
+    bool automatic = strcmp(text, "auto") == 0;
+    if (!automatic && (bkv_value_parse_u32(text, &index) != NULL || index > GID_HIGHEST)) {
+        return false;
+    }
+    *gid = automatic ? -1 : (int)index;
+    return true;
+}
+
+int bkv_config_verbs_gid(const bkv_config_t *config) {
+    int gid = -1;
+    parse_gid(config->transport_verbs_gid, &gid); // was checked when it was loaded
+    return gid;
+}
+
+// Local transports have a socket of their own beside the first one.
+static size_t longest_socket(const bkv_config_t *config) {
+    size_t room = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1;
+    return config->transport_shm != 0 || config->transport_cuda_ipc ? room - strlen(BKV_FD_SUFFIX) : room;
+}
+
 static bkv_status_t check_listen(const bkv_config_t *config, bkv_error_t *err) {
     unsigned mode;
-    const size_t longest = sizeof(((struct sockaddr_un *)NULL)->sun_path) - 1;
+    const size_t longest = longest_socket(config);
     if (config->listen_socket[0] == '\0' && config->listen_tcp[0] == '\0') {
         return bkv_config_refuse(config, BKV_OPT_listen_socket, err, "empty, and so is tcp: nothing to listen on");
     }
@@ -145,6 +177,22 @@ static bkv_status_t check_listen(const bkv_config_t *config, bkv_error_t *err) {
     }
     if (config->listen_tls_client_ca[0] != '\0' && config->listen_tls_cert[0] == '\0') {
         return bkv_config_refuse(config, BKV_OPT_listen_tls_client_ca, err, "needs tls_cert and tls_key as well");
+    }
+    return BKV_OK;
+}
+
+static bkv_status_t check_transport(const bkv_config_t *config, bkv_error_t *err) {
+    int gid;
+    if (!parse_gid(config->transport_verbs_gid, &gid)) {
+        return bkv_config_refuse(config, BKV_OPT_transport_verbs_gid, err, "\"%.20s\" is neither auto nor within 0..%d",
+                                 config->transport_verbs_gid, GID_HIGHEST);
+    }
+    if (config->transport_verbs[0] == '\0') {
+        return bkv_config_refuse(config, BKV_OPT_transport_verbs, err, "empty: auto, off or a device's name is expected");
+    }
+    bool window_given = config->origin[BKV_OPT_transport_shm_window] != 0; // the default is just the most that one may get
+    if (window_given && config->transport_shm != 0 && config->transport_shm_window > config->transport_shm) {
+        return bkv_config_refuse(config, BKV_OPT_transport_shm_window, err, "is larger than shm, which is for all clients");
     }
     return BKV_OK;
 }
@@ -177,6 +225,9 @@ bkv_status_t bkv_config_check(const bkv_config_t *config, bkv_error_t *err) {
     }
     if (status == BKV_OK) {
         status = check_words(config, err);
+    }
+    if (status == BKV_OK) {
+        status = check_transport(config, err);
     }
     if (status == BKV_OK && config->memory_slab > config->memory_arena) {
         status = bkv_config_refuse(config, BKV_OPT_memory_slab, err, "is larger than the arena");

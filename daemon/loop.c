@@ -52,6 +52,7 @@ static void report_status(const loop_t *loop) {
 static void on_tick(uv_timer_t *timer) {
     loop_t *loop = timer->data;
     bkv_store_tick(loop->app->store, bkv_now_ms(), TICK_ENTRIES);
+    bkv_transports_tick(loop->app->transports, bkv_now_ms());
     if (loop->ticks++ % STATUS_TICKS == 0) {
         report_status(loop);
     }

@@ -20,6 +20,14 @@ static void collect_pipeline(void *owner, bkv_metric_emit_t emit, void *sink) {
 #undef X
 }
 
+static void collect_transports(void *owner, bkv_metric_emit_t emit, void *sink) {
+    bkv_transport_metrics_t metrics;
+    bkv_transports_metrics(owner, &metrics);
+#define X(name, is_counter, help) emit(sink, #name, help, is_counter, (double)metrics.name);
+    BKV_TRANSPORT_METRICS(X)
+#undef X
+}
+
 static void collect_process(void *owner, bkv_metric_emit_t emit, void *sink) {
     (void)owner;
     unsigned long long size, resident;
@@ -34,8 +42,10 @@ static void collect_process(void *owner, bkv_metric_emit_t emit, void *sink) {
     fclose(statm);
 }
 
-void bkv_sources_init(bkv_store_t *store, bkv_pipeline_t *pipeline, bkv_metric_source_t sources[BKV_SOURCE_COUNT]) {
+void bkv_sources_init(bkv_store_t *store, bkv_pipeline_t *pipeline, bkv_transports_t *transports,
+                      bkv_metric_source_t sources[BKV_SOURCE_COUNT]) {
     sources[0] = (bkv_metric_source_t){collect_store, store};
     sources[1] = (bkv_metric_source_t){collect_pipeline, pipeline};
-    sources[2] = (bkv_metric_source_t){collect_process, NULL};
+    sources[2] = (bkv_metric_source_t){collect_transports, transports};
+    sources[3] = (bkv_metric_source_t){collect_process, NULL};
 }

@@ -130,6 +130,16 @@ Test(config, bad_files_are_refused_with_line_and_reason) {
     refused("[listen]\ntcp = ::1:7420\n", 2, "[listen] tcp:");
     refused("[listen]\nsocket =\ntcp =\n", 2, "[listen] socket: empty, and so is tcp");
     refused("[listen]\ntls_cert = /c.pem\n", 2, "[listen] tls_cert: needs tls_key");
+    refused("[transport]\nshm = 1K\n", 2, "[transport] shm: must be within 64K..16T, or 0");
+    refused("[transport]\nshm_window = 0\n", 2, "[transport] shm_window: must be within 64K..16T");
+    refused("[transport]\nshm = 1M\nshm_window = 2M\n", 3, "[transport] shm_window: is larger than shm");
+    refused("[transport]\nverbs =\n", 2, "[transport] verbs: empty");
+    refused("[transport]\nverbs_port = 256\n", 2, "[transport] verbs_port: must be within 1..255, or 0");
+    refused("[transport]\nverbs_gid = first\n", 2, "[transport] verbs_gid: \"first\" is neither auto nor within 0..65535");
+    refused("[transport]\nverbs_gid = -1\n", 2, "[transport] verbs_gid: \"-1\"");
+    refused("[transport]\nverbs_gid = 65536\n", 2, "[transport] verbs_gid: \"65536\"");
+    refused("[transport]\nmax_sessions = 0\n", 2, "[transport] max_sessions: must be within 1..1048576");
+    refused("[transport]\nidle = 0\n", 2, "[transport] idle: must be within 1ms..24h");
     refused("[log]\nlevel = chatty\n", 2, "[log] level: \"chatty\" is none of");
     refused("[log]\ntarget = file\n", 2, "[log] target: \"file\" is none of");
     refused("[tenant x]\nquota = 1G\n[tenant x]\nquota = 2G\n", 4, "[tenant x] quota: is set in line 2 already");
@@ -137,6 +147,28 @@ Test(config, bad_files_are_refused_with_line_and_reason) {
     refused("[tenant x]\nttl = 1h\n", 2, "[tenant x] ttl: no such key");
     refused("[tenants]\nquota = 1h\n", 1, "[tenants]: no such section");
     refused("[tenant \xff]\nquota = 1h\n", 1, "[tenant \xff]: a tenant's name");
+}
+
+Test(config, transport_words_and_numbers) {
+    bkv_config_t *config = load("");
+    cr_assert_eq(bkv_config_verbs_gid(config), -1);
+    cr_assert_str_eq(config->transport_verbs, "auto");
+    bkv_config_destroy(config);
+    config = load("[transport]\nshm = 1M\nverbs_gid = 3\ncuda_ipc = no\n"); // less than the default window, which is no error
+    cr_assert_eq(bkv_config_verbs_gid(config), 3);
+    cr_assert_eq(config->transport_shm, 1 << 20);
+    cr_assert_not(config->transport_cuda_ipc);
+    bkv_config_destroy(config);
+}
+
+// The fd socket's name is three characters longer than the first one's.
+Test(config, socket_leaves_room_for_the_fd_socket) {
+    char text[256], socket[108] = "/";
+    memset(socket + 1, 's', 104); // 105 characters
+    snprintf(text, sizeof(text), "[listen]\nsocket = %s\n", socket);
+    refused(text, 2, "[listen] socket: longer than 104 bytes");
+    snprintf(text, sizeof(text), "[listen]\nsocket = %s\n[transport]\nshm = 0\ncuda_ipc = no\n", socket);
+    bkv_config_destroy(load(text));
 }
 
 Test(config, long_lines_and_nul_bytes_are_refused) {
