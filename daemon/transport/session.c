@@ -66,10 +66,13 @@ static void end_session(bkv_session_t *session) {
     bkv_session_release(session);
 }
 
-static void end_list(bkv_session_t *list) {
+static void end_list(bkv_session_t *list, _Atomic uint64_t *counter) {
     while (list != NULL) {
         bkv_session_t *session = list;
         list = session->next;
+        if (counter != NULL) {
+            bkv_transport_count(counter, 1);
+        }
         end_session(session);
     }
 }
@@ -162,15 +165,26 @@ bkv_status_t bkv_session_attach(bkv_transports_t *transports, const bkv_attach_a
 
 // ---- references ----
 
+// Whether its transport can do nothing more with it. Under the lock.
+static bool is_lost(const bkv_session_t *session, uint64_t now_ms) {
+    (void)now_ms;
+    return session->ops->alive != NULL && !session->ops->alive(session->self, session->state);
+}
+
 bkv_status_t bkv_session_find(bkv_transports_t *transports, const bkv_session_id_t *id, bkv_session_t **session_out,
                               bkv_error_t *err) {
     pthread_mutex_lock(&transports->lock);
-    bkv_session_t *session = *slot_of(transports, id);
+    bkv_session_t **slot = slot_of(transports, id), *session = *slot, *lost = NULL;
+    if (session != NULL && is_lost(session, 0)) {
+        lost = take_out(slot);
+        session = NULL;
+    }
     if (session != NULL) {
         atomic_fetch_add(&session->references, 1);
         atomic_store(&session->used_ms, transports->config.now_ms());
     }
     pthread_mutex_unlock(&transports->lock);
+    end_list(lost, &transports->counters.sessions_lost_total);
     if (session == NULL) {
         return bkv_fail(err, BKV_FAILED_PRECONDITION, "place.session: there is none of this name (any more); Attach again");
     }
@@ -233,19 +247,18 @@ static bool is_idle(const bkv_session_t *session, uint64_t now_ms) {
 
 void bkv_transports_tick(bkv_transports_t *transports, uint64_t now_ms) {
     pthread_mutex_lock(&transports->lock);
-    bkv_session_t *list = take_out_if(transports, is_idle, now_ms);
+    bkv_session_t *lost = take_out_if(transports, is_lost, now_ms);
+    bkv_session_t *idle = take_out_if(transports, is_idle, now_ms);
     pthread_mutex_unlock(&transports->lock);
-    for (const bkv_session_t *session = list; session != NULL; session = session->next) {
-        bkv_transport_count(&transports->counters.sessions_idle_total, 1);
-    }
-    end_list(list);
+    end_list(lost, &transports->counters.sessions_lost_total);
+    end_list(idle, &transports->counters.sessions_idle_total);
 }
 
 void bkv_sessions_end_all(bkv_transports_t *transports) {
     pthread_mutex_lock(&transports->lock);
     bkv_session_t *list = take_out_if(transports, NULL, 0);
     pthread_mutex_unlock(&transports->lock);
-    end_list(list);
+    end_list(list, NULL);
     pthread_mutex_lock(&transports->lock);
     while (transports->count > 0) {
         pthread_cond_wait(&transports->none, &transports->lock);
@@ -274,10 +287,7 @@ void bkv_session_lose(bkv_transports_t *transports, const bkv_session_id_t *id) 
     pthread_mutex_lock(&transports->lock);
     bkv_session_t *session = take_out(slot_of(transports, id));
     pthread_mutex_unlock(&transports->lock);
-    if (session != NULL) {
-        bkv_transport_count(&transports->counters.sessions_lost_total, 1);
-        end_session(session);
-    }
+    end_list(session, &transports->counters.sessions_lost_total);
 }
 
 bool bkv_session_alive(bkv_transports_t *transports, const bkv_session_id_t *id) {

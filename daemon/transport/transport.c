@@ -11,6 +11,7 @@
 
 static const bkv_transport_ops_t *const table[BKV_TRANSPORT_KINDS] = {
     [BKV_TRANSPORT_SHM] = &bkv_transport_shm,
+    [BKV_TRANSPORT_VERBS] = &bkv_transport_verbs,
 };
 
 // As bkv_transports_offer names them: a worker's GPU first, then its host's memory, then the network.
@@ -106,7 +107,8 @@ size_t bkv_transports_offer(const bkv_transports_t *transports, bool local, cons
     size_t count = 0;
     for (size_t i = 0; i < sizeof(preference) / sizeof(preference[0]); i++) {
         const bkv_transport_t *transport = &transports->kinds[preference[i]];
-        if (transport->open && (local || !transport->ops->local)) {
+        bool here = transport->open && (transport->ops->alive == NULL || transport->ops->alive(transport->self, NULL));
+        if (here && (local || !transport->ops->local)) {
             names[count++] = transport->ops->name;
         }
     }

@@ -1,0 +1,203 @@
+// verbs_watch.c - the thread of the verbs transport: takes completions and the device's events, and looks at the clock, so that a
+// link which neither works nor says so ends nevertheless.
+//
+// Queue pairs of broken links are destroyed here, and by detach, which has none of its own left here: destroying one waits until all
+// events about it have been acknowledged, which this thread does.
+#include "daemon/transport/verbs.h"
+
+#include "daemon/observe/log.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <infiniband/verbs.h>
+#include <poll.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define LOOK_MS 500 // between two looks at the clock
+#define BATCH   32  // completions taken at once
+
+// ---- completions ----
+
+static void take_completions(bkv_verbs_t *verbs) {
+    struct ibv_wc completions[BATCH];
+    int count;
+    while ((count = ibv_poll_cq(verbs->completions, BATCH, completions)) > 0) {
+        bkv_verbs_list_t over;
+        bkv_verbs_list_init(&over);
+        pthread_mutex_lock(&verbs->lock);
+        for (int i = 0; i < count; i++) {
+            bkv_verbs_returned(verbs, &completions[i], &over);
+        }
+        bkv_verbs_post(verbs, &over);
+        pthread_mutex_unlock(&verbs->lock);
+        bkv_verbs_tell(&over);
+    }
+}
+
+// Asks for the next notice before it looks, so that none is missed.
+static void on_notice(bkv_verbs_t *verbs) {
+    struct ibv_cq *queue;
+    void *context;
+    while (ibv_get_cq_event(verbs->channel, &queue, &context) == 0) {
+        ibv_ack_cq_events(queue, 1);
+    }
+    ibv_req_notify_cq(verbs->completions, 0);
+    take_completions(verbs);
+}
+
+// ---- events of the device ----
+
+// Breaks the link with this queue pair; NULL: all of them.
+static void break_links(bkv_verbs_t *verbs, const struct ibv_qp *pair, const char *cause) {
+    bkv_verbs_list_t over;
+    bkv_verbs_list_init(&over);
+    pthread_mutex_lock(&verbs->lock);
+    for (bkv_verbs_session_t *session = verbs->sessions; session != NULL; session = session->next) {
+        if (pair == NULL || session->link.pair == pair) {
+            bkv_verbs_break(session, cause, &over);
+        }
+    }
+    pthread_mutex_unlock(&verbs->lock);
+    bkv_verbs_tell(&over);
+}
+
+static void device_lost(bkv_verbs_t *verbs, const char *cause) {
+    if (!atomic_exchange(&verbs->gone, true)) {
+        bkv_log(BKV_LOG_ERROR, 0, "verbs: %s is of no use any more (%s); clients go inline until a restart",
+                verbs->device->name, cause);
+    }
+    break_links(verbs, NULL, cause);
+}
+
+static void port_changed(bkv_verbs_t *verbs, int port, bool down) {
+    if (port == verbs->device->port.number && atomic_exchange(&verbs->port_down, down) != down) {
+        bkv_log(down ? BKV_LOG_WARN : BKV_LOG_INFO, 0, "verbs: port %d of %s is %s", port, verbs->device->name,
+                down ? "down; links fail when they are used" : "active again");
+    }
+}
+
+static void on_event(bkv_verbs_t *verbs, const struct ibv_async_event *event) {
+    const char *name = ibv_event_type_str(event->event_type);
+    switch (event->event_type) {
+    case IBV_EVENT_QP_FATAL:
+    case IBV_EVENT_QP_REQ_ERR:
+    case IBV_EVENT_QP_ACCESS_ERR:
+    case IBV_EVENT_PATH_MIG_ERR:
+        break_links(verbs, event->element.qp, name);
+        break;
+    case IBV_EVENT_CQ_ERR:
+    case IBV_EVENT_DEVICE_FATAL:
+        device_lost(verbs, name);
+        break;
+    case IBV_EVENT_PORT_ERR:
+    case IBV_EVENT_PORT_ACTIVE:
+        port_changed(verbs, event->element.port_num, event->event_type == IBV_EVENT_PORT_ERR);
+        break;
+    default:
+        bkv_log(BKV_LOG_DEBUG, 0, "verbs: %s: %s", verbs->device->name, name);
+    }
+}
+
+static void take_events(bkv_verbs_t *verbs) {
+    struct ibv_async_event event;
+    while (ibv_get_async_event(verbs->device->context, &event) == 0) {
+        on_event(verbs, &event);
+        ibv_ack_async_event(&event);
+    }
+}
+
+// ---- the clock ----
+
+static void look_at(bkv_verbs_session_t *session, uint64_t now_ms, bkv_verbs_list_t *over) {
+    if (session->broken.status == BKV_OK) {
+        if (session->pending > 0 && now_ms > session->progress_ms + BKV_VERBS_STUCK_MS) {
+            bkv_verbs_break(session, "nothing moves", over);
+        } else if (session->until_ms != 0 && now_ms > session->until_ms && session->transfers.head != NULL) {
+            bkv_verbs_break(session, "the session has ended", over);
+        }
+    }
+    bool late = atomic_load(&session->verbs->gone) || now_ms > session->broken_ms + BKV_VERBS_FLUSH_MS;
+    if (session->broken.status != BKV_OK && session->link.pair != NULL && (session->pending == 0 || late)) {
+        bkv_verbs_abandon(session, over);
+    }
+}
+
+static void look_at_clock(bkv_verbs_t *verbs) {
+    bkv_verbs_list_t over;
+    bkv_verbs_list_init(&over);
+    pthread_mutex_lock(&verbs->lock);
+    uint64_t now_ms = bkv_transports_config_of(verbs->transports)->now_ms();
+    for (bkv_verbs_session_t *session = verbs->sessions; session != NULL; session = session->next) {
+        look_at(session, now_ms, &over);
+    }
+    bkv_verbs_post(verbs, &over); // what was abandoned has made room
+    pthread_mutex_unlock(&verbs->lock);
+    bkv_verbs_tell(&over);
+}
+
+// ---- the thread ----
+
+static void *watch_main(void *argument) {
+    bkv_verbs_t *verbs = argument;
+    struct pollfd files[] = {{.fd = verbs->channel->fd, .events = POLLIN},
+                             {.fd = verbs->device->context->async_fd, .events = POLLIN},
+                             {.fd = verbs->wake, .events = POLLIN}};
+    while (!atomic_load(&verbs->stopping)) {
+        poll(files, sizeof(files) / sizeof(files[0]), LOOK_MS);
+        if (files[2].revents != 0) {
+            eventfd_t count;
+            eventfd_read(verbs->wake, &count);
+        }
+        on_notice(verbs);
+        take_events(verbs);
+        for (size_t i = 0; i < 2; i++) {
+            if ((files[i].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0) { // the kernel has taken it from us
+                device_lost(verbs, "it was taken away");
+                files[i].fd = -1;
+            }
+        }
+        look_at_clock(verbs);
+    }
+    return NULL;
+}
+
+void bkv_verbs_wake(bkv_verbs_t *verbs) {
+    eventfd_write(verbs->wake, 1); // cannot block: nobody writes so much
+}
+
+static bool unblock(int fd) {
+    int flags = fcntl(fd, F_GETFL);
+    return flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
+}
+
+bkv_status_t bkv_verbs_watch_start(bkv_verbs_t *verbs, bkv_error_t *err) {
+    verbs->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (verbs->wake < 0 || !unblock(verbs->channel->fd) || !unblock(verbs->device->context->async_fd)) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no descriptor to watch a device by: %s", strerror(errno));
+    }
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int cause = pthread_create(&verbs->thread, NULL, watch_main, verbs);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (cause != 0) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no thread to watch a device: %s", strerror(cause));
+    }
+    pthread_setname_np(verbs->thread, "bkv-verbs");
+    verbs->watched = true;
+    return BKV_OK;
+}
+
+void bkv_verbs_watch_stop(bkv_verbs_t *verbs) {
+    if (verbs->watched) {
+        atomic_store(&verbs->stopping, true);
+        bkv_verbs_wake(verbs);
+        pthread_join(verbs->thread, NULL);
+    }
+    if (verbs->wake >= 0) {
+        close(verbs->wake);
+    }
+}
