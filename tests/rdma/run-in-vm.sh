@@ -86,7 +86,7 @@ setpriv --pdeathsig KILL timeout --signal KILL "$limit" setpriv --pdeathsig KILL
     "${folders[@]}" "${network[@]}" </dev/null 2>"$state/qemu" &
 guest=$!
 tail -q -n +1 -s 0.1 -f --pid "$guest" "$state/job/output" &
-wait "$guest"
+{ wait "$guest"; } 2>/dev/null # of a guest that was killed bash has something to say
 status=$?
 guest=''
 wait # for tail
