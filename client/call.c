@@ -5,6 +5,7 @@
 
 #include <assert.h>
 #include <grpc/byte_buffer.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -16,6 +17,13 @@
 
 // gRPC counts in milliseconds: a deadline may pass a little early.
 #define ROUNDING_MS 5
+
+// What the daemon sends along with a failure (daemon/rpc/call.c), and how it begins to say that it does not know a session.
+#define REQUEST_ID_KEY "bkv-request-id"
+#define SESSION_FIELD  "place.session"
+
+// How often a call looks for another session.
+#define REJOIN_MOST 3
 
 static const bkv_call_kind_t open_kind = {.method = BKV_CLIENT_SERVICE "Open", .shape = BKV_CALL_UNARY};
 
@@ -77,7 +85,8 @@ static void take(bkv_attempt_t *attempt) {
     }
 }
 
-static void on_status(bkv_attempt_t *attempt, bool ok) {
+static void on_status(void *owner, bool ok) {
+    bkv_attempt_t *attempt = owner;
     (void)ok; // the status says it
     if (attempt->received != NULL && attempt->kind->shape != BKV_CALL_DOWNLOAD) {
         take(attempt);
@@ -90,7 +99,8 @@ static void receive_next(bkv_attempt_t *attempt) {
     batch_start(attempt, &op, 1, &attempt->receive_tag);
 }
 
-static void on_receive(bkv_attempt_t *attempt, bool ok) {
+static void on_receive(void *owner, bool ok) {
+    bkv_attempt_t *attempt = owner;
     bool more = ok && attempt->received != NULL;
     if (more) {
         take(attempt);
@@ -139,7 +149,8 @@ static void send_next(bkv_attempt_t *attempt) {
     }
 }
 
-static void on_send(bkv_attempt_t *attempt, bool ok) {
+static void on_send(void *owner, bool ok) {
+    bkv_attempt_t *attempt = owner;
     grpc_byte_buffer_destroy(attempt->message);
     attempt->message = NULL;
     attempt->sending = false;
@@ -178,9 +189,9 @@ static bkv_attempt_t *attempt_create(bkv_call_t *call) {
     const bkv_call_kind_t *kind = call->reopening ? &open_kind : call->kind;
     attempt->call = call;
     attempt->kind = kind;
-    attempt->send_tag = (bkv_call_tag_t){.run = on_send, .attempt = attempt};
-    attempt->status_tag = (bkv_call_tag_t){.run = on_status, .attempt = attempt};
-    attempt->receive_tag = (bkv_call_tag_t){.run = on_receive, .attempt = attempt};
+    attempt->send_tag = (bkv_call_tag_t){.run = on_send, .owner = attempt};
+    attempt->status_tag = (bkv_call_tag_t){.run = on_status, .owner = attempt};
+    attempt->receive_tag = (bkv_call_tag_t){.run = on_receive, .owner = attempt};
     attempt->code = GRPC_STATUS_UNKNOWN;
     attempt->details = grpc_empty_slice();
     attempt->waiting = kind->shape == BKV_CALL_DOWNLOAD ? 2 : 1;
@@ -217,9 +228,64 @@ static bool attempt_publish(bkv_attempt_t *attempt) {
     return go;
 }
 
+// SplitMix64 (Steele, Lea, Flood 2014): any thread may take the next one.
+static uint64_t next_random(bkv_client_t *client) {
+    uint64_t z = atomic_fetch_add(&client->jitter, 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+static uint64_t pause_ns(bkv_call_t *call) {
+    uint64_t ms = PAUSE_LONGEST_MS;
+    if (call->attempts < 6) {
+        ms = PAUSE_FIRST_MS << (call->attempts - 1);
+    }
+    uint64_t half = ms * NS_PER_MS / 2;
+    return half + next_random(call->client) % half;
+}
+
+// UNAVAILABLE: not connected, connection lost, or the daemon is busy or draining. Try again while there is time.
+static void pause_or_conclude(bkv_call_t *call) {
+    uint64_t due_ns = bkv_client_now_ns() + pause_ns(call);
+    if (due_ns >= call->deadline_ns) {
+        bkv_error_t last = call->error;
+        bkv_fail(&call->error, BKV_BUSY, "tried %u times within %u ms: %.200s", call->attempts, call->timeout_ms, last.message);
+        bkv_call_conclude(call);
+    } else if (!bkv_client_pause(call->client, call, due_ns)) {
+        bkv_fail(&call->error, BKV_CANCELLED, "cancelled by its caller");
+        bkv_call_conclude(call);
+    }
+}
+
+// Finds the memory that the attempt may use. False: the call goes on elsewhere, or is over.
+static bool find_window(bkv_call_t *call) {
+    if (!call->placing || call->reopening) {
+        return true;
+    }
+    switch (bkv_client_link_join(call)) {
+    case BKV_LINK_READY:
+        return true;
+    case BKV_LINK_REFUSED:
+        call->attempts++;
+        if (call->error.status == BKV_BUSY) {
+            pause_or_conclude(call);
+        } else {
+            bkv_call_conclude(call);
+        }
+        return false;
+    default:
+        return false;
+    }
+}
+
 void bkv_call_start(bkv_call_t *call) {
-    call->attempts++;
     grpc_slice request = choose_request(call);
+    if (!find_window(call)) {
+        grpc_slice_unref(request);
+        return;
+    }
+    call->attempts++;
     bkv_attempt_t *attempt = attempt_create(call);
     if (attempt == NULL) {
         grpc_slice_unref(request);
@@ -270,30 +336,6 @@ static bkv_error_t attempt_result(const bkv_attempt_t *attempt, bool cancelled) 
     return error;
 }
 
-static uint64_t pause_ns(bkv_call_t *call) {
-    uint64_t *x = &call->client->jitter;
-    *x ^= *x << 13, *x ^= *x >> 7, *x ^= *x << 17;
-    uint64_t ms = PAUSE_LONGEST_MS;
-    if (call->attempts < 6) {
-        ms = PAUSE_FIRST_MS << (call->attempts - 1);
-    }
-    uint64_t half = ms * NS_PER_MS / 2;
-    return half + *x % half;
-}
-
-// UNAVAILABLE: not connected, connection lost, or the daemon is busy or draining. Try again while there is time.
-static void pause_or_conclude(bkv_call_t *call) {
-    uint64_t due_ns = bkv_client_now_ns() + pause_ns(call);
-    if (due_ns >= call->deadline_ns) {
-        bkv_error_t last = call->error;
-        bkv_fail(&call->error, BKV_BUSY, "tried %u times within %u ms: %.200s", call->attempts, call->timeout_ms, last.message);
-        bkv_call_conclude(call);
-    } else if (!bkv_client_pause(call->client, call, due_ns)) {
-        bkv_fail(&call->error, BKV_CANCELLED, "cancelled by its caller");
-        bkv_call_conclude(call);
-    }
-}
-
 // NOT_FOUND, perhaps for the spec, because the daemon was restarted. True: the call goes on.
 static bool reopen(bkv_call_t *call, bool answered) {
     if (!call->kind->names_spec || answered || call->reopened) {
@@ -327,6 +369,36 @@ static void reopen_end(bkv_call_t *call, grpc_byte_buffer *answer) {
     }
 }
 
+// Was it the daemon that ended the attempt, or gRPC at this end? The daemon names its request wherever it fails one, and only it
+// says OK. After an answer that makes no sense, its word counts for nothing.
+static bool daemon_answered(const bkv_attempt_t *attempt) {
+    bool named = false;
+    for (size_t i = 0; i < attempt->trailing.count; i++) {
+        named = named || grpc_slice_str_cmp(attempt->trailing.metadata[i].key, REQUEST_ID_KEY) == 0;
+    }
+    return attempt->fault.status == BKV_OK && (named || attempt->code == GRPC_STATUS_OK);
+}
+
+// The attempt uses no memory any more. True: the daemon knew nothing of the session, and the call is to be tried again with
+// another, or in the end without one.
+static bool settle(bkv_call_t *call, const bkv_attempt_t *attempt) {
+    bkv_client_window_t *window = call->window;
+    bool answered = daemon_answered(attempt);
+    if (attempt->kind == call->kind && call->kind->settle != NULL) {
+        call->kind->settle(call, answered);
+    }
+    call->window = NULL;
+    bool lost = window != NULL && answered && call->error.status == BKV_FAILED_PRECONDITION &&
+                strncmp(call->error.message, SESSION_FIELD, strlen(SESSION_FIELD)) == 0;
+    if (lost) {
+        bkv_client_link_gone(call->client, window);
+        call->rejoined++;
+        call->placing = call->placing && (call->rejoined < REJOIN_MOST || !call->client->link.automatic);
+    }
+    bkv_client_window_release(window);
+    return lost && call->rejoined <= REJOIN_MOST;
+}
+
 // The result of an attempt is there: decides what comes next. The call goes on, or is gone, without the attempt.
 static void attempt_end(bkv_attempt_t *attempt) {
     bkv_call_t *call = attempt->call;
@@ -336,7 +408,9 @@ static void attempt_end(bkv_attempt_t *attempt) {
     pthread_mutex_unlock(&call->client->lock);
     call->error = attempt_result(attempt, cancelled);
     attempt->call = NULL;
-    if (call->error.status == BKV_BUSY && !call->kind->fail_fast) {
+    if (settle(call, attempt)) {
+        bkv_call_start(call);
+    } else if (call->error.status == BKV_BUSY && !call->kind->fail_fast) {
         pause_or_conclude(call);
     } else if (call->error.status == BKV_OK && call->reopening) {
         reopen_end(call, attempt->received);

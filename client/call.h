@@ -12,6 +12,7 @@
 #define BKV_CLIENT_CALL_H
 
 #include "balancekv.h"
+#include "window.h"
 #include "wire.h"
 
 #include <grpc/grpc.h>
@@ -34,11 +35,14 @@ typedef struct bkv_call_kind {
 
     // Forgets what an earlier attempt has left. Optional.
     void (*reset)(bkv_call_t *call);
-    // The next message to send, the caller's to destroy; *last when none follows it. For UPLOAD; the others send
-    // call->request.
+    // The next message to send, the caller's to destroy; *last when none follows it. For UPLOAD, and for others whose message
+    // is not call->request alone.
     grpc_byte_buffer *(*next)(bkv_call_t *call, bool *last);
     // Takes in one response, which stays the caller's. Anything but BKV_OK ends the call with that status.
     bkv_status_t (*take)(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err);
+    // An attempt has ended. answered: by the daemon's own word, which then is done with all memory that the attempt has named; else
+    // the daemon may still be at it. call->window is the attempt's. Optional.
+    void (*settle)(bkv_call_t *call, bool answered);
     // Runs on the thread that takes the completion, so that long work does not hold up others. May change call->error.
     // Optional.
     void (*finish)(bkv_call_t *call);
@@ -49,8 +53,8 @@ typedef struct bkv_call_kind {
 // A batch of gRPC operations under way: what the completion queue hands back.
 typedef struct bkv_attempt bkv_attempt_t;
 typedef struct bkv_call_tag {
-    void (*run)(bkv_attempt_t *attempt, bool ok);
-    bkv_attempt_t *attempt;
+    void (*run)(void *owner, bool ok);
+    void *owner;
 } bkv_call_tag_t;
 
 // One gRPC call. Set up by whoever starts it, then the client thread's.
@@ -81,6 +85,7 @@ struct bkv_call {
     uint32_t timeout_ms;
     uint64_t started_ns, deadline_ns;
     grpc_slice request; // empty where kind->next makes the messages
+    bool placing;       // wants memory shared with the daemon (link.h)
     bkv_error_t error;  // of the latest attempt; in the end the result
 
     uint32_t attempts;
@@ -89,10 +94,14 @@ struct bkv_call {
     bool reopened;       // there has been one
     bkv_error_t missed;  // the NOT_FOUND that led to it
 
+    bkv_client_window_t *window; // of the attempt, counted; NULL: everything goes inline
+    uint32_t rejoined;           // how often the daemon did not know its session
+
     // Under the client's lock.
     bkv_attempt_t *attempt; // NULL between two
     bool cancelled;         // by the caller
     bool paused;            // on the client's list of timers until due_ns
+    bool joining;           // and until the client has a window
     uint64_t due_ns;
     bkv_call_t *live_next, *live_previous;
     bkv_call_t *timer_next;

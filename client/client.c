@@ -1,11 +1,12 @@
 // client.c - creates and destroys clients, and runs the one thread that drives their calls: gRPC's completions and the pauses
-// between attempts. What a call does is call.c's.
+// between attempts. What a call does is call.c's, by which memory payloads move link.c's.
 #include "client.h"
 #include "tsan.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
 
@@ -69,17 +70,62 @@ void bkv_client_leave(bkv_client_t *client) {
 
 // ---- pauses ----
 
+// An event that does nothing but end the client's thread's wait: an empty batch, which gRPC hands back at once.
+typedef struct wake {
+    bkv_call_tag_t tag;
+    grpc_call *grpc;
+} wake_t;
+
+static void on_wake(void *owner, bool ok) {
+    (void)ok;
+    wake_t *wake = owner;
+    grpc_call_unref(wake->grpc);
+    free(wake);
+}
+
+void bkv_client_wake(bkv_client_t *client) {
+    if (pthread_equal(pthread_self(), client->thread)) {
+        return; // it is awake
+    }
+    wake_t *wake = calloc(1, sizeof *wake);
+    if (wake == NULL) {
+        abort(); // as gRPC does without memory
+    }
+    wake->tag = (bkv_call_tag_t){.run = on_wake, .owner = wake};
+    wake->grpc = grpc_channel_create_call(client->channel, NULL, GRPC_PROPAGATE_DEFAULTS, client->completions,
+                                          grpc_slice_from_static_string("/wake"), NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC),
+                                          NULL);
+    BKV_TSAN_GIVE(&wake->tag);
+    grpc_call_error error = grpc_call_start_batch(wake->grpc, NULL, 0, &wake->tag, NULL);
+    assert(error == GRPC_CALL_OK);
+    (void)error;
+}
+
+static void timers_add(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns) {
+    call->paused = true;
+    call->due_ns = due_ns;
+    call->timer_next = client->timers;
+    client->timers = call;
+    client->live_count++; // keeps the client until its thread has been woken
+}
+
 bool bkv_client_pause(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns) {
     pthread_mutex_lock(&client->lock);
     bool paused = !call->cancelled;
     if (paused) {
-        call->paused = true;
-        call->due_ns = due_ns;
-        call->timer_next = client->timers;
-        client->timers = call;
+        timers_add(client, call, due_ns);
     }
     pthread_mutex_unlock(&client->lock);
+    if (paused) {
+        bkv_client_wake(client);
+        bkv_client_leave(client);
+    }
     return paused;
+}
+
+void bkv_client_park(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns) {
+    timers_add(client, call, due_ns);
+    call->joining = true;
 }
 
 static void timers_remove(bkv_client_t *client, bkv_call_t *call) {
@@ -88,7 +134,20 @@ static void timers_remove(bkv_client_t *client, bkv_call_t *call) {
         at = &(*at)->timer_next;
     }
     *at = call->timer_next;
-    call->paused = false;
+    call->paused = call->joining = false;
+}
+
+bkv_call_t *bkv_client_unpark(bkv_client_t *client) {
+    bkv_call_t *list = NULL, *next;
+    for (bkv_call_t *call = client->timers; call != NULL; call = next) {
+        next = call->timer_next;
+        if (call->joining) {
+            timers_remove(client, call);
+            call->timer_next = list;
+            list = call;
+        }
+    }
+    return list;
 }
 
 // Takes a call that is due off the timers, or says when the next will be.
@@ -163,6 +222,7 @@ static void client_free(bkv_client_t *client) {
     bkv_client_pool_destroy(client->pool);
     bkv_client_buffers_destroy(client->buffers);
     bkv_client_specs_free(client);
+    bkv_client_link_deinit(client);
     bkv_client_target_deinit(&client->target);
     pthread_cond_destroy(&client->changed);
     pthread_mutex_destroy(&client->lock);
@@ -189,7 +249,7 @@ static void *client_run(void *argument) {
         if (event.type == GRPC_OP_COMPLETE) {
             bkv_call_tag_t *tag = event.tag;
             BKV_TSAN_TAKE(tag);
-            tag->run(tag->attempt, event.success != 0);
+            tag->run(tag->owner, event.success != 0);
         }
     } while (event.type != GRPC_QUEUE_SHUTDOWN);
     pthread_mutex_lock(&client->lock);
@@ -203,14 +263,20 @@ static void *client_run(void *argument) {
     return NULL;
 }
 
-// The application's signal handlers are none of this thread's business.
-static int thread_start(bkv_client_t *client) {
+// The application's signal handlers are none of our threads' business.
+bool bkv_client_spawn(void *(*run)(void *), bkv_client_t *client, pthread_t *thread) {
     sigset_t all, before;
+    pthread_t made;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(&client->thread, NULL, client_run, client);
+    bool started = pthread_create(&made, NULL, run, client) == 0;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return error;
+    if (started && thread == NULL) {
+        pthread_detach(made);
+    } else if (started) {
+        *thread = made;
+    }
+    return started;
 }
 
 // ---- create, destroy ----
@@ -233,17 +299,20 @@ bkv_status_t bkv_client_create(const bkv_client_options_t *options, bkv_client_t
     }
     locks_init(made);
     bkv_status_t status = bkv_client_target_init(&made->target, options, err);
+    if (status == BKV_OK) {
+        status = bkv_client_link_init(made, options, err);
+    }
     if (status != BKV_OK) {
         client_free(made);
         return status;
     }
     made->timeout_ms = options != NULL && options->timeout_ms != 0 ? options->timeout_ms : DEFAULT_TIMEOUT_MS;
-    made->jitter = bkv_client_now_ns() | 1;
+    atomic_init(&made->jitter, bkv_client_now_ns());
     made->pool = bkv_client_pool_create();
     made->buffers = bkv_client_buffers_create();
     made->channel = bkv_client_target_connect(&made->target);
     made->completions = grpc_completion_queue_create_for_next(NULL);
-    if (made->pool == NULL || made->buffers == NULL || thread_start(made) != 0) {
+    if (made->pool == NULL || made->buffers == NULL || !bkv_client_spawn(client_run, made, &made->thread)) {
         grpc_completion_queue_shutdown(made->completions);
         client_free(made);
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory or threads");
@@ -275,6 +344,7 @@ void bkv_client_destroy(bkv_client_t *client) {
     if (client == NULL) {
         return;
     }
+    bkv_client_link_close(client);
     pthread_mutex_lock(&client->lock);
     client->closing = true;
     pthread_mutex_unlock(&client->lock);

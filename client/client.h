@@ -1,5 +1,5 @@
 // client.h - the client's own state: one channel, one completion queue with one thread, the calls in flight, the specs
-// that were opened.
+// that were opened, the memory shared with the daemon.
 //
 // One lock protects all of it. It is a leaf: gRPC is never called, and no other lock taken, while it is held.
 #ifndef BKV_CLIENT_CLIENT_H
@@ -7,14 +7,17 @@
 
 #include "buffer.h"
 #include "call.h"
+#include "link.h"
 #include "pool.h"
 #include "target.h"
 
 // A spec that was opened, to be opened again after a restart of the daemon.
 typedef struct bkv_client_spec {
     bkv_spec_id_t id;
-    uint64_t boot_epoch; // at which it was last known to be open
-    grpc_slice request;  // the packed OpenRequest
+    uint64_t boot_epoch;   // at which it was last known to be open
+    grpc_slice request;    // the packed OpenRequest
+    bkv_shape_t shape;     // of a full block; tokens 0: not known
+    uint64_t record_bytes; // of a full block's record, lately at most; 0: not known
     struct bkv_client_spec *next;
 } bkv_client_spec_t;
 
@@ -27,7 +30,7 @@ struct bkv_client {
     bkv_client_pool_t *pool;       // of what is sent
     bkv_client_buffers_t *buffers; // for what is received
     pthread_t thread;
-    uint64_t jitter; // state of the random pauses; the client thread's
+    _Atomic uint64_t jitter; // state of the random pauses
 
     pthread_mutex_t lock;
     pthread_cond_t changed; // live_count is 0, or thread_ended
@@ -35,6 +38,7 @@ struct bkv_client {
     size_t live_count;
     bkv_call_t *timers; // those on a pause, in no order
     bkv_client_spec_t *specs;
+    bkv_client_link_t link;
     uint64_t boot_epoch;                         // of the latest response; 0: none yet
     uint64_t max_message_bytes, max_block_bytes; // of the latest Open; 0: none yet
     bool closing;                                // no new attempts
@@ -52,8 +56,19 @@ void bkv_client_enter(bkv_client_t *client, bkv_call_t *call);
 void bkv_client_remove(bkv_client_t *client, bkv_call_t *call);
 void bkv_client_leave(bkv_client_t *client);
 
-// Puts a call on the timers. False: it has been cancelled. Only on the client's thread, which otherwise might sleep past it.
+// Puts a call on the timers. False: it has been cancelled. After true the call may be gone.
 bool bkv_client_pause(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns);
+
+// The same under the lock, which must be held, for a call that waits for a window and has not been cancelled. With the lock
+// released, the caller must then wake the client's thread, which might sleep past due_ns, and leave.
+void bkv_client_park(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns);
+void bkv_client_wake(bkv_client_t *client);
+
+// Takes the calls that wait for a window off the timers: a list by timer_next. The lock must be held.
+bkv_call_t *bkv_client_unpark(bkv_client_t *client);
+
+// Starts a thread with all signals blocked. False: there is none. thread NULL: nobody joins it.
+bool bkv_client_spawn(void *(*run)(void *), bkv_client_t *client, pthread_t *thread);
 
 // Cancels the calls of a queue (NULL: all calls). Those on a pause are concluded here, the others by the client's thread.
 void bkv_client_cancel(bkv_client_t *client, const bkv_queue_t *queue);
@@ -64,6 +79,14 @@ void bkv_client_saw_epoch(bkv_client_t *client, const bkv_call_t *call, uint64_t
 // specs.c. The lock must be held for the find.
 bkv_client_spec_t *bkv_client_spec_find(bkv_client_t *client, const bkv_spec_id_t *id);
 void bkv_client_specs_free(bkv_client_t *client);
+
+// Room for the records of `count` blocks of a spec, of which `range` is wanted: a guess from what its records were lately. 0:
+// nothing is known about the spec. And what to guess from: the largest record of whole blocks that a call has brought.
+uint64_t bkv_client_spec_room(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_range_t *range, size_t count);
+void bkv_client_spec_saw(bkv_client_t *client, const bkv_spec_id_t *id, uint64_t record_bytes);
+
+// Bytes of `count` full blocks as bf16; 0: nothing is known about the spec.
+uint64_t bkv_client_spec_bf16(bkv_client_t *client, const bkv_spec_id_t *id, size_t count);
 
 // The answer to an Open that call.c made again: BKV_OK with *boot_epoch, and the spec is known to be open at it.
 bkv_status_t bkv_client_spec_reopened(bkv_client_t *client, const bkv_spec_id_t *id, grpc_byte_buffer *message,

@@ -1,4 +1,11 @@
-// put.c - Put: blocks go out as a stream of messages of at most 1 MiB of payload, copied when their turn comes (see call.h why).
+// put.c - Put: where there is memory shared with the daemon, blocks are named by their place in it, back to back. Others go out
+// as a stream of messages of at most 1 MiB of payload, copied when their turn comes (see call.h why).
+//
+// A payload that lies in a buffer of bkv_buffer_get is named where it is. Any other is copied into the window as the call is
+// started, by the caller's thread as a rule; where the window has no room for it, that block goes inline in the same stream.
+//
+// A place needs no checksum: over shm nothing lies between the two ends that could change a bit, and RDMA has the link's own
+// (ICRC, 32 bits, end to end).
 #include "client.h"
 
 #include <assert.h>
@@ -10,9 +17,16 @@
 #define MESSAGE_DATA BKV_CLIENT_BUFFER
 #define MESSAGE_HEAD 1024 // more than a PutBlock takes
 
+// Where a block's payload lies in the window.
+typedef struct put_place {
+    bkv_client_region_t *region; // held; NULL: it goes inline
+    uint64_t offset;
+} put_place_t;
+
 typedef struct put_call {
     bkv_call_t call; // first
     const bkv_put_t *blocks;
+    put_place_t *places; // [count]
     size_t count;
     bkv_put_result_t *results; // NULL: not wanted
     size_t message_data;       // most payload in one message
@@ -21,9 +35,60 @@ typedef struct put_call {
     size_t block, offset; // what comes next
 } put_call_t;
 
+// ---- places ----
+
+// Finds or makes the block's place in the attempt's window. One that an attempt before this had there is good, also if it is lost:
+// the bytes are the same.
+static void place_find(put_call_t *put, size_t i) {
+    bkv_client_window_t *window = put->call.window;
+    const bkv_put_t *block = &put->blocks[i];
+    put_place_t *place = &put->places[i];
+    if (place->region != NULL && bkv_client_region_window(place->region) == window) {
+        return;
+    }
+    bkv_client_region_release(place->region);
+    place->region = NULL;
+    if (window == NULL || block->payload_bytes < BKV_PLACE_LEAST) {
+        return;
+    }
+    place->region = bkv_client_shared_find(put->call.client, block->payload, block->payload_bytes, &place->offset);
+    if (place->region != NULL && bkv_client_region_window(place->region) == window && place->offset % 64 == 0) {
+        return;
+    }
+    bkv_client_region_release(place->region);
+    place->region = bkv_client_region_take(window, block->payload_bytes);
+    if (place->region != NULL) {
+        memcpy(bkv_client_region_memory(place->region), block->payload, block->payload_bytes);
+        place->offset = bkv_client_region_offset(place->region);
+    }
+}
+
+// The daemon may still be reading: what is there now must not change to what it is not.
+static void put_settle(bkv_call_t *call, bool answered) {
+    put_call_t *put = (put_call_t *)call;
+    for (size_t i = 0; !answered && i < put->count; i++) {
+        if (put->places[i].region != NULL) {
+            bkv_client_region_lose(put->places[i].region);
+        }
+    }
+}
+
+static void put_clean(bkv_call_t *call) {
+    put_call_t *put = (put_call_t *)call;
+    for (size_t i = 0; put->places != NULL && i < put->count; i++) {
+        bkv_client_region_release(put->places[i].region);
+    }
+    free(put->places);
+}
+
+// ---- messages ----
+
 static void put_reset(bkv_call_t *call) {
     put_call_t *put = (put_call_t *)call;
     put->block = put->offset = 0;
+    for (size_t i = 0; i < put->count; i++) {
+        place_find(put, i);
+    }
     pthread_mutex_lock(&call->client->lock);
     uint64_t most = call->client->max_message_bytes;
     pthread_mutex_unlock(&call->client->lock);
@@ -40,16 +105,39 @@ static void describe(const put_call_t *put, const bkv_put_t *block, Balancekv__V
     message->codec = (Balancekv__V1__Codec)block->codec;
     message->rate = block->rate;
     message->ttl_ms = block->ttl_ms;
-    if (put->checksums) {
+    if (put->checksums && put->places[put->block].region == NULL) {
         message->has_checksum = true;
         message->checksum = XXH3_64bits(block->payload, block->payload_bytes);
     }
+}
+
+// A block with a place is one message, without data.
+static grpc_byte_buffer *next_placed(put_call_t *put) {
+    const put_place_t *where = &put->places[put->block];
+    Balancekv__V1__PutBlock description;
+    Balancekv__V1__PutRequest request = BALANCEKV__V1__PUT_REQUEST__INIT;
+    Balancekv__V1__Place place = BALANCEKV__V1__PLACE__INIT;
+    place.session = bkv_client_session_bytes(put->call.window);
+    place.offset = where->offset;
+    place.bytes = put->blocks[put->block].payload_bytes;
+    describe(put, &put->blocks[put->block], &description);
+    description.place = &place;
+    request.block = &description;
+    grpc_slice slice = bkv_client_pack(&request.base);
+    grpc_byte_buffer *message = grpc_raw_byte_buffer_create(&slice, 1);
+    grpc_slice_unref(slice);
+    return message;
 }
 
 // The first message of a block describes it; all carry the next bytes of its payload.
 static grpc_byte_buffer *put_next(bkv_call_t *call, bool *last) {
     put_call_t *put = (put_call_t *)call;
     const bkv_put_t *block = &put->blocks[put->block];
+    if (put->places[put->block].region != NULL) {
+        grpc_byte_buffer *placed = next_placed(put);
+        *last = ++put->block == put->count;
+        return placed;
+    }
     Balancekv__V1__PutBlock description;
     Balancekv__V1__PutRequest request = BALANCEKV__V1__PUT_REQUEST__INIT;
     if (put->offset == 0) {
@@ -113,19 +201,32 @@ static const bkv_call_kind_t put_kind = {
     .reset = put_reset,
     .next = put_next,
     .take = put_take,
+    .settle = put_settle,
+    .clean = put_clean,
 };
+
+static uint64_t largest(const bkv_put_t *blocks, size_t count) {
+    uint64_t most = 0;
+    for (size_t i = 0; i < count; i++) {
+        most = blocks[i].payload_bytes > most ? blocks[i].payload_bytes : most;
+    }
+    return most;
+}
 
 static bkv_call_t *put_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_put_t *blocks, size_t count,
                            uint32_t timeout_ms, bkv_put_result_t *results) {
     put_call_t *put = bkv_call_new(sizeof *put, &put_kind, client, id, timeout_ms);
-    if (put != NULL) {
-        put->blocks = blocks;
-        put->count = count;
-        put->results = results;
-        // A unix socket changes nothing, TLS would notice; TCP's own checksum has 16 bits.
-        put->checksums = !client->target.protected_link;
+    if (put == NULL || (put->places = calloc(count, sizeof *put->places)) == NULL) {
+        bkv_call_free((bkv_call_t *)put);
+        return NULL;
     }
-    return (bkv_call_t *)put;
+    put->blocks = blocks;
+    put->count = count;
+    put->results = results;
+    // A unix socket changes nothing, TLS would notice; TCP's own checksum has 16 bits.
+    put->checksums = !client->target.protected_link;
+    put->call.placing = bkv_client_link_wanted(client, largest(blocks, count));
+    return &put->call;
 }
 
 bkv_status_t bkv_put(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_put_t *blocks, size_t count, uint32_t timeout_ms,

@@ -1,9 +1,14 @@
-// specs.c - Open, and the memory of opened specs that lets call.c open them again after a restart of the daemon.
+// specs.c - Open, and the memory of opened specs: it lets call.c open them again after a restart of the daemon, and get.c guess
+// how large their records are.
 #include "client.h"
 
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
+
+// Of a spec that does not say (proto/balancekv.proto).
+#define DEFAULT_BLOCK_TOKENS 256
+#define DEFAULT_RATE         16
 
 typedef struct open_call {
     bkv_call_t call; // first
@@ -42,6 +47,73 @@ void bkv_client_saw_epoch(bkv_client_t *client, const bkv_call_t *call, uint64_t
     pthread_mutex_unlock(&client->lock);
 }
 
+// ---- how large records are ----
+
+// The largest of late: a larger one counts at once, smaller ones wear it down.
+#define FORGET 16
+
+// Beyond its share of the record, a slice has its own header and padding.
+#define SLICE_EXTRA 4096
+
+// What `given` of `all` come to, where 0 means all from `first` on.
+static uint32_t part(uint32_t first, uint32_t given, uint32_t all) {
+    uint32_t rest = first < all ? all - first : 0;
+    return given != 0 && given < rest ? given : rest;
+}
+
+uint64_t bkv_client_spec_room(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_range_t *range, size_t count) {
+    uint64_t room = 0;
+    pthread_mutex_lock(&client->lock);
+    const bkv_client_spec_t *spec = bkv_client_spec_find(client, id);
+    if (spec != NULL && spec->record_bytes != 0) {
+        uint64_t layers = part(range->first_layer, range->layers, spec->shape.layers);
+        uint64_t heads = part(range->first_head, range->heads, spec->shape.heads);
+        uint64_t sections = (uint64_t)spec->shape.layers * spec->shape.heads;
+        room = layers * heads == sections ? spec->record_bytes : spec->record_bytes / sections * layers * heads + SLICE_EXTRA;
+    }
+    pthread_mutex_unlock(&client->lock);
+    return room < UINT64_MAX / 2 / count ? room * count : 0;
+}
+
+void bkv_client_spec_saw(bkv_client_t *client, const bkv_spec_id_t *id, uint64_t record_bytes) {
+    uint64_t bytes = (record_bytes + 63) / 64 * 64;
+    pthread_mutex_lock(&client->lock);
+    bkv_client_spec_t *spec = bkv_client_spec_find(client, id);
+    if (spec != NULL) {
+        uint64_t worn = spec->record_bytes - spec->record_bytes / FORGET;
+        spec->record_bytes = bytes > worn ? bytes : worn;
+    }
+    pthread_mutex_unlock(&client->lock);
+}
+
+uint64_t bkv_client_spec_bf16(bkv_client_t *client, const bkv_spec_id_t *id, size_t count) {
+    pthread_mutex_lock(&client->lock);
+    const bkv_client_spec_t *spec = bkv_client_spec_find(client, id);
+    bkv_shape_t shape = spec != NULL ? spec->shape : (bkv_shape_t){.tokens = 0};
+    pthread_mutex_unlock(&client->lock);
+    shape.dtype = BKV_BF16;
+    uint64_t bytes = shape.tokens > 0 ? bkv_shape_bytes(&shape) : 0;
+    return bytes < UINT64_MAX / 2 / count ? bytes * count : 0;
+}
+
+// From the spec itself, as long as nothing has been seen. The daemon has accepted it, so only defaults are to be filled in.
+static void measure(bkv_client_spec_t *known, const bkv_spec_t *spec) {
+    bkv_shape_t shape = {.layers = spec->layers,
+                         .heads = spec->kv_heads,
+                         .tokens = spec->block_tokens != 0 ? spec->block_tokens : DEFAULT_BLOCK_TOKENS,
+                         .key_dim = spec->key_dim,
+                         .value_dim = spec->value_dim != 0 ? spec->value_dim : spec->key_dim,
+                         .dtype = spec->dtype};
+    bkv_codec_params_t params = {.codec = spec->codec != 0 ? spec->codec : BKV_CODEC_BALANCE,
+                                 .rate = spec->rate != 0 ? spec->rate : DEFAULT_RATE};
+    if (known->record_bytes == 0 && bkv_shape_check(&shape, NULL) == BKV_OK && bkv_codec_check(&params, NULL) == BKV_OK) {
+        known->shape = shape;
+        known->record_bytes = (bkv_codec_bound(&shape, &params) + 63) / 64 * 64;
+    }
+}
+
+// ---- what was opened ----
+
 static bkv_status_t response_unpack(grpc_byte_buffer *message, Balancekv__V1__OpenResponse **response, bkv_error_t *err) {
     *response = (Balancekv__V1__OpenResponse *)bkv_client_unpack(&balancekv__v1__open_response__descriptor, message);
     if (*response == NULL) {
@@ -55,8 +127,9 @@ static bkv_status_t response_unpack(grpc_byte_buffer *message, Balancekv__V1__Op
     return BKV_OK;
 }
 
-// Adds or refreshes. Out of memory, the spec is only not opened again by itself.
-static void remember(bkv_client_t *client, const bkv_spec_id_t *id, grpc_slice request, uint64_t boot_epoch) {
+// Adds or refreshes; opened is NULL where it is known already. Out of memory, the spec is only not opened again by itself.
+static void remember(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_spec_t *opened, grpc_slice request,
+                     uint64_t boot_epoch) {
     bkv_client_spec_t *fresh = calloc(1, sizeof *fresh);
     pthread_mutex_lock(&client->lock);
     client->boot_epoch = boot_epoch;
@@ -71,6 +144,9 @@ static void remember(bkv_client_t *client, const bkv_spec_id_t *id, grpc_slice r
     }
     if (spec != NULL) {
         spec->boot_epoch = boot_epoch;
+        if (opened != NULL) {
+            measure(spec, opened);
+        }
     }
     pthread_mutex_unlock(&client->lock);
     free(fresh);
@@ -88,7 +164,8 @@ bkv_status_t bkv_client_spec_reopened(bkv_client_t *client, const bkv_spec_id_t 
         status = bkv_fail(err, BKV_FAILED_PRECONDITION,
                           "spec_id: the daemon was replaced by one that gives this spec another id; open it again");
     } else {
-        remember(client, id, grpc_empty_slice(), response->boot_epoch);
+        remember(client, id, NULL, grpc_empty_slice(), response->boot_epoch);
+        bkv_client_link_offered(client, response->transports, response->n_transports);
     }
     balancekv__v1__open_response__free_unpacked(response, NULL);
     return status;
@@ -111,6 +188,7 @@ static bkv_status_t open_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_e
         .max_batch = response->max_batch,
     };
     bkv_client_text(response->backend, strlen(response->backend), open->limits.backend, sizeof open->limits.backend);
+    bkv_client_link_offered(call->client, response->transports, response->n_transports);
     balancekv__v1__open_response__free_unpacked(response, NULL);
     return BKV_OK;
 }
@@ -155,7 +233,7 @@ bkv_status_t bkv_open(bkv_client_t *client, const bkv_spec_t *spec, uint32_t tim
     open->call.request = open_request(spec);
     bkv_status_t status = bkv_call_run(&open->call, err);
     if (status == BKV_OK) {
-        remember(client, &open->id, open->call.request, open->limits.boot_epoch);
+        remember(client, &open->id, spec, open->call.request, open->limits.boot_epoch);
         pthread_mutex_lock(&client->lock);
         client->max_message_bytes = open->limits.max_message_bytes;
         client->max_block_bytes = open->limits.max_block_bytes;

@@ -194,6 +194,10 @@ ProtobufCBinaryData bkv_client_spec_bytes(const bkv_spec_id_t *id) {
     return (ProtobufCBinaryData){.len = BKV_SPEC_ID_BYTES, .data = (uint8_t *)id->bytes};
 }
 
+ProtobufCBinaryData bkv_client_session_bytes(const bkv_client_window_t *window) {
+    return (ProtobufCBinaryData){.len = 16, .data = (uint8_t *)bkv_client_window_session(window)};
+}
+
 bkv_status_t bkv_client_status(uint32_t grpc_code) {
     switch (grpc_code) {
 #define X(name, code, text)                                                                                                    \

@@ -4,6 +4,7 @@
 
 #include "balancekv.h"
 #include "balancekv.pb-c.h"
+#include "window.h"
 
 #include <grpc/byte_buffer.h>
 #include <grpc/slice.h>
@@ -32,6 +33,7 @@ void bkv_client_copy(grpc_byte_buffer *message, uint64_t at, uint64_t length, vo
 // References to 32-byte keys, for messages' repeated fields. NULL: out of memory. The caller frees the array.
 ProtobufCBinaryData *bkv_client_key_list(const bkv_key_t *keys, size_t count);
 ProtobufCBinaryData bkv_client_spec_bytes(const bkv_spec_id_t *id);
+ProtobufCBinaryData bkv_client_session_bytes(const bkv_client_window_t *window);
 
 // The bkv_status_t of a gRPC status code; codes that are none of ours become INTERNAL.
 bkv_status_t bkv_client_status(uint32_t grpc_code);

@@ -84,11 +84,15 @@ bool fake_write(fake_call_t *call, const ProtobufCMessage *message) {
 
 void fake_finish(fake_call_t *call, grpc_status_code code, const char *message) {
     grpc_slice details = grpc_slice_from_copied_string(message);
+    grpc_metadata request_id = {.key = grpc_slice_from_static_string("bkv-request-id"),
+                                .value = grpc_slice_from_static_string("7")};
     int cancelled = 0;
     grpc_op ops[3] = {
         {.op = GRPC_OP_SEND_STATUS_FROM_SERVER}, {.op = GRPC_OP_RECV_CLOSE_ON_SERVER}, {.op = GRPC_OP_SEND_INITIAL_METADATA}};
     ops[0].data.send_status_from_server.status = code;
     ops[0].data.send_status_from_server.status_details = &details;
+    ops[0].data.send_status_from_server.trailing_metadata = &request_id;
+    ops[0].data.send_status_from_server.trailing_metadata_count = code != GRPC_STATUS_OK ? 1 : 0;
     ops[1].data.recv_close_on_server.cancelled = &cancelled;
     batch(call, ops, call->greeted ? 2 : 3);
     call->finished = true;
@@ -317,7 +321,7 @@ void fake_place_remove(const fake_place_t *place) {
 bkv_client_t *fake_client(const fake_place_t *place, uint32_t timeout_ms) {
     bkv_client_t *client = NULL;
     bkv_error_t err = {0};
-    bkv_client_options_t options = {.endpoint = place->endpoint, .timeout_ms = timeout_ms};
+    bkv_client_options_t options = {.endpoint = place->endpoint, .timeout_ms = timeout_ms, .transport = "inline"};
     cr_assert(bkv_client_create(&options, &client, &err) == BKV_OK, "%s", err.message);
     return client;
 }

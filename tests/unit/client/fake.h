@@ -29,7 +29,8 @@ bool fake_is(const fake_call_t *call, const char *method); // "Lookup"
 void *fake_read(fake_call_t *call, const ProtobufCMessageDescriptor *descriptor);
 bool fake_write(fake_call_t *call, const ProtobufCMessage *message); // false: the call has gone
 bool fake_write_bytes(fake_call_t *call, const void *bytes, size_t length);
-void fake_finish(fake_call_t *call, grpc_status_code code, const char *message);
+void fake_finish(fake_call_t *call, grpc_status_code code,
+                 const char *message); // failures name the request, as the daemon's do
 
 // Answers that need no thought. fake_open: id is the model's name, zero-padded; its last byte depends on the shares.
 void fake_open(fake_call_t *call, uint64_t boot_epoch);
@@ -46,7 +47,7 @@ typedef struct fake_place {
 void fake_place_make(fake_place_t *place);
 void fake_place_remove(const fake_place_t *place);
 
-// A client of that place; asserts that it is made. timeout_ms as in bkv_client_options_t.
+// A client of that place, inline alone; asserts that it is made. timeout_ms as in bkv_client_options_t.
 bkv_client_t *fake_client(const fake_place_t *place, uint32_t timeout_ms);
 
 bkv_key_t fake_key(uint8_t first, uint8_t second);

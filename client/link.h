@@ -1,0 +1,82 @@
+// link.h - by which memory payloads and records move: the choice of a transport, and the window that the client has of it.
+//
+// There is at most one window at a time. It is attached when a call first wants one, by a thread of its own for that moment,
+// while the call and others wait; after a restart of the daemon, and when too much of it is lost, it is given up for another.
+// Where there can be none, everything goes inline: under "auto" for some seconds, until that is tried again. Where one was asked
+// for by name, calls that want it fail instead.
+#ifndef BKV_CLIENT_LINK_H
+#define BKV_CLIENT_LINK_H
+
+#include "call.h"
+#include "window.h"
+
+// Payloads and rooms for records below this go inline. A place saves copies, and costs a hand-over to another thread of the daemon.
+#define BKV_PLACE_LEAST 65536u
+
+// Memory handed out by bkv_buffer_get.
+typedef struct bkv_client_shared bkv_client_shared_t;
+
+typedef struct bkv_client_link {
+    // Fixed.
+    const bkv_window_kind_t *kind; // to use, or under `automatic` to try; NULL: everything goes inline
+    bool automatic;
+    uint64_t window_bytes;
+    char *device;
+
+    // Under the client's lock.
+    bkv_client_window_t *window; // counted, as the next; NULL: none
+    bkv_client_window_t *worn;   // to be detached before another is attached
+    bool attaching;
+    bool closed;         // the client is being destroyed
+    bkv_error_t failure; // of the latest attempt to attach; BKV_OK: none yet, or it worked
+    uint64_t retry_ns;   // when to try again
+    bool offers_known;   // from Open
+    bool offered;        // `kind` is among them
+    bkv_client_shared_t *shared;
+} bkv_client_link_t;
+
+// Reads the options (may be NULL) and $BKV_TRANSPORT. INVALID_ARGUMENT names the option.
+bkv_status_t bkv_client_link_init(bkv_client_t *client, const bkv_client_options_t *options, bkv_error_t *err);
+void bkv_client_link_deinit(bkv_client_t *client);
+
+// Ends the session, where the daemon would not notice: before calls are cancelled. No window is attached after this.
+void bkv_client_link_close(bkv_client_t *client);
+
+// Does a call that moves so many bytes in one piece want a window?
+bool bkv_client_link_wanted(const bkv_client_t *client, uint64_t bytes);
+
+typedef enum bkv_link_answer {
+    BKV_LINK_READY,   // call->window is set, or NULL for inline
+    BKV_LINK_LATER,   // the call is started again when that is known; it may be gone already
+    BKV_LINK_REFUSED, // call->error says why
+} bkv_link_answer_t;
+
+// Finds the window for the next attempt of a call.
+bkv_link_answer_t bkv_client_link_join(bkv_call_t *call);
+
+// The window there is, attached first if need be, which takes at most timeout_ms. Counted. NULL: none is to be had.
+bkv_client_window_t *bkv_client_link_window(bkv_client_t *client, uint32_t timeout_ms);
+
+// The daemon does not know the window's session.
+void bkv_client_link_gone(bkv_client_t *client, bkv_client_window_t *window);
+
+// What the daemon offers, from its answer to an Open.
+void bkv_client_link_offered(bkv_client_t *client, char *const *names, size_t count);
+
+// ---- attach.c: the two calls, waited for ----
+
+// A window of about `bytes`; the caller has the one reference.
+bkv_status_t bkv_client_attach(bkv_client_t *client, const bkv_window_kind_t *kind, uint64_t bytes, uint32_t timeout_ms,
+                               bkv_client_window_t **window, bkv_error_t *err);
+
+// Has the daemon end the session, then leaves it. The reference stays the caller's.
+void bkv_client_detach(bkv_client_t *client, bkv_client_window_t *window, uint32_t timeout_ms);
+
+// ---- shared.c ----
+
+// The region of a buffer of bkv_buffer_get that has all of [payload, payload + bytes), counted, and the payload's offset in its
+// window. NULL: none has, or it is lost.
+bkv_client_region_t *bkv_client_shared_find(bkv_client_t *client, const void *payload, uint64_t bytes, uint64_t *offset);
+void bkv_client_shared_free(bkv_client_t *client);
+
+#endif
