@@ -173,46 +173,20 @@ static void leave(bkv_verbs_t *verbs) {
     pthread_mutex_unlock(&verbs->lock);
 }
 
-static bkv_status_t session_create(bkv_verbs_t *verbs, const bkv_verbs_end_t *client, bkv_verbs_session_t **session_out,
-                                   bkv_error_t *err) {
-    bkv_verbs_session_t *session = calloc(1, sizeof(*session));
-    if (session == NULL) {
-        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a session");
-    }
-    session->verbs = verbs;
-    session->window = *client;
-    bkv_verbs_list_init(&session->transfers);
+static bkv_status_t make_link(bkv_verbs_session_t *session, bkv_error_t *err) {
+    bkv_verbs_t *verbs = session->verbs;
     bkv_status_t status = bkv_verbs_link_init(&session->link, verbs->device, verbs->completions, verbs->link_work, false, err);
     if (status == BKV_OK) {
-        status = bkv_verbs_link_connect(&session->link, client, err);
+        status = bkv_verbs_link_connect(&session->link, &session->window, err);
     }
     if (status != BKV_OK) {
         bkv_verbs_link_deinit(&session->link);
-        free(session);
-        return status;
     }
-    *session_out = session;
-    return BKV_OK;
+    return status;
 }
 
-static bkv_status_t verbs_attach(void *self, const bkv_attach_args_t *args, bkv_attach_result_t *result, void **state,
-                                 bkv_error_t *err) {
-    bkv_verbs_t *verbs = self;
-    bkv_verbs_session_t *session = NULL;
-    bkv_status_t status = check_window(&args->verbs, err);
-    if (status == BKV_OK) {
-        status = admit(verbs, err);
-    }
-    if (status != BKV_OK) {
-        return status;
-    }
-    status = session_create(verbs, &args->verbs, &session, err);
-    if (status != BKV_OK) {
-        leave(verbs);
-        return status;
-    }
-    bkv_verbs_link_describe(&session->link, NULL, &result->verbs);
-    result->bytes = args->verbs.bytes;
+static void enlist(bkv_verbs_session_t *session) {
+    bkv_verbs_t *verbs = session->verbs;
     pthread_mutex_lock(&verbs->lock);
     session->next = verbs->sessions;
     session->prev = &verbs->sessions;
@@ -221,6 +195,35 @@ static bkv_status_t verbs_attach(void *self, const bkv_attach_args_t *args, bkv_
     }
     verbs->sessions = session;
     pthread_mutex_unlock(&verbs->lock);
+}
+
+static bkv_status_t verbs_attach(void *self, const bkv_attach_args_t *args, bkv_attach_result_t *result, void **state,
+                                 bkv_error_t *err) {
+    bkv_verbs_t *verbs = self;
+    bkv_status_t status = check_window(&args->verbs, err);
+    if (status == BKV_OK) {
+        status = admit(verbs, err);
+    }
+    if (status != BKV_OK) {
+        return status;
+    }
+    bkv_verbs_session_t *session = calloc(1, sizeof(*session));
+    if (session == NULL) {
+        leave(verbs);
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a session");
+    }
+    session->verbs = verbs;
+    session->window = args->verbs;
+    bkv_verbs_list_init(&session->transfers);
+    status = make_link(session, err);
+    if (status != BKV_OK) {
+        free(session);
+        leave(verbs);
+        return status;
+    }
+    bkv_verbs_link_describe(&session->link, NULL, &result->verbs);
+    result->bytes = args->verbs.bytes;
+    enlist(session);
     *state = session;
     return BKV_OK;
 }
