@@ -2,7 +2,7 @@
 //
 // The queries are copied out of the message once, into aligned memory; the output goes out from where it was computed.
 #include "daemon/observe/clock.h"
-#include "daemon/rpc/call.h"
+#include "daemon/rpc/keyed.h"
 
 #include <stdlib.h>
 
@@ -90,32 +90,21 @@ static void on_attended(void *user, const bkv_error_t *error) {
 
 static bkv_status_t attend_start(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__AttendRequest *request,
                                  bkv_split_t *split, bkv_error_t *err) {
-    const bkv_server_config_t *config = &call->server->config;
-    bkv_spec_id_t spec_id;
-    bkv_status_t status = bkv_wire_get_spec_id(&request->spec_id, &spec_id, err);
+    bkv_keyed_t keyed;
+    bkv_status_t status = bkv_keyed_get(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, err);
     if (status == BKV_OK) {
-        status = bkv_wire_check_keys(request->n_keys, request->keys, config->max_batch, err);
+        status = bkv_keyed_need(&keyed, err);
     }
-    if (status != BKV_OK) {
-        return status;
-    }
-    if (request->n_keys == 0) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: none given");
-    }
-    const bkv_model_t *model;
-    status = bkv_model_table_require(bkv_pipeline_models(config->pipeline), &spec_id, &model, err);
     if (status != BKV_OK) {
         return status;
     }
     attend_t *attend = calloc(1, sizeof(*attend));
-    bkv_key_t *keys = bkv_bump_alloc(bump, request->n_keys * sizeof(keys[0]));
-    if (attend == NULL || keys == NULL) {
-        free(attend);
-        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for them");
+    if (attend == NULL) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "queries: no memory for them");
     }
     call->body = attend;
     call->body_free = attend_free;
-    status = check_sizes(call, request, model, split->data_bytes, attend, err);
+    status = check_sizes(call, request, keyed.model, split->data_bytes, attend, err);
     if (status == BKV_OK) {
         status = take_memory(attend, split, err);
     }
@@ -123,7 +112,6 @@ static bkv_status_t attend_start(bkv_call_t *call, bkv_bump_t *bump, const Balan
     if (status != BKV_OK) {
         return status;
     }
-    bkv_wire_get_keys(request->n_keys, request->keys, keys);
     const bkv_attend_args_t args = {
         .first_layer = request->first_layer,
         .layers = request->layers,
@@ -134,8 +122,8 @@ static bkv_status_t attend_start(bkv_call_t *call, bkv_bump_t *bump, const Balan
         .out = attend->out,
         .lse = attend->lse,
     };
-    return bkv_attend_start(config->pipeline, &spec_id, keys, (uint32_t)request->n_keys, &args, bkv_now_ms(), on_attended, call,
-                            err);
+    return bkv_attend_start(call->server->config.pipeline, &keyed.spec_id, keyed.keys, keyed.count, &args, bkv_now_ms(),
+                            on_attended, call, err);
 }
 
 void bkv_handle_attend(bkv_call_t *call, bkv_bump_t *bump) {

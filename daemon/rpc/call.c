@@ -226,14 +226,33 @@ void bkv_call_read(bkv_call_t *call, bkv_step_t then) {
 }
 
 const ProtobufCMessage *bkv_call_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type, bkv_bump_t *bump) {
+    return bkv_call_long_request(call, type, bkv_server_request_most(call->server), bump);
+}
+
+const ProtobufCMessage *bkv_call_long_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type, size_t most,
+                                              bkv_bump_t *bump) {
     const ProtobufCMessage *request;
     bkv_error_t error;
-    size_t most = bkv_server_request_most(call->server);
     if (bkv_wire_unpack(type, call->message, most, bump, &request, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
         return NULL;
     }
     return request;
+}
+
+bool bkv_call_is_local(const bkv_call_t *call) {
+    char *peer = grpc_call_get_peer(call->grpc);
+    bool local = strncmp(peer, "unix:", 5) == 0;
+    gpr_free(peer);
+    return local;
+}
+
+bkv_status_t bkv_call_find_session(const bkv_server_t *server, const bkv_session_id_t *id, bkv_session_t **session,
+                                   bkv_error_t *err) {
+    if (server->config.transports == NULL) {
+        return bkv_fail(err, BKV_FAILED_PRECONDITION, "place.session: this daemon shares no memory");
+    }
+    return bkv_session_find(server->config.transports, id, session, err);
 }
 
 static void on_request(bkv_worker_t *worker, void *owner, bool ok) {

@@ -49,6 +49,8 @@ typedef struct bkv_tag {
     X(PIN, "/balancekv.v1.BalanceKV/Pin", bkv_handle_pin, false, false)                                                        \
     X(UNPIN, "/balancekv.v1.BalanceKV/Unpin", bkv_handle_unpin, false, false)                                                  \
     X(DROP, "/balancekv.v1.BalanceKV/Drop", bkv_handle_drop, false, false)                                                     \
+    X(ATTACH, "/balancekv.v1.BalanceKV/Attach", bkv_handle_attach, false, false)                                               \
+    X(DETACH, "/balancekv.v1.BalanceKV/Detach", bkv_handle_detach, false, false)                                               \
     X(STATS, "/balancekv.v1.BalanceKV/Stats", bkv_handle_stats, false, true)                                                   \
     X(HEALTH_CHECK, "/grpc.health.v1.Health/Check", bkv_handle_health_check, false, true)                                      \
     X(HEALTH_WATCH, "/grpc.health.v1.Health/Watch", bkv_handle_health_watch, false, true)
@@ -164,6 +166,17 @@ void bkv_call_end(bkv_call_t *call);
 
 // Unpacks call->message, the whole of it, into bump. On failure the call has been ended: return.
 const ProtobufCMessage *bkv_call_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type, bkv_bump_t *bump);
+
+// The same of a message that may have `most` bytes.
+const ProtobufCMessage *bkv_call_long_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type, size_t most,
+                                              bkv_bump_t *bump);
+
+// Whether the client came by the unix socket, and so is on this host.
+bool bkv_call_is_local(const bkv_call_t *call);
+
+// A reference to a session that a place names. FAILED_PRECONDITION: there is none such.
+bkv_status_t bkv_call_find_session(const bkv_server_t *server, const bkv_session_id_t *id, bkv_session_t **session,
+                                   bkv_error_t *err);
 
 // Starts a batch of any operations; for those that the above do not cover. An empty batch completes at once, from any thread.
 void bkv_call_batch(bkv_call_t *call, const grpc_op *ops, size_t count, bkv_tag_t *tag);

@@ -1,8 +1,8 @@
 // put.c - Put: a client stream of blocks, taken in one message at a time.
 //
 // A message is read only when the one before it has been used up: what the client sends meanwhile waits in HTTP/2's flow
-// control. A block is committed as soon as its bytes are there; while it is compressed the next one arrives. When the
-// daemon is full and blocks of this very call are still being worked on, the call waits for one of them instead of giving
+// control. A block is committed as soon as its bytes are there; while it is compressed the next one arrives. One that lies in
+// memory which the client shares is fetched from there by the transports, several at once if they come. When the daemon is full and blocks of this very call are still being worked on, the call waits for one of them instead of giving
 // up. At the end of the stream, or at the first failure, it waits for all of them and then answers.
 //
 // Who may touch what: the call, the list of items and the message belong to the reader, the event that is being run; each item
@@ -15,7 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define HEAD_MOST 1024 // bytes of a PutRequest beside its data; a PutBlock takes about 130
+// Bytes of a PutRequest beside its data: a PutBlock takes about 130, one that names 65,536 pages of GPU memory up to 680,000.
+#define HEAD_MOST ((size_t)768 << 10)
 
 typedef struct put put_t;
 
@@ -40,6 +41,9 @@ struct put {
     bkv_cursor_t data;
     size_t data_left;
 
+    bkv_session_t *session; // of a block that lies in a place, until it is being fetched; NULL: it comes as data
+    bkv_wire_place_t place; // there
+
     bkv_ingest_t *ingest; // of the last item, until committed
 
     _Atomic uint32_t busy;
@@ -52,8 +56,17 @@ struct put {
 
 static const bkv_error_t no_memory = {.status = BKV_RESOURCE_EXHAUSTED, .message = "no memory to report an error"};
 
+static void drop_place(put_t *put) {
+    if (put->session != NULL) {
+        bkv_session_release(put->session);
+        put->session = NULL;
+    }
+    bkv_wire_place_clear(&put->place);
+}
+
 static void put_free(void *body) {
     put_t *put = body;
+    drop_place(put);
     if (put->ingest != NULL) {
         bkv_ingest_abort(put->ingest);
     }
@@ -75,7 +88,7 @@ static void locate(uint32_t index, const bkv_error_t *cause, bkv_error_t *error)
     if (strncmp(message, "block.", 6) == 0) {
         message += 6;
     }
-    size_t field = strspn(message, "abcdefghijklmnopqrstuvwxyz0123456789_");
+    size_t field = strspn(message, "abcdefghijklmnopqrstuvwxyz0123456789_.[]");
     const char *joint = field > 0 && message[field] == ':' ? "." : ": ";
     bkv_fail(error, cause->status, "block[%" PRIu32 "]%s%.220s", index, joint, message);
 }
@@ -248,8 +261,11 @@ static bkv_status_t write_data(put_t *put, bkv_error_t *err) {
 
 static bkv_status_t commit_block(put_t *put, bkv_error_t *err) {
     atomic_fetch_add(&put->busy, 1); // before the callback can come
-    bkv_status_t status = bkv_ingest_commit(put->ingest, on_block, put->last, err);
+    bkv_status_t status = put->session != NULL
+                              ? bkv_session_fetch(put->session, &put->place.place, put->ingest, on_block, put->last, err)
+                              : bkv_ingest_commit(put->ingest, on_block, put->last, err);
     if (status == BKV_OK) {
+        drop_place(put);
         put->ingest = NULL;
         put->committed++;
     } else {
@@ -264,7 +280,8 @@ static bkv_status_t use_message(put_t *put, bkv_error_t *err) {
     if (status == BKV_OK) {
         status = write_data(put, err);
     }
-    if (status == BKV_OK && put->ingest != NULL && bkv_ingest_missing(put->ingest) == 0) {
+    bool complete = put->ingest != NULL && (put->session != NULL || bkv_ingest_missing(put->ingest) == 0);
+    if (status == BKV_OK && complete) {
         status = commit_block(put, err);
     }
     return status;
@@ -296,6 +313,32 @@ static void put_advance(put_t *put) {
     }
 }
 
+// A block whose payload lies in memory that the client shares.
+static bkv_status_t take_place(put_t *put, const Balancekv__V1__PutBlock *block, bkv_error_t *err) {
+    const bkv_server_t *server = put->call->server;
+    const bkv_model_t *model;
+    if (put->data_left > 0) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "place: says where the payload lies, and %zu bytes of data come too",
+                        put->data_left);
+    }
+    bkv_status_t status =
+        bkv_model_table_require(bkv_pipeline_models(server->config.pipeline), &put->args.spec_id, &model, err);
+    if (status == BKV_OK) {
+        status = bkv_wire_get_payload_place(block, model->shape.layers, &put->place, err);
+    }
+    if (status == BKV_OK) {
+        status = bkv_call_find_session(server, &put->place.session, &put->session, err);
+    }
+    if (status != BKV_OK) {
+        return status;
+    }
+    put->args.on_device = bkv_session_on_device(put->session);
+    if (put->args.on_device && put->place.place.layout == NULL) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "place.layout: missing, the session's memory is a GPU's");
+    }
+    return BKV_OK;
+}
+
 // A message that starts a block, or only carries data for the present one.
 static bkv_status_t take_message(put_t *put, bkv_bump_t *bump, bkv_error_t *err) {
     bkv_call_t *call = put->call;
@@ -322,7 +365,8 @@ static bkv_status_t take_message(put_t *put, bkv_bump_t *bump, bkv_error_t *err)
     if (put->count == call->server->config.max_batch) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "key: one block more than max_batch %" PRIu32, put->count);
     }
-    return bkv_wire_get_block(block, &put->args, err);
+    status = bkv_wire_get_block(block, &put->args, err);
+    return status == BKV_OK && block->place != NULL ? take_place(put, block, err) : status;
 }
 
 // The client has sent its last message, or is gone.

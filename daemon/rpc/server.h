@@ -14,7 +14,7 @@ typedef struct bkv_server bkv_server_t;
 typedef struct bkv_server_config {
     bkv_pipeline_t *pipeline; // outlive the server
     bkv_store_t *store;
-    bkv_transports_t *transports;
+    bkv_transports_t *transports;       // outlive the server; NULL: everything goes inline
     const bkv_metric_source_t *sources; // for Stats; the server adds its own
     size_t source_count;
     const char *version, *backend;

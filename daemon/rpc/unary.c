@@ -2,6 +2,7 @@
 // no waiting in between. Attend, which waits for a compute thread, is in attend.c.
 #include "daemon/observe/clock.h"
 #include "daemon/rpc/call.h"
+#include "daemon/rpc/keyed.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -13,6 +14,16 @@ static void no_memory(bkv_call_t *call) {
     bkv_error_t error;
     bkv_fail(&error, BKV_RESOURCE_EXHAUSTED, "request: no memory for its reply");
     bkv_call_fail(call, &error);
+}
+
+// The transports that this call's client can use, best first.
+static size_t offer(const bkv_call_t *call, const char **names) {
+    const bkv_transports_t *transports = call->server->config.transports;
+    if (transports == NULL) {
+        names[0] = "inline";
+        return 1;
+    }
+    return bkv_transports_offer(transports, bkv_call_is_local(call), names);
 }
 
 // ---- Open ----
@@ -43,16 +54,15 @@ void bkv_handle_open(bkv_call_t *call, bkv_bump_t *bump) {
     const bkv_server_config_t *config = &call->server->config;
     Balancekv__V1__Spec spec;
     bkv_wire_set_spec(&model, &spec);
-    char inline_transport[] = "inline";
-    char *transports[] = {inline_transport};
+    const char *transports[BKV_TRANSPORT_KINDS + 1];
     Balancekv__V1__OpenResponse reply = BALANCEKV__V1__OPEN_RESPONSE__INIT;
     reply.spec_id = (ProtobufCBinaryData){BKV_SPEC_ID_BYTES, model.id.bytes};
     reply.boot_epoch = config->boot_epoch;
     reply.max_message_bytes = config->max_message;
     reply.max_block_bytes = config->max_block;
     reply.max_batch = config->max_batch;
-    reply.n_transports = 1;
-    reply.transports = transports;
+    reply.n_transports = offer(call, transports);
+    reply.transports = (char **)transports; // protobuf-c only reads what it packs
     reply.backend = (char *)config->backend;
     reply.spec = &spec;
     bkv_call_reply(call, &reply.base);
@@ -60,44 +70,15 @@ void bkv_handle_open(bkv_call_t *call, bkv_bump_t *bump) {
 
 // ---- calls over keys ----
 
-// What Lookup, Pin and Drop have in common.
-typedef struct keyed {
-    bkv_spec_id_t spec_id;
-    bkv_key_t *keys; // in the bump
-    uint32_t count;
-} keyed_t;
-
-static bkv_status_t get_keyed(bkv_call_t *call, bkv_bump_t *bump, const ProtobufCBinaryData *spec_id, size_t count,
-                              const ProtobufCBinaryData *keys, keyed_t *keyed, bkv_error_t *err) {
-    const bkv_server_config_t *config = &call->server->config;
-    bkv_status_t status = bkv_wire_get_spec_id(spec_id, &keyed->spec_id, err);
-    if (status == BKV_OK) {
-        status = bkv_wire_check_keys(count, keys, config->max_batch, err);
-    }
-    if (status == BKV_OK) {
-        status = bkv_model_table_require(bkv_pipeline_models(config->pipeline), &keyed->spec_id, NULL, err);
-    }
-    if (status != BKV_OK) {
-        return status;
-    }
-    keyed->count = (uint32_t)count;
-    keyed->keys = bkv_bump_alloc(bump, count * sizeof(keyed->keys[0]));
-    if (keyed->keys == NULL) {
-        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for them");
-    }
-    bkv_wire_get_keys(count, keys, keyed->keys);
-    return BKV_OK;
-}
-
 void bkv_handle_lookup(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__V1__LookupRequest *request =
         (const Balancekv__V1__LookupRequest *)bkv_call_request(call, &balancekv__v1__lookup_request__descriptor, bump);
     if (request == NULL) {
         return;
     }
-    keyed_t keyed;
+    bkv_keyed_t keyed;
     bkv_error_t error;
-    if (get_keyed(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
+    if (bkv_keyed_get(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
         return;
     }
@@ -121,13 +102,13 @@ void bkv_handle_lookup(bkv_call_t *call, bkv_bump_t *bump) {
 
 static bkv_status_t pin(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__PinRequest *request, uint64_t *lease,
                         bkv_error_t *err) {
-    keyed_t keyed;
-    bkv_status_t status = get_keyed(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, err);
+    bkv_keyed_t keyed;
+    bkv_status_t status = bkv_keyed_get(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, err);
+    if (status == BKV_OK) {
+        status = bkv_keyed_need(&keyed, err);
+    }
     if (status != BKV_OK) {
         return status;
-    }
-    if (keyed.count == 0) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: none given");
     }
     if (request->ttl_ms == 0 || request->ttl_ms > MAX_LEASE_MS) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "ttl_ms: %llu is not within 1..%d", (unsigned long long)request->ttl_ms,
@@ -175,9 +156,9 @@ void bkv_handle_drop(bkv_call_t *call, bkv_bump_t *bump) {
     if (request == NULL) {
         return;
     }
-    keyed_t keyed;
+    bkv_keyed_t keyed;
     bkv_error_t error;
-    if (get_keyed(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
+    if (bkv_keyed_get(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
         return;
     }
@@ -240,5 +221,8 @@ void bkv_handle_stats(bkv_call_t *call, bkv_bump_t *bump) {
     reply.draining = atomic_load(&server->draining);
     reply.n_metrics = gathered->count;
     reply.metrics = gathered->metrics;
+    const char *transports[BKV_TRANSPORT_KINDS + 1];
+    reply.n_transports = offer(call, transports);
+    reply.transports = (char **)transports;
     bkv_call_reply(call, &reply.base);
 }

@@ -4,7 +4,8 @@
 #include <assert.h>
 #include <string.h>
 
-#define VARINT_MAX 10 // bytes
+#define VARINT_MAX 10   // bytes
+#define HEAD_USUAL 1024 // what is beside a message's data, unless it names pages of GPU memory or many keys
 
 typedef enum wire_type { WIRE_VARINT = 0, WIRE_FIXED64 = 1, WIRE_BYTES = 2, WIRE_FIXED32 = 5 } wire_type_t;
 
@@ -184,6 +185,7 @@ static size_t write_varint(uint8_t *out, uint64_t value) {
 typedef struct head {
     uint8_t *bytes;
     size_t used, room;
+    bool full; // a field found no room
 } head_t;
 
 // Copies a field, whose own bytes the cursor is at, to the head.
@@ -196,6 +198,7 @@ static bkv_status_t keep_field(bkv_cursor_t *cursor, const field_t *field, head_
         length += write_varint(start + length, field->length);
     }
     if (length > head->room - head->used || field->length > head->room - head->used - length) {
+        head->full = true;
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "request: more than %zu bytes beside field %d", head->room,
                         BKV_WIRE_DATA_FIELD);
     }
@@ -228,18 +231,29 @@ static bkv_status_t split_fields(bkv_cursor_t *cursor, head_t *head, bkv_split_t
     return BKV_OK;
 }
 
-bkv_status_t bkv_wire_split(const ProtobufCMessageDescriptor *type, grpc_byte_buffer *message, size_t head_most,
-                            bkv_bump_t *bump, bkv_split_t *split, bkv_error_t *err) {
+// With room for so many bytes beside the data.
+static bkv_status_t split_into(grpc_byte_buffer *message, size_t room, bkv_bump_t *bump, head_t *head, bkv_split_t *split,
+                               bkv_error_t *err) {
     bkv_cursor_t cursor;
     bkv_cursor_init(&cursor, message);
     *split = (bkv_split_t){.data = cursor};
     // A kept field never grows: its numbers are written in the shortest form.
-    head_t head = {.room = cursor.remaining < head_most ? cursor.remaining : head_most};
-    head.bytes = bkv_bump_alloc(bump, head.room);
-    if (head.bytes == NULL) {
+    *head = (head_t){.room = cursor.remaining < room ? cursor.remaining : room};
+    head->bytes = bkv_bump_alloc(bump, head->room);
+    if (head->bytes == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "request: no memory for its fields");
     }
-    bkv_status_t status = split_fields(&cursor, &head, split, err);
+    return split_fields(&cursor, head, split, err);
+}
+
+bkv_status_t bkv_wire_split(const ProtobufCMessageDescriptor *type, grpc_byte_buffer *message, size_t head_most,
+                            bkv_bump_t *bump, bkv_split_t *split, bkv_error_t *err) {
+    head_t head;
+    size_t room = head_most < HEAD_USUAL ? head_most : HEAD_USUAL;
+    bkv_status_t status = split_into(message, room, bump, &head, split, err);
+    if (status != BKV_OK && head.full && room < head_most) {
+        status = split_into(message, head_most, bump, &head, split, err);
+    }
     return status == BKV_OK ? unpack(type, head.bytes, head.used, bump, &split->head, err) : status;
 }
 

@@ -9,6 +9,7 @@
 
 #include "daemon/pipeline/pipeline.h"
 #include "daemon/rpc/bump.h"
+#include "daemon/transport/transport.h"
 
 #include "balancekv.pb-c.h"
 
@@ -53,7 +54,7 @@ typedef struct bkv_split {
     size_t data_bytes; // 0 when there is none
 } bkv_split_t;
 
-// head_most: most bytes of the fields below 15. Statuses as above; a length that goes past the end: INVALID_ARGUMENT.
+// head_most: most bytes of the fields below 15; few of them cost little, whatever head_most is. Statuses as above; a length that goes past the end: INVALID_ARGUMENT.
 bkv_status_t bkv_wire_split(const ProtobufCMessageDescriptor *type, grpc_byte_buffer *message, size_t head_most,
                             bkv_bump_t *bump, bkv_split_t *split, bkv_error_t *err);
 
@@ -75,6 +76,39 @@ void bkv_wire_get_keys(size_t count, const ProtobufCBinaryData *keys, bkv_key_t 
 bkv_status_t bkv_wire_get_profile(size_t count, Balancekv__V1__Band *const *bands, bkv_profile_t *profile, bkv_error_t *err);
 
 bkv_status_t bkv_wire_get_block(const Balancekv__V1__PutBlock *block, bkv_ingest_args_t *args, bkv_error_t *err);
+
+// ---- shared memory (wire_place.c) ----
+
+#define BKV_WIRE_PAGES 65536 // most in a layout
+
+// A place as a request says it, with all that it refers to; not to be copied.
+typedef struct bkv_wire_place {
+    bkv_session_id_t session;
+    bkv_place_t place;
+    bkv_device_layout_t layout; // place.layout where there is one
+    uint64_t *numbers;          // of the layout; owned
+    uint8_t event[BKV_CUDA_HANDLE_BYTES];
+} bkv_wire_place_t;
+
+// The place of a block's payload; `layers` is the spec's. bytes are filled in. Lengths, counts and alignment are checked, not whether
+// it lies within the session. To be cleared, also after a failure.
+bkv_status_t bkv_wire_get_payload_place(const Balancekv__V1__PutBlock *block, uint32_t layers, bkv_wire_place_t *out,
+                                        bkv_error_t *err);
+
+// Room for records; there is nothing to clear.
+bkv_status_t bkv_wire_get_room(const Balancekv__V1__Place *place, bkv_wire_place_t *out, bkv_error_t *err);
+
+void bkv_wire_place_clear(bkv_wire_place_t *place);
+
+bkv_status_t bkv_wire_get_session_id(const char *field, const ProtobufCBinaryData *bytes, bkv_session_id_t *id,
+                                     bkv_error_t *err);
+
+// What an AttachRequest asks for; args refers to the request and to the bump. `local` is left to the caller.
+bkv_status_t bkv_wire_get_attach(const Balancekv__V1__AttachRequest *request, bkv_bump_t *bump, bkv_attach_args_t *args,
+                                 bkv_error_t *err);
+
+// The daemon's end of a queue pair; *window refers to it.
+void bkv_wire_set_verbs(const bkv_verbs_end_t *end, Balancekv__V1__VerbsWindow *window);
 
 // ---- writing ----
 
