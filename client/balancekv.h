@@ -11,7 +11,14 @@
 // client's default).
 //
 // Every function is thread-safe. There is no global state of ours; gRPC's own threads start with the first client and stay
-// until the process ends (do not fork between creating a client and exec). A client has one thread, with all signals blocked.
+// until the process ends (do not fork between creating a client and exec). A client has one thread, with all signals blocked,
+// and for a moment another while it attaches memory.
+//
+// Payloads and records move through memory shared with the daemon where both ends have it: shm on the same host, RDMA ("verbs")
+// from another. It is attached when first wanted, kept, and attached anew after a restart of the daemon; what it cannot hold goes
+// inline, in messages, and so does everything small. A payload is copied into it once, or never where it is made there
+// (bkv_buffer_get); a record that is got lies in it until it is freed. After a call that ended without the daemon's answer
+// (deadline, cancelled, connection lost), what it used of that memory is not used again, since the daemon may still be at it.
 //
 // Synchronous calls are the asynchronous ones waited for. Asynchronous: bkv_queue_t is a completion queue with a file
 // descriptor (eventfd) for any event loop; bkv_*_submit starts a call with a tag, bkv_queue_poll hands back completions.
@@ -218,9 +225,13 @@ BKV_API void bkv_record_free(bkv_record_t *record); // frees data, not the struc
 BKV_API bkv_status_t bkv_transports(bkv_client_t *client, uint32_t timeout_ms, bkv_transport_info_t *info, size_t *count,
                                     bkv_error_t *err);
 
-// Memory that is shared with the daemon (shm, verbs), 64-byte aligned, contents undefined: a payload that lies within is not copied
-// by this library when it is put. Without such memory (no transport but inline, window full) it is ordinary memory, to the same
-// effect but for the copy. NULL: out of memory. Give it back once no call uses it, while the client is alive.
+// Memory that is shared with the daemon (shm, verbs), 64-byte aligned, contents undefined: a payload that lies within, at a multiple
+// of 64 bytes, is not copied by this library when it is put. Without such memory (no transport but inline, window full) it is
+// ordinary memory, to the same effect but for the copy; so is a buffer from before a restart of the daemon. The first one waits
+// for the memory to be attached, at most 2 s. NULL: out of memory. Give it back once no call uses it, while the client is alive.
+//
+// Do not fill it again after a Put from it that ended with DEADLINE_EXCEEDED, CANCELLED or BUSY, but give it back: the daemon may
+// still be reading, and would take the new bytes for the old block's.
 BKV_API void *bkv_buffer_get(bkv_client_t *client, size_t bytes);
 BKV_API void bkv_buffer_put(bkv_client_t *client, void *buffer);
 

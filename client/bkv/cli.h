@@ -30,7 +30,8 @@
 #define BKV_CLI_COUNT     0x10000u
 #define BKV_CLI_BENCH     0x20000u
 #define BKV_CLI_CALIBRATE 0x40000u
-#define BKV_CLI_ANY_GROUP 0x7ffffu
+#define BKV_CLI_PING      0x80000u
+#define BKV_CLI_ANY_GROUP 0xfffffu
 
 // Options of several groups.
 #define BKV_CLI_COMPRESS (BKV_CLI_CODEC | BKV_CLI_CALIBRATE)
@@ -63,6 +64,9 @@ typedef struct bkv_cli_range {
     X(tls_cert, "tls-cert", STRING, "FILE", CONNECT, "PEM certificate of this client (mTLS)")                                  \
     X(tls_key, "tls-key", STRING, "FILE", CONNECT, "PEM private key of this client")                                           \
     X(tls_name, "tls-name", STRING, "NAME", CONNECT, "name to expect in the daemon's certificate (default its host)")          \
+    X(transport, "transport", STRING, "NAME", CONNECT,                                                                         \
+      "how blocks move: auto, inline, shm or verbs (default $BKV_TRANSPORT, else auto: the best that both ends have)")         \
+    X(window_bytes, "window-bytes", SIZE, "BYTES", CONNECT, "memory to share with the daemon for that (default 256M)")         \
     X(model, "model", STRING, "NAME", NAME, "model the cache belongs to (put: default from FILE)")                             \
     X(tenant, "tenant", STRING, "NAME", NAME, "tenant it belongs to (default the default tenant)")                             \
     X(codec, "codec", CODEC, "CODEC", CODEC, "raw, dense8, dense4 or balance (default balance; bench: raw)")                   \
@@ -95,6 +99,7 @@ typedef struct bkv_cli_range {
     X(watch, "watch", FLAG, NULL, WATCH, "keep showing them, with rates")                                                      \
     X(interval, "interval", MS, "TIME", WATCH, "between two looks (default 1s)")                                               \
     X(count, "count", U32, "N", COUNT, "how often (ping: default 1; stats --watch: default until interrupted)")                \
+    X(transports, "transports", FLAG, NULL, PING, "which ways there are for blocks to move, tried out, and which is in use")   \
     X(blocks, "blocks", U32, "N", BENCH, "different blocks to put and get (default 32)")                                       \
     X(ops, "ops", STRING, "LIST", BENCH, "any of put,lookup,get, run in that order (default all)")                             \
     X(keep, "keep", FLAG, NULL, BENCH, "do not drop the blocks at the end")

@@ -1,7 +1,8 @@
 // cmd_bench.c - `bkv bench`: puts, looks up and gets blocks with N calls in flight, and says how fast that went.
 //
 // Blocks come from a trace or are made up from --seed; either way under keys of their own, so that a bench neither finds
-// nor leaves anything another worker uses. What it put it drops at the end.
+// nor leaves anything another worker uses. What it put it drops at the end. Payloads lie where a worker that cares would have
+// them, in memory shared with the daemon if there is any (bkv_buffer_get).
 #include "cli.h"
 
 #include "memory.h"
@@ -76,11 +77,14 @@ static void make_payload(const bkv_shape_t *shape, uint64_t seed, void *payload)
     }
 }
 
-static void prepare_payloads(bench_t *bench, const bkv_trace_t *trace, uint64_t seed) {
+static bkv_status_t prepare_payloads(bench_t *bench, const bkv_trace_t *trace, uint64_t seed, bkv_error_t *err) {
     bench->payload_bytes = bkv_shape_bytes(&bench->shape);
     uint32_t whole = trace != NULL ? trace->shape.tokens / bench->shape.tokens : 0;
     for (uint32_t i = 0; i < PAYLOADS; i++) {
-        bench->payloads[i] = bkv_xaligned(bench->payload_bytes);
+        bench->payloads[i] = bkv_buffer_get(bench->session.client, bench->payload_bytes);
+        if (bench->payloads[i] == NULL) {
+            return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for payloads of %zu bytes", bench->payload_bytes);
+        }
         if (trace != NULL) {
             bkv_span_t span = {.position = (uint64_t)(i % whole) * bench->shape.tokens, .tokens = bench->shape.tokens};
             bkv_trace_gather(trace, &span, bench->payloads[i]);
@@ -88,6 +92,7 @@ static void prepare_payloads(bench_t *bench, const bkv_trace_t *trace, uint64_t 
             make_payload(&bench->shape, seed + i, bench->payloads[i]);
         }
     }
+    return BKV_OK;
 }
 
 // Keys nobody else has: their own model name is not enough where a bench runs twice at once, so time goes in, too.
@@ -100,9 +105,8 @@ static void prepare_keys(bench_t *bench) {
     }
 }
 
-static void bench_init(bench_t *bench, const bkv_trace_t *trace, uint64_t seed) {
+static bkv_status_t bench_init(bench_t *bench, const bkv_trace_t *trace, uint64_t seed, bkv_error_t *err) {
     uint32_t slots = bench->parallel;
-    prepare_payloads(bench, trace, seed);
     prepare_keys(bench);
     bench->puts = bkv_xcalloc(slots, sizeof *bench->puts);
     bench->results = bkv_xcalloc(slots, sizeof *bench->results);
@@ -111,11 +115,13 @@ static void bench_init(bench_t *bench, const bkv_trace_t *trace, uint64_t seed) 
     bench->started_ns = bkv_xcalloc(slots, sizeof *bench->started_ns);
     bench->busy = bkv_xcalloc(slots, sizeof *bench->busy);
     bench->latency_ns = bkv_xcalloc(bench->blocks, sizeof *bench->latency_ns);
+    return prepare_payloads(bench, trace, seed, err);
 }
 
+// Before the session's end: payloads are the client's memory.
 static void bench_deinit(bench_t *bench) {
-    for (uint32_t i = 0; i < PAYLOADS; i++) {
-        free(bench->payloads[i]);
+    for (uint32_t i = 0; i < PAYLOADS && bench->payloads[i] != NULL; i++) {
+        bkv_buffer_put(bench->session.client, bench->payloads[i]);
     }
     free(bench->keys);
     free(bench->puts);
@@ -241,6 +247,19 @@ static bool parse_ops(const char *text, bool *wanted) {
     return true;
 }
 
+// Which way the blocks have gone; "?" where the daemon is gone by now.
+static const char *transport_used(const bench_t *bench) {
+    bkv_transport_info_t info[BKV_TRANSPORTS];
+    size_t count = 0;
+    bkv_transports(bench->session.client, 0, info, &count, NULL);
+    for (size_t i = 0; i < count; i++) {
+        if (info[i].chosen) {
+            return info[i].name;
+        }
+    }
+    return "?";
+}
+
 static void show(const bench_t *bench, const bool *wanted, const outcome_t *outcomes, bkv_codec_t codec) {
     json_t *list = json_array();
     bkv_table_t *table = bkv_table_create("call|>calls|>in flight|>bytes each|>calls/s|>GB/s|>p50|>p99");
@@ -266,14 +285,15 @@ static void show(const bench_t *bench, const bool *wanted, const outcome_t *outc
         bkv_table_cell(table, "%s", bkv_text_of_ns((double)o->p99_ns, p99));
     }
     if (bench->cli->json) {
-        bkv_cli_print_json(json_pack("{s:s, s:s, s:I, s:O}", "codec", bkv_codec_name(codec), "backend",
-                                     bench->session.limits.backend, "payload_bytes", (json_int_t)bench->payload_bytes,
-                                     "results", list),
+        bkv_cli_print_json(json_pack("{s:s, s:s, s:s, s:I, s:O}", "codec", bkv_codec_name(codec), "backend",
+                                     bench->session.limits.backend, "transport", transport_used(bench), "payload_bytes",
+                                     (json_int_t)bench->payload_bytes, "results", list),
                            false);
     } else {
         char payload[BKV_TEXT_MAX];
-        printf("%u blocks of %s, codec %s, kernels %s\n", bench->blocks,
-               bkv_text_of_bytes((double)bench->payload_bytes, payload), bkv_codec_name(codec), bench->session.limits.backend);
+        printf("%u blocks of %s, codec %s, kernels %s, transport %s\n", bench->blocks,
+               bkv_text_of_bytes((double)bench->payload_bytes, payload), bkv_codec_name(codec), bench->session.limits.backend,
+               transport_used(bench));
         bkv_table_print(table, stdout, bkv_table_color(stdout));
     }
     json_decref(list);
@@ -345,14 +365,16 @@ static bkv_status_t bench_run(bench_t *bench, const bkv_trace_t *trace, const bo
     outcome_t outcomes[OP_COUNT] = {{.calls = 0}};
     status = bkv_session_open(&bench->session, bench->cli, &spec, err);
     if (status == BKV_OK) {
-        bench_init(bench, trace, bench->cli->seed);
+        status = bench_init(bench, trace, bench->cli->seed, err);
+    }
+    if (status == BKV_OK) {
         status = run_phases(bench, wanted, outcomes, err);
     }
     if (status == BKV_OK) {
         show(bench, wanted, outcomes, spec.codec);
     }
-    bkv_session_end(&bench->session);
     bench_deinit(bench);
+    bkv_session_end(&bench->session);
     return status;
 }
 

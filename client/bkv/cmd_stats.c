@@ -19,10 +19,49 @@ static void pause_ms(uint32_t ms) {
     nanosleep(&span, NULL);
 }
 
+static const char *yes(bool value) {
+    return value ? "yes" : "no";
+}
+
+static void show_transports(const bkv_cli_t *cli, const bkv_transport_info_t *info, size_t count) {
+    json_t *list = json_array();
+    bkv_table_t *table = bkv_table_create("transport|offered|usable|in use|why not");
+    for (size_t i = 0; i < count; i++) {
+        json_array_append_new(list, json_pack("{s:s, s:b, s:b, s:b, s:s}", "name", info[i].name, "offered", info[i].offered,
+                                              "usable", info[i].usable, "in_use", info[i].chosen, "reason", info[i].reason));
+        bkv_table_cell(table, "%s", info[i].name);
+        bkv_table_cell(table, "%s", yes(info[i].offered));
+        bkv_table_cell(table, "%s", yes(info[i].usable));
+        bkv_table_cell(table, "%s", yes(info[i].chosen));
+        bkv_table_cell(table, "%s", info[i].reason);
+    }
+    if (cli->json) {
+        bkv_cli_print_json(json_pack("{s:O}", "transports", list), false);
+    } else {
+        bkv_table_print(table, stdout, bkv_table_color(stdout));
+    }
+    json_decref(list);
+    bkv_table_destroy(table);
+}
+
+static bkv_status_t ping_transports(const bkv_cli_t *cli, bkv_session_t *session, bkv_error_t *err) {
+    bkv_transport_info_t info[BKV_TRANSPORTS];
+    size_t count = 0;
+    bkv_status_t status = bkv_transports(session->client, 0, info, &count, err);
+    if (status == BKV_OK) {
+        show_transports(cli, info, count);
+    }
+    return status;
+}
+
 bkv_status_t bkv_cmd_ping(bkv_cli_t *cli, bkv_error_t *err) {
     bkv_session_t session;
     uint32_t count = bkv_cli_given(cli, BKV_OPT_count) ? cli->count : 1;
     bkv_status_t status = bkv_session_connect(&session, cli, err);
+    if (status == BKV_OK && cli->transports) {
+        status = ping_transports(cli, &session, err);
+        count = 0;
+    }
     for (uint32_t i = 0; i < count && status == BKV_OK; i++) {
         uint64_t round_trip_ns = 0;
         char text[BKV_TEXT_MAX];

@@ -6,7 +6,8 @@
 #define SPEC_OF_KEYS (BKV_CLI_CONNECT | BKV_CLI_KEYS | BKV_CLI_NAME | BKV_CLI_CODEC | BKV_CLI_SHAPE)
 
 static const bkv_command_t commands[] = {
-    {"ping", "", "is the daemon there, and how far away", BKV_CLI_CONNECT | BKV_CLI_COUNT, 0, 0, bkv_cmd_ping, NULL},
+    {"ping", "", "is the daemon there, and how far away", BKV_CLI_CONNECT | BKV_CLI_COUNT | BKV_CLI_PING, 0, 0, bkv_cmd_ping,
+     NULL},
     {"stats", "", "counters and gauges of the daemon", BKV_CLI_CONNECT | BKV_CLI_WATCH | BKV_CLI_COUNT, 0, 0, bkv_cmd_stats,
      NULL},
     {"put", "FILE", "cut a KV trace into blocks and put them",

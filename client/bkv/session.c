@@ -12,6 +12,8 @@ bkv_status_t bkv_session_connect(bkv_session_t *session, const bkv_cli_t *cli, b
         .tls_cert = cli->tls_cert,
         .tls_key = cli->tls_key,
         .tls_name = cli->tls_name,
+        .transport = cli->transport,
+        .window_bytes = cli->window_bytes,
     };
     return bkv_client_create(&options, &session->client, err);
 }
