@@ -42,21 +42,25 @@ demo: setup
 demo-run: all
 	@BUILD=$(BUILD) $(PYTHON) tests/demo.py
 
-# Benches are C programs over the library and the bare gRPC C core.
-BENCH_SRC := $(addprefix tests/bench/,bench_rpc.c bare.c report.c)
+# The bench of daemon and client, beside what it compares them with: the bare gRPC C core, memcpy, Redis, Mooncake Store.
+BENCH_SRC := $(addprefix tests/bench/,bench.c bench_rpc.c bench_data.c bench_stores.c bare.c redis.c mooncake.c report.c)
 BENCH_OBJ := $(BENCH_SRC:%.c=$(BUILD)/obj/%.o)
-$(filter-out %/report.o,$(BENCH_OBJ)): | $(PROTO_HDR)
-$(BUILD)/tests/bench_rpc: $(BENCH_OBJ) $(BUILD)/lib/libbalancekv.so $(PROTO_OBJ)
+HAVE_HIREDIS = $(call once,HIREDIS,pkg-config --exists hiredis && echo hiredis)
+$(BUILD)/obj/tests/bench/redis.o: FILE_CFLAGS = $(if $(HAVE_HIREDIS),-DBKV_HAVE_HIREDIS)
+$(BUILD)/tests/bench: $(BENCH_OBJ) $(BUILD)/lib/libbalancekv.so
 	@mkdir -p $(@D)
 	$(call say,LD ,$@)
-	$(Q)$(CC) $(LDFLAGS) -o $@ $(BENCH_OBJ) $(PROTO_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' \
-	  $(call libs_of,$(CLIENT_PC) $(BKV_PC)) -lm
-## bench: put, get and lookup against a bare gRPC C core in one run; writes build/bench/bench.json
+	$(Q)$(CC) $(LDFLAGS) -o $@ $(BENCH_OBJ) -L$(BUILD)/lib -lbalancekv '-Wl,-rpath,$$ORIGIN/../lib' \
+	  $(call libs_of,$(CLIENT_PC) $(HAVE_HIREDIS)) -lm
+# BENCH: its options, as "--quick" or "--part stores".
+## bench: daemon and client against a bare gRPC C core, memcpy, Redis and Mooncake Store; writes build/bench/bench.json
 bench: setup
 	@$(MAKE) --no-print-directory bench-run
-bench-run: all $(BUILD)/tests/bench_rpc
+bench-run: all $(BUILD)/tests/bench
 	@mkdir -p $(BUILD)/bench
-	$(BUILD)/tests/bench_rpc --daemon $(BUILD)/bin/balancekvd --out $(BUILD)/bench/bench.json
+	@tests/bench/mooncake.sh $(BUILD)/mooncake $(PYTHON)
+	$(BUILD)/tests/bench --daemon $(BUILD)/bin/balancekvd --out $(BUILD)/bench/bench.json \
+	  --python $(BUILD)/mooncake/bin/python --script tests/bench/bench_mooncake.py $(BENCH)
 # Quality on a real model: the kernels alone, so that it runs where there is no gRPC. QUALITY: its options, as "--quick".
 $(BUILD)/lib/libbkvkernels.so: $(KERNELS_OBJ)
 	@mkdir -p $(@D)
@@ -132,4 +136,4 @@ tidy-run: $(PROTO_HDR)
 format: setup
 	clang-format -i $$(git ls-files '*.c' '*.h')
 
-include tests/gpu/module.mk tests/rdma/module.mk
+include tests/gpu/module.mk tests/rdma/module.mk tests/cluster/module.mk

@@ -114,7 +114,7 @@ static void answer(grpc_completion_queue *queue, grpc_call *call, grpc_slice pat
         opened = true;
     }
     int cancelled = 0;
-    grpc_byte_buffer *reply = refer("12345678", 8);
+    grpc_byte_buffer *reply = refer(payload, BKV_BARE_REPLY);
     grpc_op last[4] = {{.op = GRPC_OP_SEND_STATUS_FROM_SERVER}, {.op = GRPC_OP_RECV_CLOSE_ON_SERVER}};
     last[1].data.recv_close_on_server.cancelled = &cancelled;
     size_t count = 2;

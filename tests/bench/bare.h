@@ -12,6 +12,7 @@
 #include <sys/types.h>
 
 #define BKV_BARE_CHUNK (1 << 20)
+#define BKV_BARE_REPLY 80 // bytes of a small message back: what a LookupResponse of 64 keys takes
 
 typedef enum bkv_bare_method {
     BKV_BARE_UNARY,    // a small message there, one back

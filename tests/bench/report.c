@@ -42,10 +42,10 @@ bool bkv_report_met(const bkv_report_t *report) {
 }
 
 void bkv_report_print(const bkv_report_t *report) {
-    printf("%-26s %9s %-6s %-30s %9s %7s %8s %s\n", "name", "value", "unit", "against", "", "ratio", "bar", "met");
+    printf("%-30s %9s %-6s %-30s %9s %7s %8s %s\n", "name", "value", "unit", "against", "", "ratio", "bar", "met");
     for (size_t i = 0; i < report->count; i++) {
         const bkv_report_row_t *row = &report->rows[i];
-        printf("%-26s %9.3g %-6s", row->name, row->value, row->unit);
+        printf("%-30s %9.3g %-6s", row->name, row->value, row->unit);
         if (row->against > 0) {
             printf(" %-30s %9.3g %7.2f", row->against_name, row->against, ratio_of(row));
         }

@@ -9,7 +9,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#define BKV_REPORT_ROWS 64
+#define BKV_REPORT_ROWS 128
 
 typedef enum bkv_bar { BKV_BAR_NONE, BKV_BAR_AT_LEAST, BKV_BAR_AT_MOST } bkv_bar_t;
 
