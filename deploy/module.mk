@@ -31,3 +31,14 @@ install: all
 	$(INSTALL) -m 644 deploy/balancekvd.sysusers $(DESTDIR)$(SYSUSERSDIR)/balancekvd.conf
 	$(INSTALL) -m 644 deploy/balancekvd.tmpfiles $(DESTDIR)$(TMPFILESDIR)/balancekvd.conf
 	@[ -n "$(DESTDIR)" ] || [ "$(SYSCONFDIR)" != /etc ] || ldconfig 2>/dev/null || true
+
+# Rooms append what else is worth having on a host where nothing can be installed: BUNDLE_PROGRAMS += $(BUILD)/tests/...
+BUNDLE := $(BUILD)/balancekv-$(VERSION)-x86_64.tar.gz
+BUNDLE_PROGRAMS := $(BUILD)/tests/bench $(BUILD)/tests/bench_kernels
+.PHONY: bundle bundle-run
+## bundle: build/balancekv-VERSION-x86_64.tar.gz, programs and the libraries they need, for hosts where nothing can be installed
+bundle: setup
+	@$(MAKE) --no-print-directory bundle-run
+bundle-run: all
+	@$(MAKE) --no-print-directory $(BUNDLE_PROGRAMS)
+	@deploy/bundle.sh $(BUILD) $(VERSION) $(BUNDLE) $(BUNDLE_PROGRAMS)
