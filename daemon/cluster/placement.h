@@ -19,9 +19,11 @@
 // Movement. A member's time in a slot depends on nothing but the two of them, therefore:
 //   - leaving, draining or a lower weight takes from that member alone: each slot that it loses goes to one other member;
 //   - joining or a higher weight gives to that member alone: each slot that it gets is taken from one other member;
-//   - so what moves is what the member's share is, which no method can better. All other replicas stay where they are.
-//   - a member that comes back, under a new epoch, gets the very slots that it had.
-//   - a slot's seed is not its keys': who may choose keys, but does not know the seed, cannot aim at a member.
+//   - so what moves is the member's share, which no method can better, and all other replicas stay where they are;
+//   - a member that comes back, under a new epoch, gets the very slots that it had;
+//   - with more replicas a key's owners are those that it had, and further ones behind them.
+//
+// Whoever may choose keys, but does not know the seed, cannot aim at a member.
 //
 // Shares. Where weights are equal, or R = 1, loads are proportional to weights. With R > 1 a member holds a slot at most once,
 // and so does a domain: one that has more than 1 / R of all weight gets less than its weight says.

@@ -294,6 +294,27 @@ Test(placement, many_changes_at_once_derive_the_same_table) {
     bkv_placement_destroy(scratch);
 }
 
+Test(placement, fewer_replicas_have_the_first_owners_of_more) {
+    for (uint32_t domains = 0; domains <= 5; domains++) {
+        members_t members = {0};
+        for (uint32_t i = 0; i < 11; i++) {
+            members_add(&members, 1 + i % 4, i, domains);
+        }
+        bkv_placement_t *more = place(&members, BKV_REPLICAS_MAX, false, NULL);
+        for (uint32_t replicas = 1; replicas < BKV_REPLICAS_MAX; replicas++) {
+            bkv_placement_t *fewer = place(&members, replicas, false, NULL);
+            for (uint32_t slot = 0; slot < BKV_PLACEMENT_SLOTS; slot += 271) {
+                uint16_t of_more[BKV_REPLICAS_MAX], of_fewer[BKV_REPLICAS_MAX];
+                cr_assert_eq(bkv_placement_slot_owners(more, slot, of_more), BKV_REPLICAS_MAX);
+                cr_assert_eq(bkv_placement_slot_owners(fewer, slot, of_fewer), replicas);
+                cr_assert_arr_eq(of_more, of_fewer, replicas * sizeof(*of_more));
+            }
+            bkv_placement_destroy(fewer);
+        }
+        bkv_placement_destroy(more);
+    }
+}
+
 Test(placement, a_restart_moves_nothing) {
     members_t members = {0};
     for (uint32_t i = 0; i < 9; i++) {
