@@ -173,6 +173,20 @@ static void raw_compress(const bkv_block_t *block, const bkv_record_id_t *id, vo
     }
 }
 
+bkv_status_t bkv_codec_check_shape(const bkv_codec_params_t *params, const bkv_shape_t *shape, bkv_error_t *err) {
+    uint64_t budget = params->codec == BKV_CODEC_BALANCE ? bkv_balance_budget(shape, params->rate) : 0;
+    if (params->codec == BKV_CODEC_BALANCE && !bkv_balance_fits(shape, budget)) {
+        return FAIL("tokens: %u are too few for rate %u, whose %llu bytes hold no record", shape->tokens, params->rate,
+                    (unsigned long long)budget);
+    }
+    uint64_t bound = bkv_codec_bound(shape, params);
+    if (bound > BKV_RECORD_MAX) {
+        return FAIL("tokens: %u make a record of %llu bytes, above %llu", shape->tokens, (unsigned long long)bound,
+                    (unsigned long long)BKV_RECORD_MAX);
+    }
+    return BKV_OK;
+}
+
 static bkv_status_t check_compress(const bkv_block_t *block, const bkv_codec_params_t *params, const bkv_record_id_t *id,
                                    size_t capacity, bkv_error_t *err) {
     bkv_status_t status = bkv_shape_check(&block->shape, err);
@@ -186,16 +200,11 @@ static bkv_status_t check_compress(const bkv_block_t *block, const bkv_codec_par
     if (id->position > UINT64_MAX - block->shape.tokens) {
         return FAIL("position: %llu leaves no room for %u tokens", (unsigned long long)id->position, block->shape.tokens);
     }
-    uint64_t budget = params->codec == BKV_CODEC_BALANCE ? bkv_balance_budget(&block->shape, params->rate) : 0;
-    if (params->codec == BKV_CODEC_BALANCE && !bkv_balance_fits(&block->shape, budget)) {
-        return FAIL("tokens: %u are too few for rate %u, whose %llu bytes hold no record", block->shape.tokens, params->rate,
-                    (unsigned long long)budget);
+    status = bkv_codec_check_shape(params, &block->shape, err);
+    if (status != BKV_OK) {
+        return status;
     }
     uint64_t bound = bkv_codec_bound(&block->shape, params);
-    if (bound > BKV_RECORD_MAX) {
-        return FAIL("tokens: %u make a record of %llu bytes, above %llu", block->shape.tokens, (unsigned long long)bound,
-                    (unsigned long long)BKV_RECORD_MAX);
-    }
     if (capacity < bound) {
         return FAIL("capacity: %zu bytes, the record may need %llu", capacity, (unsigned long long)bound);
     }

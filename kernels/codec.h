@@ -104,6 +104,10 @@ BKV_API const bkv_backend_t *const *bkv_backend_list(void);
 // Checks codec parameters from outside; INVALID_ARGUMENT names the field.
 BKV_API bkv_status_t bkv_codec_check(const bkv_codec_params_t *params, bkv_error_t *err);
 
+// Whether a block of that shape has a record with those params, both checked: tokens that are too few for the rate, or so many
+// that the record would be larger than any may be, are INVALID_ARGUMENT.
+BKV_API bkv_status_t bkv_codec_check_shape(const bkv_codec_params_t *params, const bkv_shape_t *shape, bkv_error_t *err);
+
 // An upper bound of a block's record in bytes, exact for raw, dense8 and dense4. For balance it is
 // max(bf16 bytes / rate, smallest possible record) rounded down to BKV_RECORD_ALIGN. Checked arguments only.
 BKV_API uint64_t bkv_codec_bound(const bkv_shape_t *shape, const bkv_codec_params_t *params);

@@ -11,6 +11,7 @@
 
 static const bkv_transport_ops_t *const table[BKV_TRANSPORT_KINDS] = {
     [BKV_TRANSPORT_SHM] = &bkv_transport_shm,
+    [BKV_TRANSPORT_CUDA_IPC] = &bkv_transport_cuda_ipc,
     [BKV_TRANSPORT_VERBS] = &bkv_transport_verbs,
 };
 

@@ -155,14 +155,11 @@ static bkv_status_t check_args(const bkv_cuda_compress_args_t *args, bkv_error_t
 
 static bkv_status_t check_room(const bkv_cuda_compress_args_t *args, bkv_error_t *err) {
     const bkv_shape_t *shape = &args->blocks[0].shape;
-    if (args->params.codec == BKV_CODEC_BALANCE && !bkv_balance_fits(shape, bkv_balance_budget(shape, args->params.rate))) {
-        return FAIL("tokens: %u are too few for rate %u, whose bytes hold no record", shape->tokens, args->params.rate);
+    bkv_status_t status = bkv_codec_check_shape(&args->params, shape, err);
+    if (status != BKV_OK) {
+        return status;
     }
     uint64_t bound = bkv_codec_bound(shape, &args->params);
-    if (bound > BKV_RECORD_MAX) {
-        return FAIL("tokens: %u make a record of %llu bytes, above %llu", shape->tokens, (unsigned long long)bound,
-                    (unsigned long long)BKV_RECORD_MAX);
-    }
     if (args->record_stride < bound || args->record_stride % BKV_RECORD_ALIGN != 0 ||
         (uintptr_t)args->records % BKV_RECORD_ALIGN != 0) {
         return FAIL("record_stride: %zu bytes, a record may need %llu, and all must be aligned to 16", args->record_stride,
