@@ -77,8 +77,9 @@ struct bkv_verbs {
     struct ibv_cq *completions;
     uint32_t max_sessions, link_work, piece;
     pthread_t thread;
-    bool watched; // there is a thread
-    int wake;     // eventfd; written when the thread is to look; -1: none yet
+    bool watched;       // there is a thread
+    int wake;           // eventfd; written when the thread is to look; -1: none yet
+    uint64_t looked_ms; // at the port; the thread's own
     _Atomic bool stopping, gone, port_down;
 
     pthread_mutex_t lock; // all of the below, and the sessions' own

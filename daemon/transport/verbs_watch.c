@@ -16,8 +16,9 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#define LOOK_MS 500 // between two looks at the clock
-#define BATCH   32  // completions taken at once
+#define LOOK_MS 500  // most between two looks at the clock
+#define PORT_MS 1000 // and at the port
+#define BATCH   32   // completions taken at once
 
 // ---- completions ----
 
@@ -72,10 +73,18 @@ static void device_lost(bkv_verbs_t *verbs, const char *cause) {
     break_links(verbs, NULL, cause);
 }
 
-static void port_changed(bkv_verbs_t *verbs, int port, bool down) {
-    if (port == verbs->device->port.number && atomic_exchange(&verbs->port_down, down) != down) {
-        bkv_log(down ? BKV_LOG_WARN : BKV_LOG_INFO, 0, "verbs: port %d of %s is %s", port, verbs->device->name,
-                down ? "down; links fail when they are used" : "active again");
+// Not every device says when its port changes, and none that its interface has lost its address.
+static void look_at_port(bkv_verbs_t *verbs) {
+    bkv_verbs_port_t port;
+    bkv_error_t cause;
+    bool down = bkv_verbs_look(verbs->device, &port, &cause) != BKV_OK;
+    if (atomic_exchange(&verbs->port_down, down) == down) {
+        return;
+    }
+    if (down) {
+        bkv_log(BKV_LOG_WARN, 0, "verbs: %s; no more connections, and those there are fail when they are used", cause.message);
+    } else {
+        bkv_log(BKV_LOG_INFO, 0, "verbs: %s: port %u is active again", verbs->device->name, port.number);
     }
 }
 
@@ -92,12 +101,9 @@ static void on_event(bkv_verbs_t *verbs, const struct ibv_async_event *event) {
     case IBV_EVENT_DEVICE_FATAL:
         device_lost(verbs, name);
         break;
-    case IBV_EVENT_PORT_ERR:
-    case IBV_EVENT_PORT_ACTIVE:
-        port_changed(verbs, event->element.port_num, event->event_type == IBV_EVENT_PORT_ERR);
-        break;
-    default:
+    default: // ports, GIDs, LIDs
         bkv_log(BKV_LOG_DEBUG, 0, "verbs: %s: %s", verbs->device->name, name);
+        look_at_port(verbs);
     }
 }
 
@@ -126,10 +132,14 @@ static void look_at(bkv_verbs_session_t *session, uint64_t now_ms, bkv_verbs_lis
 }
 
 static void look_at_clock(bkv_verbs_t *verbs) {
+    uint64_t now_ms = bkv_transports_config_of(verbs->transports)->now_ms();
+    if (now_ms - verbs->looked_ms >= PORT_MS) {
+        verbs->looked_ms = now_ms;
+        look_at_port(verbs);
+    }
     bkv_verbs_list_t over;
     bkv_verbs_list_init(&over);
     pthread_mutex_lock(&verbs->lock);
-    uint64_t now_ms = bkv_transports_config_of(verbs->transports)->now_ms();
     for (bkv_verbs_session_t *session = verbs->sessions; session != NULL; session = session->next) {
         look_at(session, now_ms, &over);
     }
