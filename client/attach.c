@@ -18,7 +18,7 @@ static const bkv_call_kind_t detach_kind = {
 };
 
 // Whatever comes of it: a session that the daemon still has ends when it has been idle for long enough.
-static void session_end(bkv_client_t *client, const uint8_t *session, uint32_t timeout_ms) {
+void bkv_client_session_end(bkv_client_t *client, const uint8_t *session, uint32_t timeout_ms) {
     bkv_call_t *detach = bkv_call_new(sizeof *detach, &detach_kind, client, NULL, timeout_ms);
     if (detach != NULL) {
         Balancekv__V1__DetachRequest request = BALANCEKV__V1__DETACH_REQUEST__INIT;
@@ -30,7 +30,7 @@ static void session_end(bkv_client_t *client, const uint8_t *session, uint32_t t
 }
 
 void bkv_client_detach(bkv_client_t *client, bkv_client_window_t *window, uint32_t timeout_ms) {
-    session_end(client, bkv_client_window_session(window), timeout_ms);
+    bkv_client_session_end(client, bkv_client_window_session(window), timeout_ms);
     bkv_client_window_leave(window);
 }
 
@@ -71,6 +71,21 @@ static const bkv_call_kind_t attach_kind = {
     .clean = attach_clean,
 };
 
+bkv_status_t bkv_client_session_ask(bkv_client_t *client, const Balancekv__V1__AttachRequest *request, uint32_t timeout_ms,
+                                    Balancekv__V1__AttachResponse **response, bkv_error_t *err) {
+    attach_call_t *attach = bkv_call_new(sizeof *attach, &attach_kind, client, NULL, timeout_ms);
+    if (attach != NULL) {
+        attach->call.request = bkv_client_pack(&request->base);
+    }
+    bkv_status_t status = bkv_call_run((bkv_call_t *)attach, err);
+    if (status == BKV_OK) {
+        *response = attach->response;
+        attach->response = NULL;
+    }
+    bkv_call_free((bkv_call_t *)attach);
+    return status;
+}
+
 // The client is being destroyed: whatever waits is to give up.
 static bool stop(void *user) {
     bkv_client_t *client = user;
@@ -94,7 +109,7 @@ static bkv_status_t window_make(bkv_client_t *client, const bkv_window_kind_t *k
     }
     if (status != BKV_OK) {
         kind->close(state);
-        session_end(client, response->session.data, DETACH_MS);
+        bkv_client_session_end(client, response->session.data, DETACH_MS);
     }
     return status;
 }
@@ -113,16 +128,13 @@ bkv_status_t bkv_client_attach(bkv_client_t *client, const bkv_window_kind_t *ki
     if (status != BKV_OK) {
         return status;
     }
-    attach_call_t *attach = bkv_call_new(sizeof *attach, &attach_kind, client, NULL, timeout_ms);
-    if (attach != NULL) {
-        attach->call.request = bkv_client_pack(&request.base);
-    }
-    status = bkv_call_run((bkv_call_t *)attach, err);
-    if (status == BKV_OK) {
-        status = window_make(client, kind, state, &args, attach->response, window, err);
-    } else {
+    Balancekv__V1__AttachResponse *response;
+    status = bkv_client_session_ask(client, &request, timeout_ms, &response, err);
+    if (status != BKV_OK) {
         kind->close(state);
+        return status;
     }
-    bkv_call_free((bkv_call_t *)attach);
+    status = window_make(client, kind, state, &args, response, window, err);
+    balancekv__v1__attach_response__free_unpacked(response, NULL);
     return status;
 }

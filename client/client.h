@@ -85,6 +85,9 @@ void bkv_client_specs_free(bkv_client_t *client);
 uint64_t bkv_client_spec_room(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_range_t *range, size_t count);
 void bkv_client_spec_saw(bkv_client_t *client, const bkv_spec_id_t *id, uint64_t record_bytes);
 
+// The shape of a spec's full blocks. False: nothing is known about the spec.
+bool bkv_client_spec_shape(bkv_client_t *client, const bkv_spec_id_t *id, bkv_shape_t *shape);
+
 // Bytes of `count` full blocks as bf16; 0: nothing is known about the spec.
 uint64_t bkv_client_spec_bf16(bkv_client_t *client, const bkv_spec_id_t *id, size_t count);
 

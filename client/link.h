@@ -72,6 +72,12 @@ bkv_status_t bkv_client_attach(bkv_client_t *client, const bkv_window_kind_t *ki
 // Has the daemon end the session, then leaves it. The reference stays the caller's.
 void bkv_client_detach(bkv_client_t *client, bkv_client_window_t *window, uint32_t timeout_ms);
 
+// What a session takes that is no window (device.c): a session asked for, whose answer is the caller's to free and names one of
+// 16 bytes; and its end, whatever comes of it.
+bkv_status_t bkv_client_session_ask(bkv_client_t *client, const Balancekv__V1__AttachRequest *request, uint32_t timeout_ms,
+                                    Balancekv__V1__AttachResponse **response, bkv_error_t *err);
+void bkv_client_session_end(bkv_client_t *client, const uint8_t *session, uint32_t timeout_ms);
+
 // ---- shared.c ----
 
 // The region of a buffer of bkv_buffer_get that has all of [payload, payload + bytes), counted, and the payload's offset in its

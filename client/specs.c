@@ -86,13 +86,19 @@ void bkv_client_spec_saw(bkv_client_t *client, const bkv_spec_id_t *id, uint64_t
     pthread_mutex_unlock(&client->lock);
 }
 
-uint64_t bkv_client_spec_bf16(bkv_client_t *client, const bkv_spec_id_t *id, size_t count) {
+bool bkv_client_spec_shape(bkv_client_t *client, const bkv_spec_id_t *id, bkv_shape_t *shape) {
     pthread_mutex_lock(&client->lock);
     const bkv_client_spec_t *spec = bkv_client_spec_find(client, id);
-    bkv_shape_t shape = spec != NULL ? spec->shape : (bkv_shape_t){.tokens = 0};
+    *shape = spec != NULL ? spec->shape : (bkv_shape_t){.tokens = 0};
     pthread_mutex_unlock(&client->lock);
+    return shape->tokens > 0;
+}
+
+uint64_t bkv_client_spec_bf16(bkv_client_t *client, const bkv_spec_id_t *id, size_t count) {
+    bkv_shape_t shape;
+    bool known = bkv_client_spec_shape(client, id, &shape);
     shape.dtype = BKV_BF16;
-    uint64_t bytes = shape.tokens > 0 ? bkv_shape_bytes(&shape) : 0;
+    uint64_t bytes = known ? bkv_shape_bytes(&shape) : 0;
     return bytes < UINT64_MAX / 2 / count ? bytes * count : 0;
 }
 
