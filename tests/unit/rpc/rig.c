@@ -27,7 +27,9 @@ void rig_open_spec(rig_t *rig, uint32_t block_tokens) {
     cr_assert_eq(reply->spec_id.len, BKV_SPEC_ID_BYTES);
     cr_assert(reply->boot_epoch == 4711 && reply->max_batch == 64 && reply->max_message_bytes == 8 << 20);
     cr_assert(reply->spec->value_dim == RIG_DIM && reply->spec->rate == 16 && reply->spec->tp_size == 1);
-    cr_assert(reply->n_transports == 1 && strcmp(reply->transports[0], "inline") == 0);
+    bool sharing = rig->config.transports != NULL;
+    cr_assert_eq(reply->n_transports, sharing ? 2 : 1);
+    cr_assert_str_eq(reply->transports[0], sharing ? "shm" : "inline");
     memcpy(rig->spec_id, reply->spec_id.data, BKV_SPEC_ID_BYTES);
     balancekv__v1__open_response__free_unpacked(reply, NULL);
 }
@@ -45,8 +47,35 @@ void rig_open(rig_t *rig) {
     rig_open_spec(rig, RIG_TOKENS);
 }
 
+void rig_open_sharing(rig_t *rig) {
+    peer_daemon_init(&rig->daemon, &rig->config);
+    rig->config.transports = sharing_create(rig->config.pipeline);
+    rig_start(rig);
+    rig_open_spec(rig, RIG_TOKENS);
+}
+
+uint8_t *rig_attach(rig_t *rig, size_t bytes, uint8_t session[BKV_SESSION_BYTES]) {
+    Balancekv__V1__ShmWindow window = BALANCEKV__V1__SHM_WINDOW__INIT;
+    Balancekv__V1__AttachRequest request = BALANCEKV__V1__ATTACH_REQUEST__INIT;
+    window.bytes = bytes;
+    request.shm = &window;
+    grpc_status_code code;
+    char text[256];
+    Balancekv__V1__AttachResponse *reply =
+        peer_unary(rig->channel, "Attach", &request.base, &balancekv__v1__attach_response__descriptor, &code, text);
+    cr_assert_eq(code, GRPC_STATUS_OK, "%s", text);
+    cr_assert(reply->session.len == BKV_SESSION_BYTES && reply->bytes == bytes && reply->boot_epoch == 4711);
+    cr_assert(reply->idle_ms == 1234 && reply->verbs == NULL);
+    memcpy(session, reply->session.data, BKV_SESSION_BYTES);
+    balancekv__v1__attach_response__free_unpacked(reply, NULL);
+    return sharing_memory(rig->config.transports, session);
+}
+
 void rig_close(rig_t *rig) {
     peer_daemon_stop(&rig->daemon);
+    if (rig->config.transports != NULL) {
+        sharing_destroy(rig->config.transports);
+    }
     grpc_channel_destroy(rig->channel);
     peer_daemon_clear(&rig->daemon);
 }
@@ -78,8 +107,12 @@ bool rig_send_put(peer_call_t *call, const rig_t *rig, uint32_t number, uint32_t
     block.key = rig_bytes(key, sizeof(key));
     block.tokens = tokens;
     block.payload_bytes = payload_bytes;
+    return rig_send_block(call, &block, data, data_bytes);
+}
+
+bool rig_send_block(peer_call_t *call, const Balancekv__V1__PutBlock *block, const void *data, size_t data_bytes) {
     Balancekv__V1__PutRequest request = BALANCEKV__V1__PUT_REQUEST__INIT;
-    request.block = &block;
+    request.block = (Balancekv__V1__PutBlock *)(uintptr_t)block;
     request.data = rig_bytes(data, data_bytes);
     size_t length = balancekv__v1__put_request__get_packed_size(&request);
     uint8_t *packed = malloc(length);
@@ -114,7 +147,8 @@ void rig_put(rig_t *rig, uint32_t number, uint32_t tokens, const void *payload, 
     peer_free(&call);
 }
 
-void rig_start_get(rig_t *rig, const uint32_t *numbers, size_t count, unsigned timeout_ms, peer_call_t *call) {
+static void start_get(rig_t *rig, const uint32_t *numbers, size_t count, Balancekv__V1__Place *place, unsigned timeout_ms,
+                      peer_call_t *call) {
     uint8_t keys[64][BKV_KEY_BYTES];
     ProtobufCBinaryData fields[64];
     for (size_t i = 0; i < count; i++) {
@@ -125,11 +159,20 @@ void rig_start_get(rig_t *rig, const uint32_t *numbers, size_t count, unsigned t
     request.spec_id = rig_bytes(rig->spec_id, BKV_SPEC_ID_BYTES);
     request.n_keys = count;
     request.keys = fields;
-    uint8_t packed[64 * 40];
+    request.place = place;
+    uint8_t packed[64 * 40 + 256];
     size_t length = balancekv__v1__get_request__pack(&request, packed);
     peer_start(rig->channel, "Get", timeout_ms, call);
     peer_send(call, packed, length);
     peer_send_last(call);
+}
+
+void rig_start_get(rig_t *rig, const uint32_t *numbers, size_t count, unsigned timeout_ms, peer_call_t *call) {
+    start_get(rig, numbers, count, NULL, timeout_ms, call);
+}
+
+void rig_start_get_to(rig_t *rig, const uint32_t *numbers, size_t count, Balancekv__V1__Place *place, peer_call_t *call) {
+    start_get(rig, numbers, count, place, 0, call);
 }
 
 Balancekv__V1__LookupResponse *rig_lookup(rig_t *rig, uint32_t first, size_t count, grpc_status_code *code, char text[256]) {
