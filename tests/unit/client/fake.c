@@ -82,7 +82,7 @@ bool fake_write(fake_call_t *call, const ProtobufCMessage *message) {
     return sent;
 }
 
-void fake_finish(fake_call_t *call, grpc_status_code code, const char *message) {
+static void finish(fake_call_t *call, grpc_status_code code, const char *message, bool named) {
     grpc_slice details = grpc_slice_from_copied_string(message);
     grpc_metadata request_id = {.key = grpc_slice_from_static_string("bkv-request-id"),
                                 .value = grpc_slice_from_static_string("7")};
@@ -92,11 +92,19 @@ void fake_finish(fake_call_t *call, grpc_status_code code, const char *message) 
     ops[0].data.send_status_from_server.status = code;
     ops[0].data.send_status_from_server.status_details = &details;
     ops[0].data.send_status_from_server.trailing_metadata = &request_id;
-    ops[0].data.send_status_from_server.trailing_metadata_count = code != GRPC_STATUS_OK ? 1 : 0;
+    ops[0].data.send_status_from_server.trailing_metadata_count = named && code != GRPC_STATUS_OK ? 1 : 0;
     ops[1].data.recv_close_on_server.cancelled = &cancelled;
     batch(call, ops, call->greeted ? 2 : 3);
     call->finished = true;
     grpc_slice_unref(details);
+}
+
+void fake_finish(fake_call_t *call, grpc_status_code code, const char *message) {
+    finish(call, code, message, true);
+}
+
+void fake_break(fake_call_t *call, grpc_status_code code, const char *message) {
+    finish(call, code, message, false);
 }
 
 // ---- server ----
@@ -210,6 +218,11 @@ void fake_server_stop(fake_server_t *server) {
 // ---- ready-made answers ----
 
 void fake_open(fake_call_t *call, uint64_t boot_epoch) {
+    fake_open_offering(call, boot_epoch, false);
+}
+
+void fake_open_offering(fake_call_t *call, uint64_t boot_epoch, bool shm) {
+    static char *names[] = {(char *)"shm", (char *)"inline"};
     Balancekv__V1__OpenRequest *request = fake_read(call, &balancekv__v1__open_request__descriptor);
     if (request == NULL) {
         fake_finish(call, GRPC_STATUS_CANCELLED, "gone");
@@ -229,6 +242,8 @@ void fake_open(fake_call_t *call, uint64_t boot_epoch) {
     response.max_batch = 4096;
     char backend[] = "fake";
     response.backend = backend;
+    response.transports = shm ? names : names + 1;
+    response.n_transports = shm ? 2 : 1;
     fake_write(call, &response.base);
     fake_finish(call, GRPC_STATUS_OK, "");
 }
@@ -291,9 +306,8 @@ void fake_put(fake_call_t *call, uint64_t boot_epoch) {
     fake_finish(call, GRPC_STATUS_OK, "");
 }
 
-bool fake_chunk(fake_call_t *call, uint32_t index, const bkv_key_t *key, uint64_t record_bytes, const void *data,
-                size_t length) {
-    Balancekv__V1__RecordChunk chunk = BALANCEKV__V1__RECORD_CHUNK__INIT;
+static bool send_chunk(fake_call_t *call, Balancekv__V1__RecordChunk chunk, uint32_t index, const bkv_key_t *key,
+                       uint64_t record_bytes, const void *data, size_t length) {
     chunk.index = index;
     chunk.record_bytes = record_bytes;
     if (key != NULL) {
@@ -302,6 +316,20 @@ bool fake_chunk(fake_call_t *call, uint32_t index, const bkv_key_t *key, uint64_
     }
     chunk.data = (ProtobufCBinaryData){.len = length, .data = (uint8_t *)data};
     return fake_write(call, &chunk.base);
+}
+
+bool fake_chunk(fake_call_t *call, uint32_t index, const bkv_key_t *key, uint64_t record_bytes, const void *data,
+                size_t length) {
+    Balancekv__V1__RecordChunk chunk = BALANCEKV__V1__RECORD_CHUNK__INIT;
+    return send_chunk(call, chunk, index, key, record_bytes, data, length);
+}
+
+bool fake_placed(fake_call_t *call, uint32_t index, const bkv_key_t *key, uint64_t record_bytes, uint64_t offset,
+                 const void *data, size_t length) {
+    Balancekv__V1__RecordChunk chunk = BALANCEKV__V1__RECORD_CHUNK__INIT;
+    chunk.placed = true;
+    chunk.place_offset = offset;
+    return send_chunk(call, chunk, index, key, record_bytes, data, length);
 }
 
 // ---- things ----

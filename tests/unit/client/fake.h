@@ -32,13 +32,19 @@ bool fake_write_bytes(fake_call_t *call, const void *bytes, size_t length);
 void fake_finish(fake_call_t *call, grpc_status_code code,
                  const char *message); // failures name the request, as the daemon's do
 
+void fake_break(fake_call_t *call, grpc_status_code code, const char *message); // these do not, as when gRPC makes them itself
+
 // Answers that need no thought. fake_open: id is the model's name, zero-padded; its last byte depends on the shares.
-void fake_open(fake_call_t *call, uint64_t boot_epoch);
+void fake_open(fake_call_t *call, uint64_t boot_epoch); // offers "inline"
+void fake_open_offering(fake_call_t *call, uint64_t boot_epoch, bool shm);
 void fake_lookup(fake_call_t *call, uint64_t boot_epoch); // even first bytes of keys are resident
 void fake_put(fake_call_t *call, uint64_t boot_epoch);    // stored_bytes: the sum of the payload's bytes
 // One chunk of a record. NULL key or data: none.
 bool fake_chunk(fake_call_t *call, uint32_t index, const bkv_key_t *key, uint64_t record_bytes, const void *data,
                 size_t length);
+// The chunk of a record that is placed. data is a lie.
+bool fake_placed(fake_call_t *call, uint32_t index, const bkv_key_t *key, uint64_t record_bytes, uint64_t offset,
+                 const void *data, size_t length);
 
 // A place for sockets: a new directory under /tmp, and its removal with one socket in it.
 typedef struct fake_place {
