@@ -18,9 +18,10 @@
 // gRPC counts in milliseconds: a deadline may pass a little early.
 #define ROUNDING_MS 5
 
-// What the daemon sends along with a failure (daemon/rpc/call.c), and how it begins to say that it does not know a session.
+// What the daemon sends along with a failure (daemon/rpc/call.c), and how it says that a session has ended: of a Put's block with
+// "block[N]." before it.
 #define REQUEST_ID_KEY "bkv-request-id"
-#define SESSION_FIELD  "place.session"
+#define SESSION_FIELD  "place.session: "
 
 // How often a call looks for another session.
 #define REJOIN_MOST 3
@@ -389,7 +390,7 @@ static bool settle(bkv_call_t *call, const bkv_attempt_t *attempt) {
     }
     call->window = NULL;
     bool lost = window != NULL && answered && call->error.status == BKV_FAILED_PRECONDITION &&
-                strncmp(call->error.message, SESSION_FIELD, strlen(SESSION_FIELD)) == 0;
+                strstr(call->error.message, SESSION_FIELD) != NULL;
     if (lost) {
         bkv_client_link_gone(call->client, window);
         call->rejoined++;
