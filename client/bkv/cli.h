@@ -66,6 +66,8 @@ typedef struct bkv_cli_range {
     X(tls_name, "tls-name", STRING, "NAME", CONNECT, "name to expect in the daemon's certificate (default its host)")          \
     X(transport, "transport", STRING, "NAME", CONNECT,                                                                         \
       "how blocks move: auto, inline, shm or verbs (default $BKV_TRANSPORT, else auto: the best that both ends have)")         \
+    X(verbs_device, "verbs-device", STRING, "DEVICE", CONNECT,                                                                 \
+      "for verbs: NAME[:PORT[:GID INDEX]] (default the first with an active port)")                                            \
     X(window_bytes, "window-bytes", SIZE, "BYTES", CONNECT, "memory to share with the daemon for that (default 256M)")         \
     X(model, "model", STRING, "NAME", NAME, "model the cache belongs to (put: default from FILE)")                             \
     X(tenant, "tenant", STRING, "NAME", NAME, "tenant it belongs to (default the default tenant)")                             \
