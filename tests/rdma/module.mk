@@ -6,9 +6,17 @@ $(RDMA_PEER): $(BUILD)/obj/tests/rdma/peer.o
 	$(call say,LD ,$@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(call libs_of,libibverbs)
 
+RDMA_UNIT := $(BUILD)/tests/rdma-unit
+RDMA_UNIT_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/rdma/unit_*.c))
+$(RDMA_UNIT_OBJ): DEPS_CFLAGS = $(call cflags_of,$(TEST_PC))
+$(RDMA_UNIT): $(RDMA_UNIT_OBJ) $(DAEMON_LIB) $(KERNELS_LIB)
+	@mkdir -p $(@D)
+	$(call say,LD ,$@)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(TEST_LIBS)
+
 .PHONY: test-rdma test-rdma-run
 ## test-rdma: put, get, fold and faults over RDMA, in a guest; downloads a kernel once (70 MB, kept in BKV_VM_CACHE)
 test-rdma: setup
 	@$(MAKE) --no-print-directory test-rdma-run
-test-rdma-run: all $(RDMA_PEER)
+test-rdma-run: all $(RDMA_PEER) $(RDMA_UNIT)
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/run.sh rdma

@@ -78,11 +78,11 @@ folder() { printf 'local,path=%s,mount_tag=%s,security_model=none,multidevs=rema
 folders=(-virtfs "$(folder / host ,readonly=on)" -virtfs "$(folder "$state/job" job)")
 [ -z "$share" ] || folders+=(-virtfs "$(folder "$share" share)")
 
-# Whoever kills this script kills the guest.
+# Whoever kills this script kills the guest. On a busy machine an emulated timer is too late for the kernel's own check of it.
 setpriv --pdeathsig KILL timeout --signal KILL "$limit" setpriv --pdeathsig KILL \
     qemu-system-x86_64 -M q35 "${machine[@]}" -smp "$(($(nproc) < 4 ? $(nproc) : 4))" -m "$memory" -nodefaults -no-user-config \
     -display none -monitor none -no-reboot -serial "file:$state/console" -kernel "$kernel/vmlinuz" -initrd "$state/initrd" \
-    -append 'console=ttyS0 quiet panic=-1 oops=panic mitigations=off random.trust_cpu=on tsc=reliable' \
+    -append 'console=ttyS0 quiet no_timer_check panic=-1 oops=panic mitigations=off random.trust_cpu=on tsc=reliable' \
     "${folders[@]}" "${network[@]}" </dev/null 2>"$state/qemu" &
 guest=$!
 tail -q -n +1 -s 0.1 -f --pid "$guest" "$state/job/output" &

@@ -1,0 +1,139 @@
+"""A host that dies without a word, in two guests joined by a network: the daemon's, in use by a client on the other one.
+
+Without arguments this program is the test, on this machine; `serve` and `use` are what it runs in the guests. They say how far
+they are by lines on stdout, and are told that the other host is gone by a file in the folder that all three share.
+"""
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+from guest import RUNNER, Client, eventually, key, native, resources, skip
+from harness import Daemon
+from support import runner, wire
+
+ADDRESS = "10.77.9.1:7420"
+LIMIT_S = 120     # of a guest
+DEADLINE_S = 4    # of each call
+GRACE_S = 1.5     # of emulated machines
+NOTICED_S = 10    # retries of the link and an idle session
+PATIENCE_S = 60   # for a line of a guest, its boot included
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+def serve(folder):
+    """The daemon's host. Once the client's is gone nothing of it may be left, and others are served."""
+    with Daemon(verbs="rxe0", idle="2s", tcp=ADDRESS, insecure="yes", arena="64M", slab="2M", staging="32M") as daemon:
+        level, asking = resources("rxe0"), wire.Client(daemon.target)
+        say("serving")
+        eventually(lambda: os.path.exists(os.path.join(folder, "gone")), "the client's host is gone", LIMIT_S)
+        start = time.monotonic()
+        eventually(lambda: asking.stats()["sessions"] == 0 and resources("rxe0") == level, "back at the level", NOTICED_S)
+        say("settled", f"{time.monotonic() - start:.1f}")
+        client = Client(ADDRESS, device="rxe0", timeout_ms=DEADLINE_S * 1000)
+        client.put_names(1)
+        client.check(1)
+        client.close()
+        say("served")
+        time.sleep(LIMIT_S)
+
+
+def connect():
+    """A client, once the other host has come up."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return Client(ADDRESS, device="rxe0", timeout_ms=DEADLINE_S * 1000)
+        except native.Failure:
+            if time.monotonic() > end:
+                raise
+
+
+def use():
+    """The client's host: says which calls failed and after which time."""
+    client, done = connect(), 0
+    while True:
+        start = time.monotonic()
+        try:
+            client.put_names(done % 8)
+            client.check(done % 8)
+            client.drop([key(done % 8)])
+        except native.Failure as error:
+            say("failed", str(error).split(":", maxsplit=1)[0], f"{time.monotonic() - start:.1f}")
+        done += 1
+        if done == 8:
+            with wire.Client(ADDRESS) as asking:
+                say("using", int(asking.stats()["fetches_total"]))
+
+
+class Guest:
+    """One of two joined guests, and what it says."""
+
+    def __init__(self, folder, node, role):
+        self.process = subprocess.Popen([RUNNER, "-t", str(LIMIT_S), "-w", folder, "-j", folder, "-n", str(node), "--",
+                                         sys.executable, os.path.abspath(__file__), role, folder], stdout=subprocess.PIPE)
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.text, self.read_lines = "", 0
+
+    def expect(self, word):
+        """The words of the next line, which must begin with `word`, before PATIENCE_S are over."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            self.text += (self.process.stdout.read() or b"").decode(errors="replace")
+            lines = self.text.split("\n")[:-1]
+            if len(lines) > self.read_lines:
+                words = lines[self.read_lines].split()
+                self.read_lines += 1
+                if not words or words[0] != word:
+                    time.sleep(1)
+                    self.text += (self.process.stdout.read() or b"").decode(errors="replace")
+                    raise AssertionError(f"instead of '{word}':\n{self.text}")
+                return words[1:]
+            if self.process.poll() == 77:
+                skip()
+            if time.monotonic() > end or self.process.poll() is not None:
+                raise AssertionError(f"no '{word}' (status {self.process.poll()}):\n{self.text}")
+            time.sleep(0.05)
+
+    def cut_power(self):
+        """The runner kills qemu, and so the guest, without another instruction of its own."""
+        self.process.terminate()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+
+class Hosts(unittest.TestCase):
+    def start(self, *args):
+        guest = Guest(self.folder, *args)
+        self.addCleanup(lambda: guest.process.poll() is None and guest.cut_power())
+        return guest
+
+    def test_either_dies(self):
+        with tempfile.TemporaryDirectory() as self.folder:
+            server, client = self.start(1, "serve"), self.start(2, "use")
+            server.expect("serving")
+            self.assertGreaterEqual(int(client.expect("using")[0]), 8, "RDMA is not in use")
+            client.cut_power()
+            with open(os.path.join(self.folder, "gone"), "wb"):
+                second = self.start(2, "use")  # boots meanwhile
+            server.expect("settled")
+            server.expect("served")
+            second.expect("using")
+            server.cut_power()
+            for _ in range(2):
+                status, seconds = second.expect("failed")
+                self.assertIn(status, ("DEADLINE_EXCEEDED", "BUSY"))
+                self.assertLess(float(seconds), DEADLINE_S + GRACE_S)
+            second.cut_power()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] in ("serve", "use"):
+        serve(sys.argv[2]) if sys.argv[1] == "serve" else use()
+    else:
+        runner.run()
