@@ -7,7 +7,7 @@ CLIENT_OBJ := $(CLIENT_SRC:%.c=$(BUILD)/obj/%.o)
 BKV_OBJ := $(BKV_SRC:%.c=$(BUILD)/obj/%.o)
 SOVERSION := 0
 CLIENT_SO := $(BUILD)/lib/libbalancekv.so.$(VERSION)
-PUBLIC_HEADERS := client/balancekv.h kernels/cuda/bkv_cuda.h kernels/codec.h kernels/cool.h kernels/seal.h kernels/status.h kernels/summary.h
+PUBLIC_HEADERS := client/balancekv.h client/bkv_device.h kernels/cuda/bkv_cuda.h kernels/codec.h kernels/cool.h kernels/seal.h kernels/status.h kernels/summary.h
 
 $(BUILD)/obj/client/%.o: DEPS_CFLAGS = $(call cflags_of,$(CLIENT_PC) $(BKV_PC))
 $(CLIENT_OBJ): | $(PROTO_HDR)
