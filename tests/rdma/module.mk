@@ -8,8 +8,8 @@ $(RDMA_PEER): $(BUILD)/obj/tests/rdma/peer.o
 
 RDMA_UNIT := $(BUILD)/tests/rdma-unit
 RDMA_UNIT_OBJ := $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard tests/rdma/unit_*.c))
-$(RDMA_UNIT_OBJ): DEPS_CFLAGS = $(call cflags_of,$(TEST_PC))
-$(RDMA_UNIT): $(RDMA_UNIT_OBJ) $(DAEMON_LIB) $(KERNELS_LIB)
+$(RDMA_UNIT_OBJ): DEPS_CFLAGS = $(UNIT_CPPFLAGS) $(call cflags_of,$(TEST_PC))
+$(RDMA_UNIT): $(RDMA_UNIT_OBJ) $(UNIT_RUNNER) $(DAEMON_LIB) $(KERNELS_LIB)
 	@mkdir -p $(@D)
 	$(call say,LD ,$@)
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(TEST_LIBS)

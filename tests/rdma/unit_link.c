@@ -186,7 +186,7 @@ Test(link, an_end_that_is_gone_is_noticed_and_another_can_be_connected_to) {
     bkv_verbs_link_deinit(&client.link);
     double begin = seconds();
     cr_assert_eq(move(&daemon, &client, true), IBV_WC_RETRY_EXC_ERR);
-    cr_log_warn("an end that is gone was noticed after %.2f s", seconds() - begin);
+    cr_log_info("an end that is gone was noticed after %.2f s", seconds() - begin);
     bkv_verbs_link_deinit(&daemon.link);
     end_link(&daemon, false);
     end_link(&client, true);
@@ -260,7 +260,7 @@ Test(link, an_address_that_nobody_has_is_an_error_in_time) {
     double begin = seconds();
     cr_assert_eq(bkv_verbs_link_connect(&daemon.link, &client.shown, &error), BKV_FAILED_PRECONDITION);
     cr_assert_not_null(strstr(error.message, "verbs.gid: there is no way to it"), "%s", error.message);
-    cr_log_warn("nobody's address was given up after %.2f s", seconds() - begin);
+    cr_log_info("nobody's address was given up after %.2f s", seconds() - begin);
     cr_assert_lt(seconds() - begin, PATIENCE);
     end_close(&daemon);
     end_close(&client);

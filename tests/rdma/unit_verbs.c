@@ -393,7 +393,7 @@ Test(verbs, a_client_that_is_gone_fails_all_of_its_transfers_in_time_and_may_com
         wait_for(&outcome[i]);
         assert_failed(&outcome[i], "retry counter exceeded");
     }
-    cr_log_warn("%d transfers of a client that is gone had failed after %llu ms", MANY,
+    cr_log_info("%d transfers of a client that is gone had failed after %llu ms", MANY,
                 (unsigned long long)(bkv_now_ms() - begin));
     cr_assert_lt(bkv_now_ms() - begin, SOON_MS);
     assert_lost(&daemon, &gone);
@@ -422,7 +422,7 @@ Test(verbs, a_link_that_neither_works_nor_says_so_is_given_up) {
     }
     bool by_clock = strstr(outcome[0].error.message, "nothing moves") != NULL;
     cr_assert(by_clock || strstr(outcome[0].error.message, "retry counter") != NULL, "%s", outcome[0].error.message);
-    cr_log_warn("given up by %s", by_clock ? "the clock" : "the device");
+    cr_log_info("given up by %s", by_clock ? "the clock" : "the device");
     client_close(&client);
     daemon_close(&daemon);
 }
