@@ -29,7 +29,7 @@ Test(rpc_attach_session, sessions_come_and_go) {
     uint8_t first[BKV_SESSION_BYTES], second[BKV_SESSION_BYTES];
     char text[256];
     rig_attach(&rig, 4096, first);
-    cr_assert(rig.config.transports->args.local);
+    cr_assert(sharing_look(rig.config.transports).args.local);
     rig_attach(&rig, 8192, second);
     cr_assert_eq(sharing_sessions(rig.config.transports), 2);
     cr_assert_eq(detach(&rig, first, sizeof(first), text), GRPC_STATUS_OK, "%s", text);
@@ -55,8 +55,9 @@ Test(rpc_attach_session, each_kind_of_window_reaches_its_transport) {
     cr_assert_eq(code, GRPC_STATUS_OK, "%s", text);
     cr_assert(reply->verbs != NULL && reply->verbs->queue_pair == 7 && reply->verbs->reads == 3 && reply->verbs->gid.len == 16);
     balancekv__v1__attach_response__free_unpacked(reply, NULL);
-    cr_assert(sharing->args.kind == BKV_TRANSPORT_VERBS && sharing->args.verbs.queue_pair == 12);
-    cr_assert(sharing->args.verbs.gid[0] == 0xfe && sharing->args.verbs.bytes == 78 && sharing->args.verbs.address == 56);
+    cr_assert(sharing_look(sharing).args.kind == BKV_TRANSPORT_VERBS && sharing_look(sharing).args.verbs.queue_pair == 12);
+    cr_assert(sharing_look(sharing).args.verbs.gid[0] == 0xfe && sharing_look(sharing).args.verbs.bytes == 78 &&
+              sharing_look(sharing).args.verbs.address == 56);
 
     Balancekv__V1__DeviceAllocation allocations[2] = {BALANCEKV__V1__DEVICE_ALLOCATION__INIT,
                                                       BALANCEKV__V1__DEVICE_ALLOCATION__INIT};
@@ -69,7 +70,8 @@ Test(rpc_attach_session, each_kind_of_window_reaches_its_transport) {
     reply = attach(&rig, &request, &code, text);
     cr_assert_eq(code, GRPC_STATUS_OK, "%s", text);
     balancekv__v1__attach_response__free_unpacked(reply, NULL);
-    cr_assert(sharing->args.kind == BKV_TRANSPORT_CUDA_IPC && sharing->args.allocation_count == 2 && sharing->handle[0] == 5);
+    cr_assert(sharing_look(sharing).args.kind == BKV_TRANSPORT_CUDA_IPC && sharing_look(sharing).args.allocation_count == 2 &&
+              sharing_look(sharing).handle[0] == 5);
     rig_close(&rig);
 }
 
@@ -94,7 +96,7 @@ Test(rpc_attach_session, an_attach_of_the_most_allocations_fits) {
     Balancekv__V1__AttachResponse *reply = attach(&rig, &request, &code, text);
     cr_assert_eq(code, GRPC_STATUS_OK, "%s", text);
     balancekv__v1__attach_response__free_unpacked(reply, NULL);
-    cr_assert_eq(rig.config.transports->args.allocation_count, MOST);
+    cr_assert_eq(sharing_look(rig.config.transports).args.allocation_count, MOST);
     device.n_allocations = MOST + 1;
     cr_assert_null(attach(&rig, &request, &code, text));
     cr_assert_str_eq(text, "cuda_ipc.allocations: 4097 are not within 1..4096");
@@ -128,12 +130,12 @@ Test(rpc_attach_session, a_session_whose_client_gave_up_meanwhile_ends) {
     request.shm = &window;
     uint8_t packed[64];
     size_t length = balancekv__v1__attach_request__pack(&request, packed);
-    sharing->late = true;
+    sharing_order(sharing, (sharing_orders_t){.late = true});
     peer_call_t call;
     peer_start(rig.channel, "Attach", 0, &call);
     peer_send(&call, packed, length);
     peer_send_last(&call);
-    for (int i = 0; i < 500 && __atomic_load_n(&sharing->attached, __ATOMIC_ACQUIRE) == 0; i++) {
+    for (int i = 0; i < 500 && sharing_look(sharing).attached == 0; i++) {
         usleep(10000);
     }
     peer_cancel(&call);
@@ -141,7 +143,7 @@ Test(rpc_attach_session, a_session_whose_client_gave_up_meanwhile_ends) {
     usleep(50000); // the daemon hears of it
     sharing_let_go(sharing);
     cr_assert(rig_reaches_open_calls(&rig, 0));
-    cr_assert_eq(sharing->attached, 1);
+    cr_assert_eq(sharing_look(sharing).attached, 1);
     cr_assert_eq(sharing_sessions(sharing), 0);
     peer_free(&call);
     rig_close(&rig);

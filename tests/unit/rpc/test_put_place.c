@@ -99,7 +99,7 @@ static void refused(shared_t *shared, const Balancekv__V1__PutBlock *block, size
 Test(rpc_put_place, blocks_are_in_flight_together_and_the_answer_waits_for_all) {
     shared_t shared;
     shared_open(&shared);
-    shared.sharing->late = true;
+    sharing_order(shared.sharing, (sharing_orders_t){.late = true});
     peer_start(shared.rig.channel, "Put", 0, &shared.call);
     for (uint32_t i = 0; i < BLOCKS; i++) {
         send_placed(&shared, i);
@@ -152,13 +152,11 @@ Test(rpc_put_place, what_is_wrong_with_a_place_is_named) {
     placed.place.session = rig_bytes(unknown, sizeof(unknown));
     refused(&shared, &placed.block, 0, GRPC_STATUS_FAILED_PRECONDITION, "block[0].place.session: there is none");
     placed_init(&placed, &shared, 0);
-    shared.sharing->start = BKV_INVALID_ARGUMENT;
+    sharing_order(shared.sharing, (sharing_orders_t){.start = BKV_INVALID_ARGUMENT});
     refused(&shared, &placed.block, 0, GRPC_STATUS_INVALID_ARGUMENT, "block[0].place.offset: refused at command");
-    shared.sharing->start = BKV_OK;
-    shared.sharing->end = BKV_INTERNAL;
+    sharing_order(shared.sharing, (sharing_orders_t){.end = BKV_INTERNAL});
     refused(&shared, &placed.block, 0, GRPC_STATUS_INTERNAL, "block[0]: the link broke");
-    shared.sharing->end = BKV_OK;
-    shared.sharing->on_device = true;
+    sharing_order(shared.sharing, (sharing_orders_t){.on_device = true});
     refused(&shared, &placed.block, 0, GRPC_STATUS_INVALID_ARGUMENT, "block[0].place.layout: missing");
     cr_assert_eq(rig_resident(&shared.rig, 0, 1), 0);
     rig_close(&shared.rig);
@@ -167,19 +165,19 @@ Test(rpc_put_place, what_is_wrong_with_a_place_is_named) {
 Test(rpc_put_place, a_busy_transport_is_waited_for_while_blocks_of_ours_are_under_way) {
     shared_t shared;
     shared_open(&shared);
-    shared.sharing->late = true;
+    sharing_order(shared.sharing, (sharing_orders_t){.late = true});
     peer_start(shared.rig.channel, "Put", 0, &shared.call);
     send_placed(&shared, 0);
     cr_assert(sharing_waits_for(shared.sharing, 1));
-    shared.sharing->busy = 1;
+    sharing_order(shared.sharing, (sharing_orders_t){.late = true, .busy = 1});
     send_placed(&shared, 1); // is refused once
     send_placed(&shared, 2); // and this one not even read before that has been taken
     peer_send_last(&shared.call);
-    for (int i = 0; i < 500 && __atomic_load_n(&shared.sharing->busy, __ATOMIC_ACQUIRE) != 0; i++) {
+    for (int i = 0; i < 500 && sharing_look(shared.sharing).busy != 0; i++) {
         usleep(10000);
     }
     usleep(20000);
-    cr_assert_eq(shared.sharing->task_count, 1);
+    cr_assert_eq(sharing_look(shared.sharing).waiting, 1);
     sharing_let_go(shared.sharing);
     expect_results(&shared, 3);
     for (uint32_t i = 0; i < 3; i++) {
@@ -187,7 +185,7 @@ Test(rpc_put_place, a_busy_transport_is_waited_for_while_blocks_of_ours_are_unde
     }
     placed_t placed; // with none of ours under way there is nothing to wait for
     placed_init(&placed, &shared, 3);
-    shared.sharing->busy = 1;
+    sharing_order(shared.sharing, (sharing_orders_t){.busy = 1});
     refused(&shared, &placed.block, 0, GRPC_STATUS_UNAVAILABLE, "block[0].place.offset: refused at command");
     rig_close(&shared.rig);
 }
@@ -195,7 +193,7 @@ Test(rpc_put_place, a_busy_transport_is_waited_for_while_blocks_of_ours_are_unde
 Test(rpc_put_place, a_call_given_up_ends_only_when_its_transfers_have) {
     shared_t shared;
     shared_open(&shared);
-    shared.sharing->late = true;
+    sharing_order(shared.sharing, (sharing_orders_t){.late = true});
     peer_start(shared.rig.channel, "Put", 0, &shared.call);
     send_placed(&shared, 0);
     send_placed(&shared, 1);
@@ -205,7 +203,7 @@ Test(rpc_put_place, a_call_given_up_ends_only_when_its_transfers_have) {
     peer_free(&shared.call);
     usleep(100000);
     cr_assert_eq(bkv_server_open_calls(shared.rig.daemon.server), 1, "two transfers are still under way");
-    shared.sharing->end = BKV_INTERNAL;
+    sharing_order(shared.sharing, (sharing_orders_t){.late = true, .end = BKV_INTERNAL});
     sharing_let_go(shared.sharing);
     cr_assert(rig_reaches_open_calls(&shared.rig, 0));
     cr_assert_eq(rig_resident(&shared.rig, 0, 2), 0);
@@ -215,7 +213,7 @@ Test(rpc_put_place, a_call_given_up_ends_only_when_its_transfers_have) {
 Test(rpc_put_place, a_deadline_does_not_cut_a_transfer_off) {
     shared_t shared;
     shared_open(&shared);
-    shared.sharing->late = true;
+    sharing_order(shared.sharing, (sharing_orders_t){.late = true});
     peer_start(shared.rig.channel, "Put", 200, &shared.call);
     send_placed(&shared, 0);
     cr_assert(sharing_waits_for(shared.sharing, 1));
@@ -235,16 +233,15 @@ Test(rpc_put_place, a_layout_with_the_most_pages_reaches_the_transport_also_afte
     shared_open(&shared);
     shared.rig.codec = BALANCEKV__V1__CODEC__CODEC_DENSE4;
     rig_open_spec(&shared.rig, PAGES); // a page a token
-    shared.sharing->late = true;
+    sharing_order(shared.sharing, (sharing_orders_t){.late = true});
     peer_start(shared.rig.channel, "Put", 0, &shared.call);
     placed_t placed;
     placed_init(&placed, &shared, 0);
     placed.block.spec_id = rig_bytes(shared.rig.spec_id, BKV_SPEC_ID_BYTES);
     cr_assert(rig_send_block(&shared.call, &placed.block, NULL, 0));
     cr_assert(sharing_waits_for(shared.sharing, 1));
-    shared.sharing->on_device = true;
-    shared.sharing->start = BKV_INVALID_ARGUMENT; // what the next one ends with
-    shared.sharing->busy = 1;                     // after it has waited once
+    sharing_order(shared.sharing, // for the next one: it waits once, then it is refused
+                  (sharing_orders_t){.late = true, .on_device = true, .busy = 1, .start = BKV_INVALID_ARGUMENT});
     uint64_t *pages = malloc(PAGES * sizeof(*pages)), keys = 4096, values = 8192;
     for (int i = 0; i < PAGES; i++) {
         pages[i] = UINT64_MAX - (uint64_t)i; // ten bytes each
@@ -262,18 +259,18 @@ Test(rpc_put_place, a_layout_with_the_most_pages_reaches_the_transport_also_afte
     placed.place.event = rig_bytes(event, sizeof(event));
     cr_assert(rig_send_block(&shared.call, &placed.block, NULL, 0));
     peer_send_last(&shared.call);
-    for (int i = 0; i < 500 && __atomic_load_n(&shared.sharing->busy, __ATOMIC_ACQUIRE) != 0; i++) {
+    for (int i = 0; i < 500 && sharing_look(shared.sharing).busy != 0; i++) {
         usleep(10000);
     }
-    cr_assert_eq(shared.sharing->busy, 0);
-    shared.sharing->first_page = 0;
+    cr_assert_eq(sharing_look(shared.sharing).busy, 0);
     sharing_let_go(shared.sharing);
     cr_assert_eq(peer_end(&shared.call), GRPC_STATUS_INVALID_ARGUMENT);
     cr_assert_str_eq(shared.call.details, "block[1].place.offset: refused at command");
     peer_free(&shared.call);
-    const bkv_device_layout_t *seen = &shared.sharing->layout;
-    cr_assert(seen->page_count == PAGES && seen->layers == 1 && seen->value_token_stride == 256 && seen->page_tokens == 1);
-    cr_assert(shared.sharing->first_page == UINT64_MAX && shared.sharing->first_key == 4096 && shared.sharing->event);
+    const sharing_seen_t seen = sharing_look(shared.sharing);
+    cr_assert(seen.layout.page_count == PAGES && seen.layout.layers == 1);
+    cr_assert(seen.layout.value_token_stride == 256 && seen.layout.page_tokens == 1);
+    cr_assert(seen.first_page == UINT64_MAX && seen.first_key == 4096 && seen.event);
     free(pages);
     rig_close(&shared.rig);
 }

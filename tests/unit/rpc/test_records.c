@@ -192,16 +192,15 @@ Test(rpc_records, a_missing_key_beside_placed_ones) {
 Test(rpc_records, a_busy_transport_sends_inline_a_broken_one_ends_the_call) {
     shared_t shared;
     shared_open(&shared);
-    shared.sharing->busy = 1;
+    sharing_order(shared.sharing, (sharing_orders_t){.busy = 1});
     rig_start_get_to(&shared.rig, all, 2, &shared.place, &shared.call);
     expect_inline(&shared, 0, 0);
     expect_placed(&shared, 1, 1, 0);
     expect_end(&shared, GRPC_STATUS_OK);
-    shared.sharing->end = BKV_INTERNAL;
+    sharing_order(shared.sharing, (sharing_orders_t){.end = BKV_INTERNAL});
     rig_start_get_to(&shared.rig, all, 2, &shared.place, &shared.call);
     expect_end(&shared, GRPC_STATUS_INTERNAL);
-    shared.sharing->end = BKV_OK;
-    shared.sharing->start = BKV_FAILED_PRECONDITION;
+    sharing_order(shared.sharing, (sharing_orders_t){.start = BKV_FAILED_PRECONDITION});
     rig_start_get_to(&shared.rig, all, 2, &shared.place, &shared.call);
     expect_end(&shared, GRPC_STATUS_FAILED_PRECONDITION);
     cr_assert(rig_becomes_unpinned(&shared.rig));
@@ -211,7 +210,7 @@ Test(rpc_records, a_busy_transport_sends_inline_a_broken_one_ends_the_call) {
 Test(rpc_records, a_call_given_up_keeps_its_record_until_the_transport_lets_go) {
     shared_t shared;
     shared_open(&shared);
-    shared.sharing->late = true;
+    sharing_order(shared.sharing, (sharing_orders_t){.late = true});
     rig_start_get_to(&shared.rig, all, RECORDS, &shared.place, &shared.call);
     cr_assert(sharing_waits_for(shared.sharing, 1));
     peer_cancel(&shared.call);
