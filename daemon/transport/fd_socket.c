@@ -1,9 +1,10 @@
 // fd_socket.c - the fd socket itself: binding it, and one thread that serves its connections with epoll. What messages mean is
 // fd_message.c's.
 //
-// A connection is a stranger until it names a session, then a holder. Strangers are few and may not keep silent for long;
-// holders are as many as there are sessions, and those whose session has ended are closed by the next sweep. So neither a flood
-// of connections nor one that sends nonsense costs more than its own connection.
+// A connection is a stranger until it names a session, then a holder. Strangers are few and may not keep silent for long: while
+// there is no room for more of them, nobody is accepted, and then those go that have had their time. Holders are as many as there
+// are sessions, and those whose session has ended are closed by the next sweep. So a flood makes others wait a little, and keeps
+// nobody out.
 #include "daemon/transport/fd_socket.h"
 
 #include "daemon/transport/internal.h"
@@ -26,7 +27,7 @@
 
 #define SWEEP_MS 500
 #define EVENTS   32
-#define BACKLOG  64
+#define BACKLOG  128
 
 typedef struct connection {
     int fd;
@@ -41,9 +42,9 @@ struct bkv_fd_socket {
     bkv_transports_t *transports;
     struct sockaddr_un address;
     int lock, listener, stop, epoll; // descriptors; -1: none
-    bool bound, paused;              // paused: no descriptor was free to accept with; until the next sweep
-    bool started;
-    uint64_t swept_ms;
+    bool bound, started;
+    bool paused; // nobody is accepted before resume_ms
+    uint64_t resume_ms, swept_ms;
     uint32_t stranger_count, holder_count;
     struct connections strangers, holders; // oldest first
     pthread_t thread;
@@ -72,41 +73,59 @@ static void connection_close(bkv_fd_socket_t *fds, connection_t *connection) {
     free(connection);
 }
 
-static void accept_one(bkv_fd_socket_t *fds, uint64_t now_ms) {
+// Or it would stay readable, and this thread would spin.
+static void pause_accepting(bkv_fd_socket_t *fds, uint64_t now_ms) {
+    fds->paused = true;
+    fds->resume_ms = now_ms + BKV_FD_GRACE_MS;
+    epoll_ctl(fds->epoll, EPOLL_CTL_DEL, fds->listener, NULL);
+}
+
+// Returns whether there may be more.
+static bool accept_one(bkv_fd_socket_t *fds, uint64_t now_ms) {
+    if (fds->stranger_count == BKV_FD_STRANGERS) {
+        pause_accepting(fds, now_ms);
+        return false;
+    }
     int fd = accept4(fds->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    connection_t *connection = fd < 0 ? NULL : malloc(sizeof(*connection));
-    if (connection == NULL) {
-        if (fd >= 0) {
-            close(fd);
-        } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-            fds->paused = true; // it would stay readable, and this thread would spin
-            epoll_ctl(fds->epoll, EPOLL_CTL_DEL, fds->listener, NULL);
+    if (fd < 0) {
+        if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+            pause_accepting(fds, now_ms);
         }
-        return;
+        return false;
+    }
+    connection_t *connection = malloc(sizeof(*connection));
+    if (connection == NULL) {
+        close(fd);
+        return false;
     }
     *connection = (connection_t){.fd = fd, .since_ms = now_ms};
     TAILQ_INSERT_TAIL(&fds->strangers, connection, link);
     fds->stranger_count++;
     watch(fds, fd, connection);
+    return true;
+}
+
+static void accept_some(bkv_fd_socket_t *fds, uint64_t now_ms) {
+    for (int i = 0; i < BACKLOG && accept_one(fds, now_ms); i++) {
+    }
+}
+
+static void close_strangers(bkv_fd_socket_t *fds, uint64_t now_ms, uint64_t age_ms) {
+    connection_t *oldest;
+    while ((oldest = TAILQ_FIRST(&fds->strangers)) != NULL && now_ms - oldest->since_ms >= age_ms) {
+        connection_close(fds, oldest);
+    }
 }
 
 // Closes whom nobody needs any more.
 static void sweep(bkv_fd_socket_t *fds, uint64_t now_ms) {
-    connection_t *connection = TAILQ_FIRST(&fds->strangers), *next;
-    while (connection != NULL && now_ms - connection->since_ms >= BKV_FD_STRANGER_MS) {
-        next = TAILQ_NEXT(connection, link);
-        connection_close(fds, connection);
-        connection = next;
-    }
+    close_strangers(fds, now_ms, BKV_FD_STRANGER_MS);
+    connection_t *connection, *next;
     for (connection = TAILQ_FIRST(&fds->holders); connection != NULL; connection = next) {
         next = TAILQ_NEXT(connection, link);
         if (!bkv_session_alive(fds->transports, &connection->peer.session)) {
             connection_close(fds, connection);
         }
-    }
-    if (fds->paused) {
-        fds->paused = false;
-        watch(fds, fds->listener, fds);
     }
     fds->swept_ms = now_ms;
 }
@@ -192,15 +211,23 @@ static bool serve(bkv_fd_socket_t *fds, connection_t *connection) {
 
 // ---- the thread ----
 
-// Strangers and holders beyond their bounds are dealt with after the events, which may still name them.
+// After the events of a turn, which may still name connections that this closes.
 static void keep_bounds(bkv_fd_socket_t *fds, uint64_t now_ms) {
-    while (fds->stranger_count > BKV_FD_STRANGERS) {
-        connection_close(fds, TAILQ_FIRST(&fds->strangers));
+    if (fds->paused && now_ms >= fds->resume_ms) {
+        if (fds->stranger_count == BKV_FD_STRANGERS) {
+            close_strangers(fds, now_ms, BKV_FD_GRACE_MS);
+        }
+        fds->paused = false;
+        watch(fds, fds->listener, fds);
     }
-    bool due = now_ms - fds->swept_ms >= SWEEP_MS;
-    if (due || fds->holder_count > fds->transports->config.max_sessions) {
+    if (now_ms - fds->swept_ms >= SWEEP_MS || fds->holder_count > fds->transports->config.max_sessions) {
         sweep(fds, now_ms);
     }
+}
+
+static int patience_ms(const bkv_fd_socket_t *fds) {
+    bool nobody = fds->stranger_count + fds->holder_count == 0;
+    return fds->paused ? BKV_FD_GRACE_MS : nobody ? -1 : SWEEP_MS;
 }
 
 static void *fd_main(void *argument) {
@@ -208,14 +235,13 @@ static void *fd_main(void *argument) {
     uint64_t (*now_ms)(void) = fds->transports->config.now_ms;
     struct epoll_event events[EVENTS];
     for (;;) {
-        bool nobody = fds->stranger_count + fds->holder_count == 0 && !fds->paused;
-        int count = epoll_wait(fds->epoll, events, EVENTS, nobody ? -1 : SWEEP_MS);
+        int count = epoll_wait(fds->epoll, events, EVENTS, patience_ms(fds));
         for (int i = 0; i < count; i++) {
             if (events[i].data.ptr == NULL) {
                 return NULL; // told to stop
             }
             if (events[i].data.ptr == fds) {
-                accept_one(fds, now_ms());
+                accept_some(fds, now_ms());
             } else if (!serve(fds, events[i].data.ptr)) {
                 connection_close(fds, events[i].data.ptr);
             }

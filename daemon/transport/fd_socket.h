@@ -8,8 +8,9 @@
 
 typedef struct bkv_fd_socket bkv_fd_socket_t;
 
-#define BKV_FD_STRANGERS   64   // connections that have not named a session yet; a further one takes the oldest's place
-#define BKV_FD_STRANGER_MS 3000 // how long such a connection may keep silent
+#define BKV_FD_STRANGERS   128  // connections that have not named a session yet; more wait to be accepted
+#define BKV_FD_GRACE_MS    100  // how long each may take to do so, however many others wait
+#define BKV_FD_STRANGER_MS 3000 // and how long when nobody waits
 
 // Binds config.socket_path + BKV_FD_SUFFIX with config.socket_mode and starts the thread that serves it. A lock file beside it
 // keeps two daemons apart; a socket that nobody serves any more is cleared away. FAILED_PRECONDITION: another daemon has it.

@@ -28,8 +28,8 @@ class Connection:
 
     def __init__(self, socket_path, timeout_s=5):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.connect(socket_path + ".fd")  # waits while the backlog is full
         self.socket.settimeout(timeout_s)
-        self.socket.connect(socket_path + ".fd")
 
     def send(self, raw, fds=()):
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

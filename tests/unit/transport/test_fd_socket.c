@@ -210,25 +210,30 @@ Test(fd_socket, silent_strangers_are_closed_and_holders_are_not) {
     fixture_close(&fixture);
 }
 
-// A flood of connections costs the flooders theirs: who speaks gets in.
+// A flood makes others wait, but each stranger has its time to speak, and then the next ones get in.
 Test(fd_socket, a_flood_does_not_keep_others_out) {
     fixture_t fixture;
     fixture_open(&fixture, 16);
     bkv_session_id_t id = fixture_attach(&fixture, WINDOW);
-    int flood[4 * BKV_FD_STRANGERS];
-    for (size_t i = 0; i < sizeof(flood) / sizeof(flood[0]); i++) {
+    int flood[BKV_FD_STRANGERS], fd;
+    for (size_t i = 0; i < BKV_FD_STRANGERS; i++) {
         flood[i] = peer_connect(&fixture);
     }
-    uint8_t *window;
-    int peer = peer_take(&fixture, &id, WINDOW, &window);
-    for (size_t i = 0; i < sizeof(flood) / sizeof(flood[0]) - BKV_FD_STRANGERS; i++) {
-        assert_closed(flood[i]); // the oldest made room
+    int peer = peer_connect(&fixture); // waits
+    const bkv_fd_message_t request = peer_message(BKV_FD_HOLD, &id);
+    bkv_fd_message_t answer;
+    peer_send(peer, &request, sizeof(request), NULL, 0);
+    usleep(3 * BKV_FD_GRACE_MS * 1000); // the daemon's own clock stands still
+    cr_assert_eq(recv(peer, &answer, sizeof(answer), MSG_DONTWAIT), -1);
+    cr_assert_eq(recv(flood[0], &answer, sizeof(answer), MSG_DONTWAIT), -1, "nobody is closed before its time");
+    fixture_advance(BKV_FD_GRACE_MS);
+    cr_assert(peer_receive(peer, &answer, &fd));
+    cr_assert_eq(answer.status, BKV_OK, "%s", answer.message);
+    for (size_t i = 0; i < BKV_FD_STRANGERS; i++) {
+        assert_closed(flood[i]);
     }
-    for (size_t i = sizeof(flood) / sizeof(flood[0]) - BKV_FD_STRANGERS; i < sizeof(flood) / sizeof(flood[0]); i++) {
-        close(flood[i]);
-    }
+    cr_assert(bkv_session_alive(fixture.transports, &id));
     close(peer);
-    munmap(window, WINDOW);
     fixture_close(&fixture);
 }
 
