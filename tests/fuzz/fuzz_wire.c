@@ -10,8 +10,9 @@
 #include <string.h>
 
 #define LIMIT     ((size_t)1 << 20)
-#define HEAD_MOST 1024
+#define HEAD_MOST 8192
 #define MAX_BATCH 64
+#define LAYERS    3 // of the spec that layouts are held against
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -28,6 +29,32 @@ static grpc_byte_buffer *received(const uint8_t *data, size_t size, size_t piece
         grpc_slice_unref(slices[i]);
     }
     return message;
+}
+
+// A place that is taken says what protobuf-c read, and nothing that would have to be checked again before it is followed.
+static void check_place(const Balancekv__V1__PutBlock *block) {
+    bkv_wire_place_t place;
+    bkv_error_t err;
+    if (block->place == NULL) {
+        return;
+    }
+    if (bkv_wire_get_payload_place(block, LAYERS, &place, &err) == BKV_OK) {
+        assert(place.place.offset % BKV_PLACE_ALIGN == 0 && place.place.bytes == block->payload_bytes);
+        assert((place.place.layout != NULL) == (block->place->layout != NULL));
+        assert((place.place.event != NULL) == (block->place->event.len == BKV_CUDA_HANDLE_BYTES));
+    }
+    if (place.place.layout != NULL) {
+        const bkv_device_layout_t *layout = place.place.layout;
+        uint64_t pages = 0;
+        assert(layout->layers == LAYERS && layout->keys[LAYERS - 1] == block->place->layout->keys[LAYERS - 1]);
+        assert(layout->values[LAYERS - 1] == block->place->layout->values[LAYERS - 1]);
+        for (uint32_t i = 0; i < layout->page_count; i++) {
+            pages += layout->pages[i] == block->place->layout->pages[i];
+        }
+        assert(pages == layout->page_count && layout->page_count <= BKV_WIRE_PAGES);
+        assert(layout->page_count == 0 || (uint64_t)layout->page_count * layout->page_tokens >= block->tokens);
+    }
+    bkv_wire_place_clear(&place);
 }
 
 static void check_put(const bkv_split_t *split, const uint8_t *data, size_t size) {
@@ -47,6 +74,7 @@ static void check_put(const bkv_split_t *split, const uint8_t *data, size_t size
         bkv_ingest_args_t args;
         bkv_error_t err;
         (void)bkv_wire_get_block(block, &args, &err);
+        check_place(block);
     }
     free(payload);
     balancekv__v1__put_request__free_unpacked(whole, NULL);
@@ -71,7 +99,8 @@ static void fuzz_attend(grpc_byte_buffer *message, bkv_bump_t *bump) {
     }
 }
 
-static void fuzz_open(const ProtobufCMessage *message) {
+static void fuzz_open(const ProtobufCMessage *message, bkv_bump_t *bump) {
+    (void)bump;
     const Balancekv__V1__OpenRequest *request = (const Balancekv__V1__OpenRequest *)message;
     bkv_model_t model;
     bkv_error_t err;
@@ -84,7 +113,8 @@ static void fuzz_open(const ProtobufCMessage *message) {
     }
 }
 
-static void fuzz_lookup(const ProtobufCMessage *message) {
+static void fuzz_lookup(const ProtobufCMessage *message, bkv_bump_t *bump) {
+    (void)bump;
     const Balancekv__V1__LookupRequest *request = (const Balancekv__V1__LookupRequest *)message;
     bkv_error_t err;
     bkv_key_t keys[MAX_BATCH];
@@ -93,8 +123,54 @@ static void fuzz_lookup(const ProtobufCMessage *message) {
     }
 }
 
-static void fuzz_fold(const ProtobufCMessage *message) {
+static void check_room(const Balancekv__V1__Place *place) {
+    bkv_wire_place_t room;
+    bkv_error_t err;
+    if (place != NULL && bkv_wire_get_room(place, &room, &err) == BKV_OK) {
+        assert(room.place.offset % BKV_PLACE_ALIGN == 0 && room.place.offset + room.place.bytes >= room.place.offset);
+        assert(room.place.layout == NULL && room.numbers == NULL);
+    }
+}
+
+static void fuzz_get(const ProtobufCMessage *message, bkv_bump_t *bump) {
+    (void)bump;
+    check_room(((const Balancekv__V1__GetRequest *)message)->place);
+}
+
+static void fuzz_attach(const ProtobufCMessage *message, bkv_bump_t *bump) {
+    const Balancekv__V1__AttachRequest *request = (const Balancekv__V1__AttachRequest *)message;
+    bkv_attach_args_t args;
+    bkv_error_t err;
+    if (bkv_wire_get_attach(request, bump, &args, &err) != BKV_OK) {
+        return;
+    }
+    uint64_t bytes = 0, handles = 0;
+    for (uint32_t i = 0; i < args.allocation_count; i++) { // everything that is pointed to is there
+        bytes |= args.allocations[i].bytes;
+        handles += args.allocations[i].handle != NULL ? args.allocations[i].handle[BKV_CUDA_HANDLE_BYTES - 1] : 0u;
+    }
+    assert(args.kind != BKV_TRANSPORT_CUDA_IPC || (bytes != 0 && handles <= UINT64_C(255) * args.allocation_count));
+    if (args.kind == BKV_TRANSPORT_VERBS) {
+        Balancekv__V1__VerbsWindow again;
+        bkv_wire_set_verbs(&args.verbs, &again);
+        assert(again.key == request->verbs->key && memcmp(again.gid.data, request->verbs->gid.data, 16) == 0);
+    }
+}
+
+static void fuzz_detach(const ProtobufCMessage *message, bkv_bump_t *bump) {
+    (void)bump;
+    bkv_session_id_t id;
+    bkv_error_t err;
+    const ProtobufCBinaryData *session = &((const Balancekv__V1__DetachRequest *)message)->session;
+    if (bkv_wire_get_session_id("session", session, &id, &err) == BKV_OK) {
+        assert(memcmp(id.bytes, session->data, sizeof(id.bytes)) == 0);
+    }
+}
+
+static void fuzz_fold(const ProtobufCMessage *message, bkv_bump_t *bump) {
+    (void)bump;
     const Balancekv__V1__FoldRequest *request = (const Balancekv__V1__FoldRequest *)message;
+    check_room(request->place);
     bkv_profile_t profile, again;
     bkv_error_t err;
     if (bkv_wire_get_profile(request->n_profile, request->profile, &profile, &err) != BKV_OK ||
@@ -121,24 +197,27 @@ static void fuzz_fold(const ProtobufCMessage *message) {
     }
 }
 
-static void ignore(const ProtobufCMessage *message) {
+static void ignore(const ProtobufCMessage *message, bkv_bump_t *bump) {
     (void)message;
+    (void)bump;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static const struct {
         const ProtobufCMessageDescriptor *type;
-        void (*use)(const ProtobufCMessage *message);
+        void (*use)(const ProtobufCMessage *message, bkv_bump_t *bump);
     } whole[] = {
         {&balancekv__v1__open_request__descriptor, fuzz_open},
         {&balancekv__v1__lookup_request__descriptor, fuzz_lookup},
-        {&balancekv__v1__get_request__descriptor, ignore},
+        {&balancekv__v1__get_request__descriptor, fuzz_get},
         {&balancekv__v1__fold_request__descriptor, fuzz_fold},
         {&balancekv__v1__pin_request__descriptor, ignore},
         {&balancekv__v1__unpin_request__descriptor, ignore},
         {&balancekv__v1__drop_request__descriptor, ignore},
         {&balancekv__v1__stats_request__descriptor, ignore},
         {&grpc__health__v1__health_check_request__descriptor, ignore},
+        {&balancekv__v1__attach_request__descriptor, fuzz_attach},
+        {&balancekv__v1__detach_request__descriptor, fuzz_detach},
     };
     const size_t kinds = sizeof(whole) / sizeof(whole[0]);
     if (size < 2) {
@@ -157,7 +236,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         const ProtobufCMessage *request;
         bkv_error_t err;
         if (bkv_wire_unpack(whole[kind].type, message, LIMIT, &bump, &request, &err) == BKV_OK) {
-            whole[kind].use(request);
+            whole[kind].use(request, &bump);
         }
     }
     bkv_bump_deinit(&bump);
