@@ -44,6 +44,20 @@ class FaultCase(VerbsCase):
         except grpc.RpcError as error:
             self.assertEqual(error.code(), Code.FAILED_PRECONDITION)  # it had ended by itself
 
+    def threads(self, ending, work, *arguments):
+        """One for each argument; they go on until `ending`, at the latest that of the test."""
+        threads = [threading.Thread(target=work, args=(argument,)) for argument in arguments]
+        for thread in threads:
+            thread.start()
+        self.addCleanup(self.join, ending, threads)
+        return threads
+
+    def join(self, ending, threads):
+        ending.set()
+        for thread in threads:
+            thread.join(3 * (DEADLINE_S + GRACE_S))
+            self.assertFalse(thread.is_alive())
+
     def others_are_served(self, first):
         """By RDMA, to the byte."""
         before = self.moved()
@@ -51,8 +65,8 @@ class FaultCase(VerbsCase):
         client.put_names(first, first + 1)
         client.check(first, first + 1)
         client.drop([key(first), key(first + 1)])
-        after = self.moved()
-        self.assertEqual((after[0] - before[0], after[1] - before[1]), (2, 2))
+        fetches, deliveries, _ = (now - then for now, then in zip(self.moved(), before))
+        self.assertTrue(fetches >= 2 and deliveries == 2, (fetches, deliveries))  # those of a dead client's last puts may be counted late
 
 
 class Ends(FaultCase):
@@ -219,23 +233,16 @@ class Between(FaultCase):
                 try:
                     client.put_names(name)
                     client.check(name)
-                except native.Failure as error:
-                    result = str(error)
-                except AssertionError as error:
+                except (native.Failure, AssertionError) as error:
                     result = str(error)
                 results.append((result, time.monotonic() - start, start > down[0]))
                 turn += 1
-        threads = [threading.Thread(target=work, args=(500 + 100 * i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        eventually(lambda: len(results) > 8, "transfers")
+        threads = self.threads(ending, work, 500, 600, 700, 800)
+        eventually(lambda: len(results) > 8, "transfers", 20)
         self.link("down")
         down[0] = time.monotonic()
         eventually(lambda: sum(after for _, _, after in results) > 8, "calls without the link", 2 * DEADLINE_S)
-        ending.set()
-        for thread in threads:
-            thread.join(2 * (DEADLINE_S + GRACE_S))
-            self.assertFalse(thread.is_alive())
+        self.join(ending, threads)
         for result, took_s, after in results:
             self.assertTrue(result == "OK" or not after and result.startswith(("DEADLINE_EXCEEDED", "BUSY")), result)
             self.assertLess(took_s, 2 * DEADLINE_S + GRACE_S)  # a put and a get
@@ -263,28 +270,26 @@ class Daemons(FaultCase):
         client.put_names(1, 2)
         ending, results = threading.Event(), []
 
-        def work():
+        def work(name):
             while not ending.is_set():
-                start = time.monotonic()
+                start, result = time.monotonic(), "OK"
                 try:
-                    client.put_names(3)
-                    client.check(3)
-                    client.drop([key(3)])
-                except native.Failure as error:
-                    results.append(str(error))
-                self.assertLess(time.monotonic() - start, 3 * (DEADLINE_S + GRACE_S))
-        thread = threading.Thread(target=work)
-        thread.start()
+                    client.put_names(name)
+                    client.check(name)
+                    client.drop([key(name)])
+                except (native.Failure, AssertionError) as error:
+                    result = str(error)
+                results.append((result, time.monotonic() - start))
+        threads = self.threads(ending, work, 3)
         time.sleep(0.3)
         daemon.kill()
         eventually(lambda: resources("rxe0") == self.level["rxe0"], "nothing of the dead daemon's is left")
         daemon.start()
         time.sleep(1)
-        ending.set()
-        thread.join(4 * DEADLINE_S)
-        self.assertFalse(thread.is_alive())
-        for result in results:
-            self.assertTrue(result.startswith(("NOT_FOUND", "DEADLINE_EXCEEDED", "BUSY", "FAILED_PRECONDITION")), result)
+        self.join(ending, threads)
+        for result, took_s in results:
+            self.assertTrue(result.startswith(("OK", "NOT_FOUND", "DEADLINE_EXCEEDED", "BUSY")), result)
+            self.assertLess(took_s, 3 * (DEADLINE_S + GRACE_S))  # a put, a get and a drop
         client.put_names(1, 2)
         client.check(1, 2)
         with wire.Client(daemon.target) as asking:
