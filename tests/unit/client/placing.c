@@ -40,9 +40,7 @@ static void take_block(placing_t *placing, got_t *got, const Balancekv__V1__PutB
         return;
     }
     atomic_fetch_add(&placing->placed, 1);
-    pthread_mutex_lock(&placing->lock);
     placing->last_offset = block->place->offset;
-    pthread_mutex_unlock(&placing->lock);
     got->sums[i] = sum_of(memory, block->payload_bytes);
     got->missing = 0;
 }
@@ -50,7 +48,6 @@ static void take_block(placing_t *placing, got_t *got, const Balancekv__V1__PutB
 static void answer_put(fake_call_t *call, placing_t *placing, const got_t *got) {
     Balancekv__V1__PutResult results[PLACING_KEYS], *list[PLACING_KEYS];
     Balancekv__V1__PutResponse response = BALANCEKV__V1__PUT_RESPONSE__INIT;
-    pthread_mutex_lock(&placing->lock);
     for (size_t i = 0; i < got->count; i++) {
         balancekv__v1__put_result__init(&results[i]);
         results[i].key = (ProtobufCBinaryData){.len = BKV_KEY_BYTES, .data = (uint8_t *)got->keys[i]};
@@ -58,7 +55,6 @@ static void answer_put(fake_call_t *call, placing_t *placing, const got_t *got) 
         list[i] = &results[i];
         placing->sums[got->keys[i][1] % PLACING_KEYS] = got->sums[i];
     }
-    pthread_mutex_unlock(&placing->lock);
     response.n_results = got->count;
     response.results = list;
     response.boot_epoch = placing->epoch;
@@ -189,9 +185,7 @@ static void serve_get(fake_call_t *call, placing_t *placing) {
         room.offset = request->place->offset;
         room.bytes = request->place->bytes;
         no_session = room.memory == NULL || (placing->forget > 0 && atomic_fetch_sub(&placing->forget, 1) > 0);
-        pthread_mutex_lock(&placing->lock);
         placing->last_offset = room.offset;
-        pthread_mutex_unlock(&placing->lock);
     }
     if (!ends_badly(call, placing, no_session)) {
         for (uint32_t i = 0; i < request->n_keys; i++) {
@@ -253,7 +247,6 @@ static void serve(fake_call_t *call, void *user) {
 
 void placing_start(placing_t *placing, uint64_t window) {
     *placing = (placing_t){.epoch = 1, .sharing = window > 0};
-    pthread_mutex_init(&placing->lock, NULL);
     fake_place_make(&placing->place);
     if (window > 0) {
         share_start(&placing->share, &placing->place, window);
@@ -267,7 +260,6 @@ void placing_stop(placing_t *placing) {
         share_stop(&placing->share);
     }
     fake_place_remove(&placing->place);
-    pthread_mutex_destroy(&placing->lock);
 }
 
 bkv_client_t *placing_client(placing_t *placing, const char *transport, uint64_t window_bytes, bkv_spec_id_t *id) {

@@ -42,9 +42,8 @@ typedef struct placing {
     atomic_int lie;                        // placing_lie_t
     atomic_uint attach_ms;                 // how long Attach takes
     atomic_uint puts, gets, placed, plain; // calls; blocks and records that moved by a place, or as data
-    pthread_mutex_t lock;
-    uint64_t sums[PLACING_KEYS]; // by the key's second byte: the sum of the payload's bytes
-    uint64_t last_offset;        // of the latest place
+    _Atomic uint64_t sums[PLACING_KEYS];   // by the key's second byte: the sum of the payload's bytes
+    _Atomic uint64_t last_offset;          // of the latest place
 } placing_t;
 
 void placing_start(placing_t *placing, uint64_t window); // 0: no fd socket

@@ -195,6 +195,13 @@ void share_detach(fake_call_t *call, share_t *share) {
     fake_finish(call, GRPC_STATUS_OK, "");
 }
 
+uint8_t *share_memory(share_t *share, size_t number) {
+    pthread_mutex_lock(&share->lock);
+    uint8_t *memory = share->windows[number].memory;
+    pthread_mutex_unlock(&share->lock);
+    return memory;
+}
+
 uint8_t *share_at(share_t *share, const Balancekv__V1__Place *place, uint64_t bytes) {
     size_t number;
     if (!number_of(place->session.data, place->session.len, &number)) {

@@ -47,6 +47,8 @@ void share_stop(share_t *share); // what clients have mapped stays theirs
 void share_attach(fake_call_t *call, share_t *share);
 void share_detach(fake_call_t *call, share_t *share);
 
+uint8_t *share_memory(share_t *share, size_t number); // of that window, the daemon's mapping
+
 // The memory of a place; NULL: there is no such session, or it is not within.
 uint8_t *share_at(share_t *share, const Balancekv__V1__Place *place, uint64_t bytes);
 

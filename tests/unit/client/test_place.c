@@ -75,13 +75,13 @@ Test(place, put_names_what_lies_in_the_window) {
     uint8_t *buffer = bkv_buffer_get(scene.client, 2 * PAYLOAD), *other = bkv_buffer_get(scene.client, PAYLOAD);
     cr_assert(buffer != NULL && other != NULL && (uintptr_t)buffer % 64 == 0);
     put_and_check(&scene, buffer, PAYLOAD, 3);
-    const uint8_t *there = scene.daemon.share.windows[0].memory + scene.daemon.last_offset;
+    const uint8_t *there = share_memory(&scene.daemon.share, 0) + scene.daemon.last_offset;
     buffer[17] = 99;
     cr_assert(there[17] == 99, "the daemon was shown the buffer itself");
     put_and_check(&scene, buffer + 64, PAYLOAD, 4);
-    cr_assert(scene.daemon.share.windows[0].memory + scene.daemon.last_offset == there + 64);
+    cr_assert(share_memory(&scene.daemon.share, 0) + scene.daemon.last_offset == there + 64);
     put_and_check(&scene, buffer + 8, PAYLOAD, 5);
-    const uint8_t *copy = scene.daemon.share.windows[0].memory + scene.daemon.last_offset;
+    const uint8_t *copy = share_memory(&scene.daemon.share, 0) + scene.daemon.last_offset;
     cr_assert(copy < there || copy >= there + 2 * PAYLOAD, "an odd address is copied");
     bkv_buffer_put(scene.client, other);
     bkv_buffer_put(scene.client, buffer);
