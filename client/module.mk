@@ -37,4 +37,4 @@ $(BUILD)/lib/pkgconfig/balancekv.pc: client/balancekv.pc.in
 
 .PHONY: client
 ## client: build/bin/bkv and build/lib/libbalancekv.so
-client: $(BUILD)/bin/bkv $(BUILD)/lib/libbalancekv.so $(BUILD)/lib/pkgconfig/balancekv.pc $(BUILD)/examples/put_get
+client: $(BUILD)/bin/bkv $(BUILD)/lib/libbalancekv.so $(BUILD)/lib/pkgconfig/balancekv.pc $(BUILD)/examples/put_get $(BUILD)/examples/shared_buffer
