@@ -63,7 +63,8 @@ static bkv_status_t register_memory(bkv_verbs_t *verbs, bkv_error_t *err) {
     return status;
 }
 
-// One completion queue for all links, with room for all that may be posted at once.
+// One completion queue for all links, with room for all that may be posted at once, and for as much that comes late: some devices
+// leave completions of a queue pair behind that has been destroyed.
 static bkv_status_t make_queue(bkv_verbs_t *verbs, bkv_error_t *err) {
     const bkv_verbs_device_t *device = verbs->device;
     verbs->max_sessions = least(bkv_transports_config_of(verbs->transports)->verbs_sessions, device->links);
@@ -80,7 +81,8 @@ static bkv_status_t make_queue(bkv_verbs_t *verbs, bkv_error_t *err) {
     }
     verbs->channel = ibv_create_comp_channel(device->context);
     if (verbs->channel != NULL) {
-        verbs->completions = ibv_create_cq(device->context, (int)work, NULL, verbs->channel, 0);
+        int room = (int)least(2 * (uint64_t)work, device->completions);
+        verbs->completions = ibv_create_cq(device->context, room, NULL, verbs->channel, 0);
     }
     if (verbs->completions == NULL || ibv_req_notify_cq(verbs->completions, 0) != 0) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "%s has no completion queue for %u requests: %s", device->name, work,
