@@ -6,6 +6,7 @@
 // X(name, parameters): functions that only fail.
 #define FAILING(X)                                                                                                             \
     X(bkv_gpu_uuid, (int device, uint8_t uuid[BKV_GPU_UUID_BYTES]), (void)device, (void)uuid)                                  \
+    X(bkv_gpu_unused, (size_t * bytes), (void)bytes, (void)0)                                                                  \
     X(bkv_gpu_reset, (int device), (void)device, (void)0)                                                                      \
     X(bkv_gpu_take, (void **memory, size_t bytes), (void)memory, (void)bytes)                                                  \
     X(bkv_gpu_host_take, (void **memory, size_t bytes), (void)memory, (void)bytes)                                             \
@@ -45,6 +46,13 @@ int bkv_gpu_span_map(void *at, size_t bytes, int fd, int device) {
     (void)at;
     (void)bytes;
     (void)fd;
+    (void)device;
+    return NO_NVCC;
+}
+
+int bkv_gpu_span_create(void *at, size_t bytes, int device) {
+    (void)at;
+    (void)bytes;
     (void)device;
     return NO_NVCC;
 }

@@ -32,6 +32,11 @@ extern "C" bool bkv_gpu_broken(void) {
     return told(cudaFree(NULL)) != 0; // frees nothing, and fails only where everything does
 }
 
+extern "C" int bkv_gpu_unused(size_t *bytes) {
+    size_t all;
+    return told(cudaMemGetInfo(bytes, &all));
+}
+
 extern "C" int bkv_gpu_reset(int device) {
     int before, error = bkv_gpu_enter(device, &before);
     if (error != 0) {

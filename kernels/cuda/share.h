@@ -34,6 +34,9 @@ int bkv_gpu_uuid(int device, uint8_t uuid[BKV_GPU_UUID_BYTES]);
 // Whether the calling thread's device has failed for good: after a fault in a kernel every call fails until the device is reset.
 bool bkv_gpu_broken(void);
 
+// Memory of the calling thread's device that nobody has taken.
+int bkv_gpu_unused(size_t *bytes);
+
 // Forgets everything that this process has on the device: memory, mappings, streams and events of it must not be used again, nor
 // given back. Nobody may be using it meanwhile. Returns an error where the device cannot be used afterwards either, as after some
 // faults only a new process can.
@@ -93,6 +96,8 @@ void bkv_gpu_span_free(void *base, size_t bytes);
 // a descriptor that is none of a chunk's, are errors of the driver's.
 int bkv_gpu_span_map(void *at, size_t bytes, int fd, int device);
 void bkv_gpu_span_unmap(void *at, size_t bytes); // waits for the device
+// The same with a new chunk that can be shared, as an allocator makes one.
+int bkv_gpu_span_create(void *at, size_t bytes, int device);
 
 // ---- gathering ----
 

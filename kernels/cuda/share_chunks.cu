@@ -104,17 +104,10 @@ extern "C" void bkv_gpu_span_free(void *base, size_t bytes) {
     (void)DRIVER(cuMemAddressFree, (CUdeviceptr)base, bytes);
 }
 
-extern "C" int bkv_gpu_span_map(void *at, size_t bytes, int fd, int device) {
-    CUmemGenericAllocationHandle handle;
-    int error = context_ready();
-    error = error != 0 ? error
-                       : DRIVER(cuMemImportFromShareableHandle, &handle, (void *)(uintptr_t)fd,
-                                CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
-    if (error != 0) {
-        return error;
-    }
-    error = DRIVER(cuMemMap, (CUdeviceptr)at, bytes, (size_t)0, handle, 0ull);
-    (void)DRIVER(cuMemRelease, handle); // the mapping keeps the chunk
+// Maps all of a chunk, whose handle is given up: the mapping keeps the chunk.
+static int span_map(void *at, size_t bytes, CUmemGenericAllocationHandle handle, int device) {
+    int error = DRIVER(cuMemMap, (CUdeviceptr)at, bytes, (size_t)0, handle, 0ull);
+    (void)DRIVER(cuMemRelease, handle);
     if (error != 0) {
         return error;
     }
@@ -127,6 +120,23 @@ extern "C" int bkv_gpu_span_map(void *at, size_t bytes, int fd, int device) {
         bkv_gpu_span_unmap(at, bytes);
     }
     return error;
+}
+
+extern "C" int bkv_gpu_span_map(void *at, size_t bytes, int fd, int device) {
+    CUmemGenericAllocationHandle handle;
+    int error = context_ready();
+    error = error != 0 ? error
+                       : DRIVER(cuMemImportFromShareableHandle, &handle, (void *)(uintptr_t)fd,
+                                CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    return error != 0 ? error : span_map(at, bytes, handle, device);
+}
+
+extern "C" int bkv_gpu_span_create(void *at, size_t bytes, int device) {
+    CUmemGenericAllocationHandle handle;
+    CUmemAllocationProp properties = chunk_properties(device);
+    int error = context_ready();
+    error = error != 0 ? error : DRIVER(cuMemCreate, &handle, bytes, &properties, 0ull);
+    return error != 0 ? error : span_map(at, bytes, handle, device);
 }
 
 extern "C" void bkv_gpu_span_unmap(void *at, size_t bytes) {

@@ -319,6 +319,16 @@ int bkv_gpu_reset(int device) {
     return fake_leave(gpu.dead ? BROKEN : 0);
 }
 
+int bkv_gpu_unused(size_t *bytes) {
+    *bytes = 0;
+    return 0;
+}
+
+int bkv_gpu_span_create(void *at, size_t bytes, int device) {
+    (void)at, (void)bytes, (void)device;
+    return INVALID; // what a worker has comes from fake_gpu_alloc
+}
+
 uint32_t bkv_gpu_count(void) {
     return gpu.count;
 }
