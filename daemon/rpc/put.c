@@ -289,7 +289,7 @@ static bkv_status_t use_message(put_t *put, bkv_error_t *err) {
 
 static void on_message(bkv_worker_t *worker, void *owner, bool ok);
 
-static void put_advance(put_t *put) {
+static void use_up(put_t *put) {
     for (;;) {
         bkv_error_t error;
         uint32_t done = atomic_load(&put->done);
@@ -311,6 +311,13 @@ static void put_advance(put_t *put) {
             return;
         }
     }
+}
+
+// The reader counts twice here: once it waits, a callback may set another one going, which may end the call.
+static void put_advance(put_t *put) {
+    atomic_fetch_add(&put->busy, 1);
+    use_up(put);
+    put_release(put);
 }
 
 // A block whose payload lies in memory that the client shares.

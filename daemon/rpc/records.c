@@ -1,11 +1,14 @@
 // records.c - sends records as a stream of chunks. A chunk refers to the record's bytes where they lie in the store, or says where
 // in the client's memory a transport has put them.
 //
-// One record is on its way at a time, so a slow reader costs a pin on one record (of a Fold: on each that it has not got yet) and
-// what gRPC buffers, until its deadline.
+// Chunks go out in order and one at a time, so a slow reader costs a pin on the few records that have been taken up (of a Fold:
+// on each that it has not got yet) and what gRPC buffers, until its deadline. Without a transport that is one record.
 // gRPC may hold on to a chunk's bytes after the send has completed or failed, even after the call has ended: each chunk
-// therefore counts as a holder of its record, which is released by the last of them. A transport has let go of the record when
-// it calls back, and nothing ends the call before that.
+// therefore counts as a holder of its record, which is released by the last of them.
+//
+// Who may touch what: everything belongs to the sender, the event or callback that is being run; of a record that a transport has,
+// error and state belong to its callback. When the sender finds the record that is due still moving, it leaves, and the next
+// callback is the sender. `busy` counts the sender and the records that transports have; who takes it to 0 ends the call.
 #include "daemon/rpc/records.h"
 
 #include "daemon/observe/clock.h"
@@ -61,8 +64,10 @@ static grpc_slice parcel_slice(bkv_parcel_t *parcel, uint64_t offset, uint64_t l
 
 static void records_free(void *body) {
     bkv_records_t *records = body;
-    if (records->parcel != NULL) {
-        parcel_release(records->parcel);
+    for (uint32_t i = 0; i < BKV_RECORDS_AHEAD; i++) {
+        if (records->due[i].parcel != NULL) {
+            parcel_release(records->due[i].parcel);
+        }
     }
     if (records->session != NULL) {
         bkv_session_release(records->session);
@@ -76,6 +81,7 @@ bkv_records_t *bkv_records_new(bkv_call_t *call, uint32_t count) {
     if (records != NULL) {
         records->server = call->server;
         records->count = count;
+        atomic_init(&records->busy, 1); // the sender
         call->body = records;
         call->body_free = records_free;
     }
@@ -93,30 +99,155 @@ bkv_status_t bkv_records_set_room(bkv_records_t *records, const Balancekv__V1__P
     return status == BKV_OK ? bkv_session_room(records->session, &records->room.place, err) : status;
 }
 
+// ---- the end ----
+
+static void records_release(bkv_call_t *call) {
+    bkv_records_t *records = call->body;
+    if (atomic_fetch_sub(&records->busy, 1) == 1) {
+        call->error = records->error.status != BKV_OK ? records->error : records->first_error;
+        bkv_call_finish(call, records->last);
+    }
+}
+
+// The sender stops; what transports have they bring to an end.
+static void stop(bkv_call_t *call, const bkv_error_t *error) {
+    bkv_records_t *records = call->body;
+    records->error = *error;
+    records_release(call);
+}
+
+// ---- taking up ----
+
+static bkv_due_t *due_of(bkv_records_t *records, uint32_t number) {
+    return &records->due[number % BKV_RECORDS_AHEAD];
+}
+
+// The record, which a Fold has pinned already. With a session to go through, nobody has looked at its bytes.
+static bkv_status_t get_delivery(bkv_records_t *records, uint32_t number, bkv_delivery_t *delivery, bkv_error_t *err) {
+    if (records->fold) {
+        *delivery = records->folded.records[number].delivery;
+        records->folded.records[number].delivery = (bkv_delivery_t){0};
+        return BKV_OK;
+    }
+    bkv_pipeline_t *pipeline = records->server->config.pipeline;
+    const bkv_key_t *key = &records->keys[number];
+    return records->session != NULL
+               ? bkv_deliver_unverified(pipeline, &records->spec_id, key, &records->range, bkv_now_ms(), delivery, err)
+               : bkv_deliver(pipeline, &records->spec_id, key, &records->range, bkv_now_ms(), delivery, err);
+}
+
+static bkv_status_t get_parcel(bkv_records_t *records, uint32_t number, bkv_parcel_t **parcel, bkv_error_t *err) {
+    bkv_delivery_t delivery;
+    bkv_status_t status = get_delivery(records, number, &delivery, err);
+    if (status != BKV_OK) {
+        return status;
+    }
+    *parcel = parcel_new(records->server, &delivery);
+    if (*parcel == NULL) {
+        bkv_delivery_release(records->server->config.pipeline, &delivery);
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory to send a record");
+    }
+    return BKV_OK;
+}
+
+// Of one key; the others are delivered all the same.
+static bool is_missing(bkv_status_t status) {
+    return status == BKV_NOT_FOUND || status == BKV_DATA_LOSS;
+}
+
+static void due_fail(bkv_records_t *records, bkv_due_t *due, const bkv_error_t *error) {
+    due->error = *error;
+    atomic_store(&due->state, BKV_DUE_FAILED);
+    records->closed = !is_missing(error->status);
+}
+
+static void advance(bkv_call_t *call);
+
+static void on_delivered(void *user, const bkv_error_t *error) {
+    bkv_due_t *due = user;
+    bkv_call_t *call = due->call;
+    bkv_records_t *records = call->body;
+    if (error->status != BKV_OK) {
+        due->error = *error;
+    }
+    atomic_store(&due->state, error->status == BKV_OK ? BKV_DUE_PLACED : BKV_DUE_FAILED);
+    if (atomic_exchange(&records->waiting, false)) {
+        advance(call);
+    }
+    records_release(call);
+}
+
+static uint64_t aligned(uint64_t bytes) {
+    return (bytes + BKV_PLACE_ALIGN - 1) / BKV_PLACE_ALIGN * BKV_PLACE_ALIGN;
+}
+
+// Gives a record that fits to the transport. One that finds it busy goes through messages.
+static void place(bkv_records_t *records, bkv_due_t *due) {
+    bkv_place_t *room = &records->room.place, place = *room;
+    const bkv_delivery_t *delivery = &due->parcel->delivery;
+    bkv_error_t error;
+    place.bytes = delivery->length;
+    due->offset = place.offset;
+    atomic_store(&due->state, BKV_DUE_MOVING);
+    atomic_fetch_add(&records->busy, 1); // before the callback can come
+    bkv_status_t status = bkv_session_deliver(records->session, &place, delivery, on_delivered, due, &error);
+    if (status == BKV_OK) {
+        uint64_t taken = aligned(place.bytes) < room->bytes ? aligned(place.bytes) : room->bytes;
+        room->offset += taken;
+        room->bytes -= taken;
+        return;
+    }
+    atomic_fetch_sub(&records->busy, 1); // the sender still counts: not the last one
+    if (status == BKV_BUSY) {
+        atomic_store(&due->state, BKV_DUE_INLINE);
+    } else {
+        due_fail(records, due, &error);
+    }
+}
+
+// Takes the next record up. False: not yet, as those before it are in its way.
+static bool take_next(bkv_call_t *call) {
+    bkv_records_t *records = call->body;
+    bkv_due_t *due = due_of(records, records->next);
+    bkv_error_t error;
+    due->call = call;
+    atomic_store(&due->state, BKV_DUE_INLINE);
+    bkv_status_t status = get_parcel(records, records->next, &due->parcel, &error);
+    if (status == BKV_BUSY && records->next > records->index) {
+        return false;
+    }
+    if (status != BKV_OK) {
+        due_fail(records, due, &error);
+    } else if (records->session != NULL && !records->no_data && due->parcel->delivery.length <= records->room.place.bytes) {
+        place(records, due);
+    }
+    records->next++;
+    return true;
+}
+
+static void take_up(bkv_call_t *call) {
+    bkv_records_t *records = call->body;
+    const uint32_t ahead = records->session != NULL ? BKV_RECORDS_AHEAD : 1;
+    while (!records->closed && records->next < records->count && records->next - records->index < ahead) {
+        if (!take_next(call)) {
+            return;
+        }
+    }
+}
+
 // ---- sending ----
 
 static void on_sent(bkv_worker_t *worker, void *owner, bool ok) {
     (void)worker;
     bkv_call_t *call = owner;
     if (ok) {
-        bkv_records_send(call);
+        advance(call);
         return;
     }
     bkv_error_t error;
     call->broken = true;
     bkv_fail(&error, BKV_CANCELLED, "the client stopped reading");
-    bkv_call_fail(call, &error);
-}
-
-// Sends a message; the last one together with the status.
-static void put_out(bkv_call_t *call, grpc_byte_buffer *message) {
-    const bkv_records_t *records = call->body;
-    if (records->parcel == NULL && records->index == records->count) {
-        call->error = records->first_error;
-        bkv_call_finish(call, message);
-    } else {
-        bkv_call_send(call, message, on_sent);
-    }
+    stop(call, &error);
 }
 
 static void init_chunk(const bkv_call_t *call, Balancekv__V1__RecordChunk *chunk) {
@@ -130,33 +261,55 @@ static void init_chunk(const bkv_call_t *call, Balancekv__V1__RecordChunk *chunk
     }
 }
 
-static void send_chunk(bkv_call_t *call) {
+// Sends a message, of a record its last when `done`; the call's last goes together with the status.
+static void put_out(bkv_call_t *call, grpc_byte_buffer *message, bool done) {
     bkv_records_t *records = call->body;
-    bkv_parcel_t *parcel = records->parcel;
-    uint64_t left = parcel->delivery.length - records->sent;
+    if (done) {
+        bkv_due_t *due = due_of(records, records->index);
+        if (due->parcel != NULL) {
+            parcel_release(due->parcel);
+            due->parcel = NULL;
+        }
+        records->sent = 0;
+        records->index++;
+    }
+    if (records->index == records->count) {
+        records->last = message;
+        records_release(call);
+    } else {
+        bkv_call_send(call, message, on_sent);
+    }
+}
+
+static void send_chunk(bkv_call_t *call, bkv_due_t *due) {
+    bkv_records_t *records = call->body;
+    uint64_t left = due->parcel->delivery.length - records->sent;
     uint64_t length = left <= CHUNK_BYTES + CHUNK_SLACK ? left : CHUNK_BYTES;
     Balancekv__V1__RecordChunk chunk;
     init_chunk(call, &chunk);
     if (records->sent == 0) {
-        chunk.record_bytes = parcel->delivery.length;
+        chunk.record_bytes = due->parcel->delivery.length;
     }
     grpc_byte_buffer *message;
     if (records->no_data) {
         message = bkv_wire_pack(&chunk.base, NULL);
         length = left;
     } else {
-        grpc_slice data = parcel_slice(parcel, records->sent, length);
+        grpc_slice data = parcel_slice(due->parcel, records->sent, length);
         message = bkv_wire_pack(&chunk.base, &data);
         atomic_fetch_add(&call->server->bytes_sent_total, length);
     }
     records->sent += length;
-    if (length == left) {
-        parcel_release(parcel);
-        records->parcel = NULL;
-        records->sent = 0;
-        records->index++;
-    }
-    put_out(call, message);
+    put_out(call, message, length == left);
+}
+
+static void send_placed(bkv_call_t *call, const bkv_due_t *due) {
+    Balancekv__V1__RecordChunk chunk;
+    init_chunk(call, &chunk);
+    chunk.record_bytes = due->parcel->delivery.length;
+    chunk.placed = true;
+    chunk.place_offset = due->offset;
+    put_out(call, bkv_wire_pack(&chunk.base, NULL), true);
 }
 
 static void send_missing(bkv_call_t *call, const bkv_error_t *error) {
@@ -170,135 +323,57 @@ static void send_missing(bkv_call_t *call, const bkv_error_t *error) {
         const char *cause = strncmp(error->message, "key: ", 5) == 0 ? error->message + 5 : error->message;
         bkv_fail(&records->first_error, error->status, "keys[%" PRIu32 "]: %.200s", records->index, cause);
     }
-    records->index++;
-    put_out(call, message);
+    put_out(call, message, true);
 }
 
-static void drop_parcel(bkv_records_t *records) {
-    parcel_release(records->parcel);
-    records->parcel = NULL;
-}
-
-// ---- to the client's memory ----
-
-static uint64_t aligned(uint64_t bytes) {
-    return (bytes + BKV_PLACE_ALIGN - 1) / BKV_PLACE_ALIGN * BKV_PLACE_ALIGN;
-}
-
-// The record lies at the room's start.
-static void send_placed(bkv_call_t *call) {
+// The record that is due, or its next chunk. One that a transport did not take has not been verified yet.
+static void send_due(bkv_call_t *call, bkv_due_t *due) {
     bkv_records_t *records = call->body;
-    bkv_place_t *room = &records->room.place;
-    uint64_t length = records->parcel->delivery.length;
-    Balancekv__V1__RecordChunk chunk;
-    init_chunk(call, &chunk);
-    chunk.record_bytes = length;
-    chunk.placed = true;
-    chunk.place_offset = room->offset;
-    uint64_t taken = aligned(length) < room->bytes ? aligned(length) : room->bytes;
-    room->offset += taken;
-    room->bytes -= taken;
-    drop_parcel(records);
-    records->index++;
-    put_out(call, bkv_wire_pack(&chunk.base, NULL));
-}
-
-static void on_delivered(void *user, const bkv_error_t *error) {
-    bkv_call_t *call = user;
-    if (error->status == BKV_OK) {
-        send_placed(call);
-    } else if (error->status == BKV_DATA_LOSS) {
-        drop_parcel(call->body);
-        send_missing(call, error);
+    bkv_due_state_t state = atomic_load(&due->state);
+    if (state == BKV_DUE_INLINE && records->session != NULL && !records->no_data && records->sent == 0 &&
+        bkv_delivery_verify(records->server->config.pipeline, &due->parcel->delivery, &due->error) != BKV_OK) {
+        state = BKV_DUE_FAILED;
+    }
+    if (state == BKV_DUE_INLINE) {
+        send_chunk(call, due);
+    } else if (state == BKV_DUE_PLACED) {
+        send_placed(call, due);
+    } else if (is_missing(due->error.status)) {
+        send_missing(call, &due->error);
     } else {
-        bkv_call_fail(call, error);
+        stop(call, &due->error);
     }
 }
 
-// On BKV_OK the call is the transport's until on_delivered, which may have run already.
-static bkv_status_t place_parcel(bkv_call_t *call, bkv_error_t *err) {
-    bkv_records_t *records = call->body;
-    bkv_place_t place = records->room.place;
-    place.bytes = records->parcel->delivery.length;
-    return bkv_session_deliver(records->session, &place, &records->parcel->delivery, on_delivered, call, err);
-}
-
-// ---- a record at a time ----
-
-// The record that is due: of a Fold it is pinned already. With a session to go through, nobody has looked at its bytes.
-static bkv_status_t next_delivery(bkv_records_t *records, bkv_delivery_t *delivery, bkv_error_t *err) {
-    if (records->fold) {
-        *delivery = records->folded.records[records->index].delivery;
-        records->folded.records[records->index].delivery = (bkv_delivery_t){0};
-        return BKV_OK;
-    }
-    bkv_pipeline_t *pipeline = records->server->config.pipeline;
-    const bkv_key_t *key = &records->keys[records->index];
-    return records->session != NULL
-               ? bkv_deliver_unverified(pipeline, &records->spec_id, key, &records->range, bkv_now_ms(), delivery, err)
-               : bkv_deliver(pipeline, &records->spec_id, key, &records->range, bkv_now_ms(), delivery, err);
-}
-
-// Takes the next record up. Whatever it returns, a parcel is there or none.
-static bkv_status_t take_parcel(bkv_records_t *records, bkv_error_t *err) {
-    bkv_delivery_t delivery;
-    bkv_status_t status = next_delivery(records, &delivery, err);
-    if (status != BKV_OK) {
-        return status;
-    }
-    records->parcel = parcel_new(records->server, &delivery);
-    if (records->parcel == NULL) {
-        bkv_delivery_release(records->server->config.pipeline, &delivery);
-        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory to send a record");
-    }
-    return BKV_OK;
-}
-
-// Whether the record goes to the room. One that finds it full, or the transport busy, goes through messages.
-static bkv_status_t try_place(bkv_call_t *call, bool *placed, bkv_error_t *err) {
-    bkv_records_t *records = call->body;
-    bkv_delivery_t *delivery = &records->parcel->delivery;
-    *placed = false;
-    if (records->session == NULL || records->no_data) {
-        return BKV_OK;
-    }
-    if (delivery->length <= records->room.place.bytes) {
-        bkv_status_t status = place_parcel(call, err);
-        if (status != BKV_BUSY) {
-            *placed = status == BKV_OK;
-            return status;
+// Whether the record has come as far as it can. False: somebody else is the sender now.
+static bool wait_for(bkv_records_t *records, const bkv_due_t *due) {
+    while (atomic_load(&due->state) == BKV_DUE_MOVING) {
+        atomic_store(&records->waiting, true);
+        if (atomic_load(&due->state) == BKV_DUE_MOVING) {
+            return false; // the callback that comes next sees `waiting`
+        }
+        if (!atomic_exchange(&records->waiting, false)) {
+            return false; // a callback has seen it
         }
     }
-    return bkv_delivery_verify(records->server->config.pipeline, delivery, err);
+    return true;
+}
+
+// The sender: starts what can be started, then sends what is due. It counts twice, as another one may follow it, and end the
+// call, while it is still here.
+static void advance(bkv_call_t *call) {
+    bkv_records_t *records = call->body;
+    atomic_fetch_add(&records->busy, 1);
+    take_up(call);
+    bkv_due_t *due = due_of(records, records->index);
+    if (records->count == 0) { // a request without keys
+        records_release(call);
+    } else if (wait_for(records, due)) {
+        send_due(call, due);
+    }
+    records_release(call);
 }
 
 void bkv_records_send(bkv_call_t *call) {
-    bkv_records_t *records = call->body;
-    if (records->parcel != NULL) {
-        send_chunk(call);
-        return;
-    }
-    if (records->index == records->count) { // only of a request without keys
-        bkv_call_finish(call, NULL);
-        return;
-    }
-    bool placed = false;
-    bkv_error_t error;
-    bkv_status_t status = take_parcel(records, &error);
-    if (status == BKV_OK) {
-        status = try_place(call, &placed, &error);
-    }
-    if (placed) {
-        return; // the call may have ended already
-    }
-    if (status == BKV_OK) {
-        send_chunk(call);
-    } else if (status == BKV_NOT_FOUND || status == BKV_DATA_LOSS) {
-        if (records->parcel != NULL) {
-            drop_parcel(records);
-        }
-        send_missing(call, &error);
-    } else {
-        bkv_call_fail(call, &error);
-    }
+    advance(call);
 }

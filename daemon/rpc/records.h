@@ -4,20 +4,46 @@
 
 #include "daemon/rpc/call.h"
 
+// How many records of a call transports may move at a time, so that neither waits for the other.
+#define BKV_RECORDS_AHEAD 8
+
 typedef struct bkv_parcel bkv_parcel_t;
+
+// A record that has been taken up.
+typedef enum bkv_due_state {
+    BKV_DUE_INLINE, // goes through messages
+    BKV_DUE_MOVING, // a transport has it, until its callback
+    BKV_DUE_PLACED, // lies in the client's memory
+    BKV_DUE_FAILED, // see error
+} bkv_due_state_t;
+
+typedef struct bkv_due {
+    bkv_call_t *call;
+    bkv_parcel_t *parcel; // NULL: there was none to be had
+    uint64_t offset;      // where it is placed
+    bkv_error_t error;
+    _Atomic bkv_due_state_t state;
+} bkv_due_t;
 
 typedef struct bkv_records {
     bkv_server_t *server;
     bkv_spec_id_t spec_id;
     bkv_deliver_range_t range;
-    bkv_fold_result_t folded; // Fold: the records; those sent are empty
-    bkv_parcel_t *parcel;     // the record being sent; NULL between two
-    uint64_t sent;            // of its bytes
+    bkv_fold_result_t folded; // Fold: the records; those taken up are empty
     bool fold, no_data;       // no_data: only say what there is
-    uint32_t index, count;
-    bkv_session_t *session;  // NULL: everything goes through messages
-    bkv_wire_place_t room;   // what is left of the request's place; moves on as records are packed
-    bkv_error_t first_error; // of the first key that could not be delivered
+    bkv_session_t *session;   // NULL: everything goes through messages
+    bkv_wire_place_t room;    // what is left of the request's place; moves on as records are packed
+
+    uint32_t index, next, count;      // the record that is due; the first that has not been taken up
+    bkv_due_t due[BKV_RECORDS_AHEAD]; // those between, each at its number modulo the length
+    uint64_t sent;                    // bytes of the one that is due
+    bool closed;                      // one taken up has failed for good: none after it
+    bkv_error_t first_error;          // of the first key that could not be delivered
+    bkv_error_t error;                // what ended the call early
+    grpc_byte_buffer *last;           // message, which goes with the status
+
+    _Atomic uint32_t busy; // the sender, and the records that transports have
+    _Atomic bool waiting;  // for a callback, which is the sender from then on
     bkv_key_t keys[];
 } bkv_records_t;
 
