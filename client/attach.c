@@ -59,6 +59,9 @@ static bkv_status_t attach_take(bkv_call_t *call, grpc_byte_buffer *message, bkv
     if (attach->response->session.len != SESSION_BYTES) {
         return bkv_fail(err, BKV_INTERNAL, "Attach: session: %zu bytes, not %d", attach->response->session.len, SESSION_BYTES);
     }
+    if (attach->response->boot_epoch == 0) {
+        return bkv_fail(err, BKV_INTERNAL, "Attach: boot_epoch: none, so that nobody could tell when the session has ended");
+    }
     bkv_client_saw_epoch(call->client, call, attach->response->boot_epoch);
     return BKV_OK;
 }
@@ -74,15 +77,17 @@ static const bkv_call_kind_t attach_kind = {
 bkv_status_t bkv_client_session_ask(bkv_client_t *client, const Balancekv__V1__AttachRequest *request, uint32_t timeout_ms,
                                     Balancekv__V1__AttachResponse **response, bkv_error_t *err) {
     attach_call_t *attach = bkv_call_new(sizeof *attach, &attach_kind, client, NULL, timeout_ms);
-    if (attach != NULL) {
-        attach->call.request = bkv_client_pack(&request->base);
+    if (attach == NULL) {
+        bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
+        return BKV_RESOURCE_EXHAUSTED;
     }
-    bkv_status_t status = bkv_call_run((bkv_call_t *)attach, err);
+    attach->call.request = bkv_client_pack(&request->base);
+    bkv_status_t status = bkv_call_run(&attach->call, err);
     if (status == BKV_OK) {
         *response = attach->response;
         attach->response = NULL;
     }
-    bkv_call_free((bkv_call_t *)attach);
+    bkv_call_free(&attach->call);
     return status;
 }
 

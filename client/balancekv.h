@@ -227,8 +227,9 @@ BKV_API bkv_status_t bkv_transports(bkv_client_t *client, uint32_t timeout_ms, b
 
 // Memory that is shared with the daemon (shm, verbs), 64-byte aligned, contents undefined: a payload that lies within, at a multiple
 // of 64 bytes, is not copied by this library when it is put. Without such memory (no transport but inline, window full) it is
-// ordinary memory, to the same effect but for the copy; so is a buffer from before a restart of the daemon. The first one waits
-// for the memory to be attached, at most 2 s. NULL: out of memory. Give it back once no call uses it, while the client is alive.
+// ordinary memory, to the same effect but for the copy; so is a buffer from before the daemon was restarted or the memory attached
+// anew for other reasons. The first one waits for the memory to be attached, at most 2 s. NULL: out of memory. Give it back once no
+// call uses it, while the client is alive.
 //
 // Do not fill it again after a Put from it that ended with DEADLINE_EXCEEDED, CANCELLED or BUSY, but give it back: the daemon may
 // still be reading, and would take the new bytes for the old block's.

@@ -33,14 +33,15 @@ static void record_fail(bkv_record_t *record, bkv_status_t status) {
 
 // ---- room in the window ----
 
-// Takes what there is, as records that do not fit come as data: all of the room, or half of it, and so on. No call gets more than
-// half of the window.
+// Takes what there is, as records that do not fit come as data: all of the room, or half of it, and so on, as long as one record
+// fits. No call gets more than half of the window.
 static void room_take(bkv_fetch_t *fetch) {
     bkv_client_window_t *window = fetch->call.window;
     uint64_t most = window != NULL ? bkv_client_window_bytes(window) / 2 : 0;
     uint64_t bytes = fetch->room_bytes < most ? fetch->room_bytes : most;
-    assert(fetch->room == NULL);
-    for (; fetch->room == NULL && bytes >= BKV_PLACE_LEAST; bytes /= 2) {
+    assert(fetch->room == NULL && fetch->count > 0);
+    uint64_t least = fetch->room_bytes / fetch->count;
+    for (; fetch->room == NULL && bytes >= BKV_PLACE_LEAST && bytes >= least; bytes /= 2) {
         fetch->room = bkv_client_region_take(window, bytes);
     }
     fetch->room_used = 0;

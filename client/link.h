@@ -10,7 +10,9 @@
 #include "call.h"
 #include "window.h"
 
-// Payloads and rooms for records below this go inline. A place saves copies, and costs a hand-over to another thread of the daemon.
+// Payloads and rooms for records below this go inline: a place saves copies, and costs a hand-over within the daemon. Put, then Get,
+// of raw blocks over a unix socket, p50 in us, inline and by place (Xeon with AMX, 2 cores, busy):
+//   16 KiB 49, 58; 53, 48    64 KiB 68, 68; 69, 55    128 KiB 92, 80; 110, 59    1 MiB 524, 369; 653, 372
 #define BKV_PLACE_LEAST 65536u
 
 // Memory handed out by bkv_buffer_get.

@@ -20,6 +20,7 @@
 
 #define STEP_MS   50 // how often stop is asked
 #define NS_PER_MS 1000000ull
+#define ROUNDING  (2ull << 20) // what a window may have beyond what was asked for: a large page
 
 typedef struct shm {
     Balancekv__V1__ShmWindow request;
@@ -186,7 +187,7 @@ static bkv_status_t shm_take(void *state, const bkv_window_args_t *args, const B
                              uint8_t **memory, uint64_t *bytes, bkv_error_t *err) {
     shm_t *shm = state;
     const uint8_t *session = response->session.data;
-    if (response->bytes < BKV_WINDOW_LEAST || response->bytes > SIZE_MAX / 2) {
+    if (response->bytes < BKV_WINDOW_LEAST || response->bytes > args->bytes + ROUNDING) {
         return bkv_fail(err, BKV_UNIMPLEMENTED, "shm: a window of %llu bytes", (unsigned long long)response->bytes);
     }
     bkv_fd_message_t answer;

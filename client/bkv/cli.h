@@ -98,10 +98,10 @@ typedef struct bkv_cli_range {
     X(queries, "queries", STRING, "FILE", QUERIES, "safetensors file with q.N [query heads, tokens, dim]")                     \
     X(last, "last", U32, "N", ASK, "only the newest N queries (default 16, 0: all; calibrate 256)")                            \
     X(scale, "scale", REAL, "X", ASK, "factor on <q, k> (default 1 / sqrt(key dim))")                                          \
+    X(transports, "transports", FLAG, NULL, PING, "which ways there are for blocks to move, tried out, and which is in use")   \
     X(watch, "watch", FLAG, NULL, WATCH, "keep showing them, with rates")                                                      \
     X(interval, "interval", MS, "TIME", WATCH, "between two looks (default 1s)")                                               \
     X(count, "count", U32, "N", COUNT, "how often (ping: default 1; stats --watch: default until interrupted)")                \
-    X(transports, "transports", FLAG, NULL, PING, "which ways there are for blocks to move, tried out, and which is in use")   \
     X(blocks, "blocks", U32, "N", BENCH, "different blocks to put and get (default 32)")                                       \
     X(ops, "ops", STRING, "LIST", BENCH, "any of put,lookup,get, run in that order (default all)")                             \
     X(keep, "keep", FLAG, NULL, BENCH, "do not drop the blocks at the end")
