@@ -11,7 +11,9 @@ typedef struct event {
     uint32_t generation, references;
     uint64_t wanted, reached; // how often it was recorded, and has come
     struct event *original;   // of an import
+    struct event *next;       // of all that ever were: so that the use of one that is gone is seen
 } event_t;
+static event_t *events;
 
 typedef struct op {
     struct op *next;
@@ -52,7 +54,12 @@ static void *stream_main(void *argument) {
         pthread_mutex_lock(&gpu.lock);
         pthread_cond_broadcast(&gpu.changed);
     }
+    bool lost = !stream->over;
     pthread_mutex_unlock(&gpu.lock);
+    if (lost) { // by a reset: nobody will join
+        pthread_detach(pthread_self());
+        free(stream);
+    }
     return NULL;
 }
 
@@ -112,6 +119,8 @@ static int event_new(event_t *original, void **out) {
     event->generation = gpu.generation;
     event->references = 1;
     event->original = original;
+    event->next = events;
+    events = event;
     *out = event;
     return 0;
 }
@@ -132,7 +141,7 @@ void bkv_gpu_event_destroy(void *argument) {
     (void)fake_enter();
     MUST(event->generation == gpu.generation);
     gpu.counts.events--;
-    free(event);
+    event->generation = 0;
     fake_leave(0);
 }
 
@@ -193,7 +202,10 @@ int bkv_gpu_event_import(const uint8_t bytes[BKV_GPU_HANDLE_BYTES], void **event
 }
 
 void *fake_gpu_event(uint8_t handle[BKV_GPU_HANDLE_BYTES]) {
-    event_t *event = calloc(1, sizeof(*event)); // the worker's: not counted, and no reset of ours ends it
+    void *made;
+    (void)fake_enter();
+    fake_leave(event_new(NULL, &made)); // the worker's: not counted, and no reset of ours ends it
+    event_t *event = made;
     event->wanted = 1;
     bkv_gpu_event_export(event, handle);
     return event;
