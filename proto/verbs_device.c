@@ -1,4 +1,5 @@
-// verbs_device.c - finds and opens an RDMA device, picks its port and GID, and registers memory with it; links are verbs_link.c's.
+// verbs_device.c - finds and opens an RDMA device, picks its port and GID, and registers memory with it; links are
+// verbs_link.c's.
 #include "proto/verbs_link.h"
 
 #include <errno.h>

@@ -1,5 +1,5 @@
-// verbs_link.h - what both ends of the verbs transport share: an RDMA device that has been opened, memory registered with it, and
-// one end of a reliable connection. Plain verbs: what librdmacm would exchange goes through Attach (proto/balancekv.proto).
+// verbs_link.h - what both ends of the verbs transport share: an RDMA device that has been opened, memory registered with it,
+// and one end of a reliable connection. Plain verbs: what librdmacm would exchange goes through Attach (proto/balancekv.proto).
 //
 // What moves over a connection, and when, is left to the ends: daemon/transport/verbs*.c READs and WRITEs, client/ answers.
 // Nothing that the other end says of itself is trusted: bkv_verbs_link_connect checks it.
@@ -29,7 +29,8 @@ typedef struct bkv_verbs_choice {
     int32_t gid;                 // index in the port's table; -1: the best
 } bkv_verbs_choice_t;
 
-// Reads "auto" or "NAME[:PORT[:GID INDEX]]"; NULL and "" are "auto". INVALID_ARGUMENT says what is wrong, without a field's name.
+// Reads "auto" or "NAME[:PORT[:GID INDEX]]"; NULL and "" are "auto". INVALID_ARGUMENT says what is wrong, without a field's
+// name.
 bkv_status_t bkv_verbs_choose(const char *text, bkv_verbs_choice_t *choice, bkv_error_t *err);
 
 // A port and the GID that names it, as found; both may change while the device is open.
@@ -105,8 +106,8 @@ typedef struct bkv_verbs_link {
 bkv_status_t bkv_verbs_link_init(bkv_verbs_link_t *link, const bkv_verbs_device_t *device, struct ibv_cq *completions,
                                  uint32_t work, bool answers, bkv_error_t *err);
 
-// This end, for the other one. window: memory that it may use, or NULL; end->address is then the caller's to set where the window
-// is a GPU's.
+// This end, for the other one. window: memory that it may use, or NULL; end->address is then the caller's to set where the
+// window is a GPU's.
 void bkv_verbs_link_describe(const bkv_verbs_link_t *link, const struct ibv_mr *window, bkv_verbs_end_t *end);
 
 // Checks what the other end says of itself; local: the port that is to connect to it. INVALID_ARGUMENT names the field:
@@ -114,8 +115,8 @@ void bkv_verbs_link_describe(const bkv_verbs_link_t *link, const struct ibv_mr *
 bkv_status_t bkv_verbs_end_check(const bkv_verbs_port_t *local, const bkv_verbs_end_t *end, bkv_error_t *err);
 
 // Connects to the other end, which does the same: both may post once both have. Checks it first. May take a second, where an
-// address has to be found out and nobody answers. FAILED_PRECONDITION: there is no way to it. After a failure the link can only be
-// given up. A transfer that is not answered fails within about a second, whatever has become of the other end.
+// address has to be found out and nobody answers. FAILED_PRECONDITION: there is no way to it. After a failure the link can only
+// be given up. A transfer that is not answered fails within about two seconds, whatever has become of the other end.
 bkv_status_t bkv_verbs_link_connect(bkv_verbs_link_t *link, const bkv_verbs_end_t *other, bkv_error_t *err);
 
 // All that is posted completes soon, in failure. Idempotent.

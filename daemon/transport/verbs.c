@@ -1,9 +1,9 @@
-// verbs.c - windows of clients on other hosts, by RDMA: a payload is READ from the client's window straight into where the pipeline
-// wants it, a record WRITTEN to it from where it lies in the arena. The client's NIC does its part alone; the client never writes to
-// memory of ours, and gets no key for it.
+// verbs.c - windows of clients on other hosts, by RDMA: a payload is READ from the client's window straight into where the
+// pipeline wants it, a record WRITTEN to it from where it lies in the arena. The client's NIC does its part alone; the client
+// never writes to memory of ours, and gets no key for it.
 //
-// The arena and the staging memory are registered once, when the daemon starts. Each session is one reliable connection of its own:
-// whatever its client does, or suffers, breaks that one and no other. How transfers share the device: verbs_work.c.
+// The arena and the staging memory are registered once, when the daemon starts. Each session is one reliable connection of its
+// own: whatever its client does, or suffers, breaks that one and no other. How transfers share the device: verbs_work.c.
 #include "daemon/transport/verbs.h"
 
 #include "daemon/observe/log.h"
@@ -63,8 +63,8 @@ static bkv_status_t register_memory(bkv_verbs_t *verbs, bkv_error_t *err) {
     return status;
 }
 
-// One completion queue for all links, with room for all that may be posted at once, and for as much that comes late: some devices
-// leave completions of a queue pair behind that has been destroyed.
+// One completion queue for all links, with room for all that may be posted at once, and for as much that comes late: some
+// devices may leave completions of a queue pair behind that has been destroyed.
 static bkv_status_t make_queue(bkv_verbs_t *verbs, bkv_error_t *err) {
     const bkv_verbs_device_t *device = verbs->device;
     verbs->max_sessions = least(bkv_transports_config_of(verbs->transports)->verbs_sessions, device->links);

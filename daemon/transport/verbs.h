@@ -1,9 +1,9 @@
 // verbs.h - what the files of the verbs transport share. verbs.c: sessions, and what their payloads and records mean;
-// verbs_work.c: transfers cut into work requests, posted in turn and taken back; verbs_watch.c: the thread that hears what the device
-// has to say, and the clock.
+// verbs_work.c: transfers cut into work requests, posted in turn and taken back; verbs_watch.c: the thread that hears what the
+// device has to say, and the clock.
 //
-// One lock guards everything that moves. Under it work is posted and a broken link stopped, but nobody is called back: transfers
-// that are over are collected in a list, and told once the lock is free (bkv_verbs_tell).
+// One lock guards everything that moves. Under it work is posted and a broken link stopped, but nobody is called back:
+// transfers that are over are collected in a list, and told once the lock is free (bkv_verbs_tell).
 #ifndef BKV_TRANSPORT_VERBS_H
 #define BKV_TRANSPORT_VERBS_H
 
@@ -100,13 +100,14 @@ static inline void bkv_verbs_list_init(bkv_verbs_list_t *list) {
 bkv_status_t bkv_verbs_work_init(bkv_verbs_t *verbs, uint32_t count, bkv_error_t *err);
 void bkv_verbs_work_deinit(bkv_verbs_t *verbs);
 
-// Begins a transfer, which is `over` later or before this returns. FAILED_PRECONDITION: the session's link has failed, or it has been
-// ended; then it has not begun. Without the lock.
+// Begins a transfer, which is `over` later or before this returns. FAILED_PRECONDITION: the session's link has failed, or it
+// has been ended; then it has not begun. Without the lock.
 bkv_status_t bkv_verbs_begin(bkv_verbs_session_t *session, bkv_verbs_transfer_t *transfer, bkv_error_t *err);
 
 // What follows needs the lock. Transfers that are thereby over are added to `over`.
 
-// Gives the session's link up: nothing more is posted, what has been comes back in failure. Of several reasons the first counts.
+// Gives the session's link up: nothing more is posted, what has been comes back in failure. Of several reasons the first
+// counts.
 void bkv_verbs_break(bkv_verbs_session_t *session, const char *cause, bkv_verbs_list_t *over);
 
 // The same for what has not come back in time: the queue pair is destroyed, after which it no longer can. On the thread.

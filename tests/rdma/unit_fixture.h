@@ -1,5 +1,5 @@
-// unit_fixture.h - the verbs transport without gRPC: a store, a pipeline and the transports as in the daemon, and clients that are
-// one end of a link with a window each, in the same process. All of it on one RDMA device.
+// unit_fixture.h - the verbs transport without gRPC: a store, a pipeline and the transports as in the daemon, and clients that
+// are one end of a link with a window each, in the same process. All of it on one RDMA device.
 #ifndef BKV_TEST_RDMA_FIXTURE_H
 #define BKV_TEST_RDMA_FIXTURE_H
 

@@ -1,5 +1,5 @@
-// unit_verbs_faults.c - what becomes of the verbs transport when its clients, their links or its own device fail: who is concerned is
-// told in time, and nobody else notices. test_unit.py runs it in a guest.
+// unit_verbs_faults.c - what becomes of the verbs transport when its clients, their links or its own device fail: who is
+// concerned is told in time, and nobody else notices. test_unit.py runs it in a guest.
 #include "unit_fixture.h"
 
 #include "daemon/observe/clock.h"

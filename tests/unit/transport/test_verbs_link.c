@@ -1,5 +1,5 @@
-// test_verbs_link.c - what can be said of an RDMA connection without a device: how devices are named, what the other end may say of
-// itself, and what is heard where there is no device. The rest is tests/rdma/unit_link.c.
+// test_verbs_link.c - what can be said of an RDMA connection without a device: how devices are named, what the other end may
+// say of itself, and what is heard where there is no device. The rest is tests/rdma/unit_link.c.
 #include "proto/verbs_link.h"
 
 #include <criterion/criterion.h>

@@ -1,6 +1,6 @@
-// test_verbs_work.c - how transfers share an RDMA device: what is posted, in which order, and how much at once. No device is needed:
-// posting a work request goes through a table in the queue pair's context, and the one here only writes down what it is given.
-// What becomes of links that break needs a device: tests/rdma/unit_verbs.c.
+// test_verbs_work.c - how transfers share an RDMA device: what is posted, in which order, and how much at once. No device is
+// needed: posting a work request goes through a table in the queue pair's context, and the one here only writes down what it is
+// given. What becomes of links that break needs a device: tests/rdma/unit_verbs_faults.c.
 #include "daemon/transport/session.h"
 #include "daemon/transport/verbs.h"
 
