@@ -92,9 +92,9 @@ void bkv_client_wake(bkv_client_t *client) {
         abort(); // as gRPC does without memory
     }
     wake->tag = (bkv_call_tag_t){.run = on_wake, .owner = wake};
-    wake->grpc = grpc_channel_create_call(client->channel, NULL, GRPC_PROPAGATE_DEFAULTS, client->completions,
-                                          grpc_slice_from_static_string("/wake"), NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC),
-                                          NULL);
+    wake->grpc =
+        grpc_channel_create_call(client->channel, NULL, GRPC_PROPAGATE_DEFAULTS, client->completions,
+                                 grpc_slice_from_static_string("/wake"), NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
     BKV_TSAN_GIVE(&wake->tag);
     grpc_call_error error = grpc_call_start_batch(wake->grpc, NULL, 0, &wake->tag, NULL);
     assert(error == GRPC_CALL_OK);
