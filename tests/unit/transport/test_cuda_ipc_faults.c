@@ -112,7 +112,7 @@ Test(cuda_ipc_faults, a_session_that_ends_in_the_middle_lets_what_has_begun_fini
     cuda_layout_t layout;
     outcome_t outcomes[40];
     put_held(&rig, session, &layout, outcomes, 40);
-    usleep(3000);
+    WAIT_UNTIL(fake_gpu_counts().compressions > 0);
     cuda_detach(&rig, session);
     cr_assert_eq(fake_gpu_counts().imports, 1, "transfers are under way");
     fake_gpu_hold(false);
