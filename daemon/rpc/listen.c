@@ -1,19 +1,19 @@
 // listen.c - binding. gRPC opens the sockets; what it does not look after is here: two daemons on one path (it would let the
-// second steal the first one's socket), permissions, plain TCP to the world, TLS files that do not fit together.
+// second steal the first one's socket; transport/unix_path.c), permissions, plain TCP to the world, TLS files that do not fit
+// together.
 #include "daemon/rpc/listen.h"
+
+#include "daemon/transport/unix_path.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <grpc/grpc_security.h>
-#include <limits.h>
 #include <netdb.h>
 #include <openssl/pem.h>
 #include <openssl/x509.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -23,40 +23,6 @@
 #define HOST_MAX     256
 
 // ---- unix ----
-
-static bkv_status_t take_lock(const char *path, int *fd, bkv_error_t *err) {
-    char lock_path[PATH_MAX];
-    snprintf(lock_path, sizeof(lock_path), "%s.lock", path);
-    int lock = open(lock_path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-    if (lock < 0) {
-        return bkv_fail(err, BKV_FAILED_PRECONDITION, "listen.socket: cannot open %s: %s", lock_path, strerror(errno));
-    }
-    if (flock(lock, LOCK_EX | LOCK_NB) != 0) {
-        int cause = errno;
-        close(lock);
-        return cause == EWOULDBLOCK
-                   ? bkv_fail(err, BKV_FAILED_PRECONDITION, "listen.socket: %s is served by another daemon", path)
-                   : bkv_fail(err, BKV_FAILED_PRECONDITION, "listen.socket: cannot lock %s: %s", lock_path, strerror(cause));
-    }
-    *fd = lock; // the file stays: unlinking a lock file lets two processes hold "the" lock
-    return BKV_OK;
-}
-
-// A socket that its daemon left behind. Nobody serves it: we hold the lock.
-static bkv_status_t clear_stale(const char *path, bkv_error_t *err) {
-    struct stat status;
-    if (lstat(path, &status) != 0) {
-        return errno == ENOENT ? BKV_OK
-                               : bkv_fail(err, BKV_FAILED_PRECONDITION, "listen.socket: %s: %s", path, strerror(errno));
-    }
-    if (!S_ISSOCK(status.st_mode)) {
-        return bkv_fail(err, BKV_FAILED_PRECONDITION, "listen.socket: %s is there and is not a socket", path);
-    }
-    if (unlink(path) != 0) {
-        return bkv_fail(err, BKV_FAILED_PRECONDITION, "listen.socket: cannot remove %s: %s", path, strerror(errno));
-    }
-    return BKV_OK;
-}
 
 // gRPC reads the address as a URI, in which % starts an escape.
 static void make_uri(const char *path, char *uri, size_t room) {
@@ -89,9 +55,9 @@ bkv_status_t bkv_listen_unix(grpc_server *server, const bkv_server_config_t *con
     if (strlen(config->socket_path) > most) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "listen.socket: longer than %zu bytes: %s", most, config->socket_path);
     }
-    bkv_status_t status = take_lock(config->socket_path, lock_fd, err);
+    bkv_status_t status = bkv_unix_path_lock(config->socket_path, lock_fd, err);
     if (status == BKV_OK) {
-        status = clear_stale(config->socket_path, err);
+        status = bkv_unix_path_clear(config->socket_path, err);
     }
     return status == BKV_OK ? bind_unix(server, config, err) : status;
 }
