@@ -5,7 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
-// Whether these bytes are a message of ours, and it is its turn. The first one may be any; after it only GIVE, for the same session.
+// Whether these bytes are a message of ours, and it is its turn: any may be the first, after it only GIVE for the same session.
 static bool is_in_order(const bkv_fd_peer_t *peer, const bkv_fd_message_t *request, bool has_fd) {
     bool known = request->op == BKV_FD_TAKE || request->op == BKV_FD_GIVE || request->op == BKV_FD_HOLD;
     if (request->magic != BKV_FD_MAGIC || !known || request->status != 0 || has_fd != (request->op == BKV_FD_GIVE)) {

@@ -59,18 +59,31 @@ static void watch(bkv_fd_socket_t *fds, int fd, void *what) {
     (void)rc;
 }
 
-// With it ends the session that it holds, if it still does.
-static void connection_close(bkv_fd_socket_t *fds, connection_t *connection) {
-    if (connection->peer.named) {
-        TAILQ_REMOVE(&fds->holders, connection, link);
-        fds->holder_count--;
-        bkv_session_lose(fds->transports, &connection->peer.session);
-    } else {
-        TAILQ_REMOVE(&fds->strangers, connection, link);
-        fds->stranger_count--;
-    }
+static void connection_free(connection_t *connection) {
     close(connection->fd); // which also takes it out of the epoll set
     free(connection);
+}
+
+static void stranger_close(bkv_fd_socket_t *fds, connection_t *stranger) {
+    TAILQ_REMOVE(&fds->strangers, stranger, link);
+    fds->stranger_count--;
+    connection_free(stranger);
+}
+
+// With it ends the session that it holds, if there is still one.
+static void holder_close(bkv_fd_socket_t *fds, connection_t *holder) {
+    TAILQ_REMOVE(&fds->holders, holder, link);
+    fds->holder_count--;
+    bkv_session_lose(fds->transports, &holder->peer.session);
+    connection_free(holder);
+}
+
+static void connection_close(bkv_fd_socket_t *fds, connection_t *connection) {
+    if (connection->peer.named) {
+        holder_close(fds, connection);
+    } else {
+        stranger_close(fds, connection);
+    }
 }
 
 // Or it would stay readable, and this thread would spin.
@@ -111,20 +124,21 @@ static void accept_some(bkv_fd_socket_t *fds, uint64_t now_ms) {
 }
 
 static void close_strangers(bkv_fd_socket_t *fds, uint64_t now_ms, uint64_t age_ms) {
-    connection_t *oldest;
-    while ((oldest = TAILQ_FIRST(&fds->strangers)) != NULL && now_ms - oldest->since_ms >= age_ms) {
-        connection_close(fds, oldest);
+    connection_t *stranger = TAILQ_FIRST(&fds->strangers), *next;
+    for (; stranger != NULL && now_ms - stranger->since_ms >= age_ms; stranger = next) {
+        next = TAILQ_NEXT(stranger, link);
+        stranger_close(fds, stranger);
     }
 }
 
 // Closes whom nobody needs any more.
 static void sweep(bkv_fd_socket_t *fds, uint64_t now_ms) {
     close_strangers(fds, now_ms, BKV_FD_STRANGER_MS);
-    connection_t *connection, *next;
-    for (connection = TAILQ_FIRST(&fds->holders); connection != NULL; connection = next) {
-        next = TAILQ_NEXT(connection, link);
-        if (!bkv_session_alive(fds->transports, &connection->peer.session)) {
-            connection_close(fds, connection);
+    connection_t *holder = TAILQ_FIRST(&fds->holders), *next;
+    for (; holder != NULL; holder = next) {
+        next = TAILQ_NEXT(holder, link);
+        if (!bkv_session_alive(fds->transports, &holder->peer.session)) {
+            holder_close(fds, holder);
         }
     }
     fds->swept_ms = now_ms;
@@ -325,8 +339,7 @@ static void close_list(struct connections *list) {
     connection_t *connection;
     while ((connection = TAILQ_FIRST(list)) != NULL) {
         TAILQ_REMOVE(list, connection, link);
-        close(connection->fd);
-        free(connection);
+        connection_free(connection);
     }
 }
 

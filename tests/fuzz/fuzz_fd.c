@@ -1,8 +1,8 @@
 // fuzz_fd.c - the fd socket's messages as hostile local clients may send them, to a real daemon's transports.
 //
-// The input is a series of turns of several peers: a byte says which peer speaks, whether it disconnects first, whether it sends a
-// descriptor along and whether the session's name is a real one; a byte is the length; then the message. Whatever they say, no
-// session is held twice, no descriptor stays, and an answer is one of ours.
+// The input is a series of turns of several peers: a byte says which peer speaks, whether it disconnects first, whether it sends
+// a descriptor along and whether the session's name is a real one; a byte is the length; then the message. Whatever they say,
+// no session is held twice, no descriptor stays, and an answer is one of ours.
 #include "daemon/transport/session.h"
 
 #include <assert.h>

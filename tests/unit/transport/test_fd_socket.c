@@ -1,4 +1,4 @@
-// test_fd_socket.c - the fd socket over real sockets: who gets in, what is answered, what is closed, and that no descriptor stays.
+// test_fd_socket.c - the fd socket over real sockets: who gets in, what is answered, what is closed; and no descriptor stays.
 #include "fixture.h"
 
 #include <criterion/criterion.h>
