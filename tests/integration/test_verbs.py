@@ -2,7 +2,7 @@
 import os
 import unittest
 
-from harness import Case, Code, Daemon, pb, run
+from harness import Code, CommandLineCase, Daemon, pb, run
 
 
 # As a client's of another host would be.
@@ -28,7 +28,7 @@ class Named(unittest.TestCase):
 
 
 @unittest.skipIf(os.path.isdir("/sys/class/infiniband") and os.listdir("/sys/class/infiniband"), "there is an RDMA device here")
-class Auto(Case):
+class Auto(CommandLineCase):
     reason = "no RDMA device"
 
     def test_starts_without_ado(self):
@@ -40,6 +40,14 @@ class Auto(Case):
 
     def test_attach_says_why(self):
         self.assert_error(Code.UNIMPLEMENTED, self.reason, self.client.unary, "Attach", OFFER, pb.AttachResponse)
+
+
+    def test_client_that_insists_is_told_why(self):
+        put = ("put", self.trace, "--model", "m", "--keys", self.path("keys.json"), "--transport")
+        error = self.bkv(*put, "verbs", code=1)["error"]
+        self.assertEqual(error["status"], "UNIMPLEMENTED")
+        self.assertIn("verbs", error["message"])
+        self.bkv(*put, "auto")
 
 
 class Off(Auto):

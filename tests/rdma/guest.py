@@ -14,7 +14,7 @@ from harness import Case, eventually, np, pb  # noqa: E402
 from support import built, native, runner  # noqa: E402
 
 RUNNER = os.path.join(HERE, "run-in-vm.sh")
-LIMIT_S = 150  # of a whole test program
+LIMIT_S = 300  # of a whole test program, which takes a fraction of it unless the machine is very busy
 SETTLE_S = 10  # the longest that anything may be left behind: retries of a link, an idle session, a tick of the daemon
 
 # Raw blocks: every byte of a payload comes back in its record, which ends with it.
@@ -102,7 +102,7 @@ class Peer:
         if not line or line.startswith("error"):
             raise AssertionError(f"peer: {line or 'ended'}")
         names = ("queue_pair", "packet", "gid", "mtu", "address", "key", "bytes")
-        self.end = dict(zip(names, (bytes.fromhex(word) if name == "gid" else int(word) for name, word in zip(names, line.split()))))
+        self.end = {name: bytes.fromhex(word) if name == "gid" else int(word) for name, word in zip(names, line.split())}
 
     def tell(self, *words):
         self.process.stdin.write(" ".join(map(str, words)) + "\n")

@@ -58,7 +58,8 @@ printf 'NODE=%q SHARE=%q\n' "$node" "$share" >"$state/job/settings"
 # -- its initramfs: busybox, the modules and guest-init.sh
 (
     cd "$state/root" && mkdir bin dev lower proc root sys upper &&
-        cp "$(command -v busybox)" bin/busybox && cp -r "$kernel/modules" modules && cp "$here/guest-init.sh" init && chmod 755 init &&
+        cp "$(command -v busybox)" bin/busybox && cp -r "$kernel/modules" modules &&
+        cp "$here/guest-init.sh" init && chmod 755 init &&
         find . | cpio -o -H newc -R 0:0 --quiet >"$state/initrd"
 ) || { echo "run-in-vm: cannot make the initramfs" >&2; exit 125; }
 

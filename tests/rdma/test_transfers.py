@@ -22,7 +22,7 @@ class Transfers(VerbsCase):
 
     def test_balance_and_folds(self):
         """Compressed records, and folds with and without a profile."""
-        changes = dict(model="fold", layers=1, timeout_ms=60000) # an emulated CPU takes its time
+        changes = dict(model="fold", layers=1, timeout_ms=60000)  # an emulated CPU takes its time
         verbs, inline = self.native("verbs", **changes), self.native("inline", **changes)
         for client, names in ((verbs, (10, 11)), (inline, (12, 13))):
             client.put_names(*names, codec=native.BALANCE, rate=8)
@@ -34,8 +34,8 @@ class Transfers(VerbsCase):
             self.assertEqual(folded, verbs.fold_names(*names, **options))
 
     def test_ping_shows_what_is_in_use(self):
-        done = subprocess.run([built("bin", "bkv"), "--endpoint", self.address, "--json", "ping", "--transports", "--verbs-device",
-                               "rxe1"], capture_output=True, text=True, timeout=30, check=False)
+        command = [built("bin", "bkv"), "--endpoint", self.address, "--json", "ping", "--transports", "--verbs-device", "rxe1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         self.assertEqual(done.returncode, 0, done.stderr)
         shown = {info["name"]: info for info in json.loads(done.stdout)["transports"]}
         self.assertTrue(shown["verbs"]["offered"] and shown["verbs"]["usable"] and shown["verbs"]["in_use"], shown)

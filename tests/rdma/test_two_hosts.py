@@ -10,16 +10,16 @@ import tempfile
 import time
 import unittest
 
-from guest import RUNNER, Client, eventually, key, native, resources, skip
+from guest import RUNNER, Client, eventually, key, native, resources
 from harness import Daemon
 from support import runner, wire
 
 ADDRESS = "10.77.9.1:7420"
-LIMIT_S = 120     # of a guest
-DEADLINE_S = 4    # of each call
-GRACE_S = 1.5     # of emulated machines
-NOTICED_S = 10    # retries of the link and an idle session
-PATIENCE_S = 60   # for a line of a guest, its boot included
+LIMIT_S = 300  # of a guest
+DEADLINE_S = 4  # of each call
+GRACE_S = 3  # of emulated machines
+NOTICED_S = 10  # retries of the link and an idle session
+PATIENCE_S = 120  # for a line of a guest, its boot included
 
 
 def say(*words):
@@ -95,7 +95,7 @@ class Guest:
                     raise AssertionError(f"instead of '{word}':\n{self.text}")
                 return words[1:]
             if self.process.poll() == 77:
-                skip()
+                raise unittest.SkipTest("no guest with Soft-RoCE can be had here, nothing was tested between two hosts")
             if time.monotonic() > end or self.process.poll() is not None:
                 raise AssertionError(f"no '{word}' (status {self.process.poll()}):\n{self.text}")
             time.sleep(0.05)
