@@ -1,4 +1,4 @@
-// bench.c - `make bench`: starts a daemon and the bare gRPC C core, runs the parts (bench.h), prints one table, writes one file.
+// bench.c - `make bench`: starts a daemon and the bare gRPC C core, runs the parts (bench.h), prints a table, writes a file.
 //
 //   bench --daemon build/bin/balancekvd --out build/bench/bench.json [--quick] [--part rpc|data|stores]
 //         [--python PYTHON --script bench_mooncake.py]
@@ -237,7 +237,7 @@ static uint8_t *make_payload(void) {
 }
 
 static void remove_folder(const char *folder) {
-    static const char *const names[] = {"d.sock", "d.sock.lock", "d.sock.fd", "bare.sock"};
+    static const char *const names[] = {"d.sock", "d.sock.lock", "d.sock.fd", "d.sock.fd.lock", "bare.sock"};
     char path[128];
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
         snprintf(path, sizeof(path), "%s/%s", folder, names[i]);

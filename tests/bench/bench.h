@@ -1,5 +1,5 @@
-// bench.h - what the parts of `make bench` share: one daemon, two clients of it (payloads in messages and in shared memory), the
-// bare gRPC C core, one report.
+// bench.h - what the parts of `make bench` share: one daemon, two clients of it (payloads in messages and in shared memory),
+// the bare gRPC C core, one report.
 //
 // Everything is measured in turn in one run, ours and what it is compared with alternating, and told as medians: both see the
 // same machine. A failure ends the process: it is a bench.

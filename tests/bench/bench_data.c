@@ -18,6 +18,7 @@
 #define SOURCES    4  // blocks of shared memory in use at once, and of memory that memcpy copies from
 #define TARGETS    32 // blocks in the store
 #define MAX_ROUNDS 64
+#define WARM       8 // rounds before, in which every page is touched
 #define MOST       8 // in flight
 
 typedef struct data_bench {
@@ -127,8 +128,8 @@ static double get(data_bench_t *data, uint32_t blocks, uint32_t flight) {
 static void measure(data_bench_t *data, uint32_t flight, uint32_t threads, uint32_t blocks, bkv_bar_t bar) {
     static double samples[4][MAX_ROUNDS];
     uint32_t rounds = bkv_bench_rounds(data->bench, MAX_ROUNDS / flight);
-    for (uint32_t i = 0; i < rounds + 2; i++) {
-        uint32_t at = i < 2 ? 0 : i - 2;
+    for (uint32_t i = 0; i < rounds + WARM; i++) {
+        uint32_t at = i < WARM ? 0 : i - WARM;
         samples[0][at] = copy(data, blocks, threads, false);
         samples[1][at] = put(data, blocks, flight);
         samples[2][at] = copy(data, blocks, threads, true);

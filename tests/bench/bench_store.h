@@ -7,7 +7,7 @@
 
 #include "tests/bench/bench.h"
 
-#define BKV_BENCH_BATCH 16 // most blocks in one request
+#define BKV_BENCH_BATCH 64 // most blocks in one request
 
 typedef struct bkv_bench_store {
     const char *name, *put_name, *get_name;

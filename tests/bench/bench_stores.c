@@ -1,9 +1,9 @@
 // bench_stores.c - blocks of raw bytes from 64 KiB to 64 MiB: ours, by shared memory and in messages, against Redis and
 // Mooncake Store (bench_store.h), which a user might take instead.
 //
-// Each round every store puts and gets the same number of bytes under a new key, in turn; then the keys are dropped. Payloads
-// lie in memory before the clock starts (of ours: in bkv_buffer_get's) and are readable in memory when it stops. One block is
-// a request waited for; small blocks are measured as requests of BKV_BENCH_BATCH blocks too, as engines put them.
+// Each round every store puts and gets the same number of bytes under new keys, in turn, and drops them. Payloads lie in memory
+// before the clock starts (of ours: in bkv_buffer_get's) and are readable in memory when it stops. One block is a request waited
+// for; small blocks are also measured many to a request, as engines put and get them.
 #include "tests/bench/bench.h"
 #include "tests/bench/bench_store.h"
 
@@ -12,7 +12,7 @@
 
 #define MAX_ROUNDS 1000
 
-enum { SHM, INLINE, REDIS, MOONCAKE, STORES };
+enum { SHM, INLINE, OTHER, STORES };
 
 // ---- ours ----
 
@@ -82,37 +82,39 @@ static bkv_bench_store_t start_ours(const char *name, bkv_bench_t *bench, bkv_cl
     return store;
 }
 
-// ---- all of them ----
+// ---- the comparison ----
 
-static void size_text(size_t bytes, char out[16]) {
+static void name_row(char out[64], const char *what, size_t bytes, uint32_t count, const char *how) {
     bool small = bytes < BKV_BENCH_MIB;
-    snprintf(out, 16, "%zu %s", small ? bytes / 1024 : bytes / BKV_BENCH_MIB, small ? "KiB" : "MiB");
+    char times[16] = "";
+    if (count > 1) {
+        snprintf(times, sizeof(times), "%u x ", count);
+    }
+    snprintf(out, 64, "%s %s%zu %s, %s", what, times, small ? bytes / 1024 : bytes / BKV_BENCH_MIB, small ? "KiB" : "MiB", how);
 }
 
-// Ours by shared memory against each of the others; in messages for comparison.
-static void report(bkv_bench_t *bench, const bkv_bench_store_t stores[STORES], const char *what, const double rates[STORES],
-                   bool put) {
+// Ours against the other: by shared memory with a bar, in messages without.
+static void report(bkv_bench_t *bench, const char *what, const char *against, size_t bytes, uint32_t count,
+                   const double rates[STORES]) {
     char name[64];
-    for (int other = REDIS; other < STORES && rates[SHM] > 0; other++) {
-        if (rates[other] > 0) {
-            snprintf(name, sizeof(name), "%s %s, shm", put ? "put" : "get", what);
-            bkv_report_add(&bench->report, name, rates[SHM], "GB/s", put ? stores[other].put_name : stores[other].get_name,
-                           rates[other], BKV_BAR_AT_LEAST, 1);
-        }
+    if (rates[SHM] > 0) {
+        name_row(name, what, bytes, count, "shm");
+        bkv_report_add(&bench->report, name, rates[SHM], "GB/s", against, rates[OTHER], BKV_BAR_AT_LEAST, 1);
     }
-    snprintf(name, sizeof(name), "%s %s, inline", put ? "put" : "get", what);
-    bkv_report_add(&bench->report, name, rates[INLINE], "GB/s", put ? stores[REDIS].put_name : stores[REDIS].get_name,
-                   rates[REDIS], BKV_BAR_NONE, 0);
+    if (rates[INLINE] > 0) {
+        name_row(name, what, bytes, count, "inline");
+        bkv_report_add(&bench->report, name, rates[INLINE], "GB/s", against, rates[OTHER], BKV_BAR_NONE, 0);
+    }
 }
 
 static void measure(bkv_bench_t *bench, const bkv_bench_store_t stores[STORES], size_t bytes, uint32_t count, uint32_t full) {
     static double puts[STORES][MAX_ROUNDS], gets[STORES][MAX_ROUNDS];
     double put_rates[STORES] = {0}, get_rates[STORES] = {0};
-    uint32_t rounds = bkv_bench_rounds(bench, full), warm = rounds / 10 + 2, key = bench->next_key;
+    uint32_t rounds = bkv_bench_rounds(bench, full), warm = rounds / 10 + 2, key = 0;
     for (uint32_t i = 0; i < warm + rounds; i++, key += count) {
-        for (int s = 0; s < STORES; s++) {
+        for (uint32_t turn = 0; turn < STORES; turn++) {
+            uint32_t s = (turn + i) % STORES, at = i < warm ? 0 : i - warm; // nobody always follows the same one
             if (stores[s].self != NULL) {
-                uint32_t at = i < warm ? 0 : i - warm;
                 puts[s][at] = stores[s].put(stores[s].self, key, count, bytes);
                 gets[s][at] = stores[s].get(stores[s].self, key, count, bytes);
                 stores[s].drop(stores[s].self, key, count);
@@ -125,36 +127,39 @@ static void measure(bkv_bench_t *bench, const bkv_bench_store_t stores[STORES], 
             get_rates[s] = (double)bytes * count / bkv_quantile(gets[s], rounds, 0.5) / 1e9;
         }
     }
-    char size[16], what[48];
-    size_text(bytes, size);
-    snprintf(what, sizeof(what), "%.0u%s%s", count > 1 ? count : 0, count > 1 ? " x " : "", size);
-    report(bench, stores, what, put_rates, true);
-    report(bench, stores, what, get_rates, false);
+    report(bench, "put", stores[OTHER].put_name, bytes, count, put_rates);
+    report(bench, "get", stores[OTHER].get_name, bytes, count, get_rates);
+}
+
+// One other store at a time: what a third leaves in the caches is not for these two to pay.
+static void compare(bkv_bench_t *bench, const bkv_bench_store_t stores[STORES]) {
+    static const struct {
+        size_t kib;
+        uint32_t count, rounds;
+    } sizes[] = {
+        {64, 1, 1000},  {64, 16, 200}, {64, 64, 60},   {256, 1, 600},  {256, 16, 60},
+        {1024, 1, 200}, {4096, 1, 60}, {16384, 1, 20}, {65536, 1, 12},
+    };
+    if (stores[OTHER].self == NULL) {
+        printf("SKIPPED the comparison with %s: %s\n", stores[OTHER].name, stores[OTHER].reason);
+        return;
+    }
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        measure(bench, stores, sizes[i].kib * 1024, sizes[i].count, sizes[i].rounds);
+    }
+    stores[OTHER].stop(stores[OTHER].self);
 }
 
 void bkv_bench_stores(bkv_bench_t *bench) {
     static ours_t by_shm, by_messages;
-    bkv_bench_store_t stores[STORES] = {
-        [SHM] = start_ours("shm", bench, bench->shm, &by_shm),
-        [INLINE] = start_ours("inline", bench, bench->client, &by_messages),
-        [REDIS] = bkv_bench_redis(bench->folder, bench->payload),
-        [MOONCAKE] = bkv_bench_mooncake(&bench->mooncake, BKV_BENCH_LARGEST),
-    };
-    for (int s = REDIS; s < STORES; s++) {
-        if (stores[s].self == NULL) {
-            printf("SKIPPED the comparison with %s: %s\n", stores[s].name, stores[s].reason);
-        }
-    }
-    static const uint32_t rounds[] = {1000, 600, 200, 60, 20, 12};
-    for (size_t i = 0, bytes = 64 * 1024; bytes <= BKV_BENCH_LARGEST; i++, bytes *= 4) {
-        measure(bench, stores, bytes, 1, rounds[i]);
-        if (bytes <= BKV_BENCH_MIB) {
-            measure(bench, stores, bytes, BKV_BENCH_BATCH, rounds[i] / 10);
-        }
-    }
-    for (int s = 0; s < STORES; s++) {
-        if (stores[s].self != NULL) {
-            stores[s].stop(stores[s].self);
-        }
+    bkv_bench_store_t shm = start_ours("shm", bench, bench->shm, &by_shm);
+    bkv_bench_store_t messages = start_ours("inline", bench, bench->client, &by_messages);
+    bkv_bench_store_t redis = bkv_bench_redis(bench->folder, bench->payload);
+    compare(bench, (bkv_bench_store_t[STORES]){[SHM] = shm, [INLINE] = messages, [OTHER] = redis});
+    bkv_bench_store_t mooncake = bkv_bench_mooncake(&bench->mooncake, BKV_BENCH_LARGEST);
+    compare(bench, (bkv_bench_store_t[STORES]){[SHM] = shm, [OTHER] = mooncake});
+    messages.stop(messages.self);
+    if (shm.self != NULL) {
+        shm.stop(shm.self);
     }
 }

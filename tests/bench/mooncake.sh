@@ -1,6 +1,6 @@
 #!/bin/bash
-# Makes a Python that has the wheel of Mooncake Store: mooncake.sh FOLDER [PYTHON]. What cannot be is said, and is no failure: the
-# bench then goes without.
+# Makes a Python that has the wheel of Mooncake Store: mooncake.sh FOLDER [PYTHON]. What cannot be is said, and is no failure:
+# the bench then goes without.
 set -u
 folder=$1 python=${2:-/usr/bin/python3}
 package=mooncake-transfer-engine-non-cuda==0.3.13.post1 # TCP needs no CUDA
