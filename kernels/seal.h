@@ -31,8 +31,8 @@ BKV_API void bkv_sum_restart(bkv_sum_t *sum);
 // Sums what is new of the record, whose first `available` bytes are there by now.
 BKV_API void bkv_sum_advance(bkv_sum_t *sum, const void *record, size_t available);
 
-// Sums the record's next bytes where they lie elsewhere, as in a piece that is on its way to the record. The record's start, more
-// than the checksum field, must have been summed by then.
+// Sums the record's next bytes where they lie elsewhere, as in a piece that is on its way to the record. The record's start,
+// more than the checksum field, must have been summed by then.
 BKV_API void bkv_sum_append(bkv_sum_t *sum, const void *bytes, size_t length);
 
 // The checksum of the bytes so far, which must be at least sizeof(bkv_record_header_t).

@@ -1,9 +1,9 @@
-// put.c - Put: takes a block's bytes in, and on a compute thread makes a record of them and publishes it. What it begins with and
-// how it ends is put_begin.c's.
+// put.c - Put: takes a block's bytes in, and on a compute thread makes a record of them and publishes it. What it begins with
+// and how it ends is put_begin.c's.
 //
-// Bytes come by _write, from the caller or from a reader on the compute thread, or by DMA into _memory. A raw block's are summed
-// and looked through for NaN in pieces that stay in the nearest cache: on their way, or where DMA has put them. A record that a
-// device has made lacks only its checksum.
+// Bytes come by _write, from the caller or from a reader on the compute thread, or by DMA into _memory. A raw block's are
+// summed and looked through for NaN in pieces that stay in the nearest cache: on their way, or where DMA has put them. A record
+// that a device has made lacks only its checksum.
 #include "daemon/pipeline/ingest.h"
 
 #include "daemon/observe/clock.h"

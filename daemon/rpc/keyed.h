@@ -11,8 +11,8 @@ typedef struct bkv_keyed {
     uint32_t count;
 } bkv_keyed_t;
 
-// Checks and reads a request's spec_id and keys. INVALID_ARGUMENT: not what they should be; NOT_FOUND: the spec was never opened
-// here; RESOURCE_EXHAUSTED: more than max_batch, or no memory.
+// Checks and reads a request's spec_id and keys. INVALID_ARGUMENT: not what they should be; NOT_FOUND: the spec was never
+// opened here; RESOURCE_EXHAUSTED: more than max_batch, or no memory.
 bkv_status_t bkv_keyed_get(const bkv_call_t *call, bkv_bump_t *bump, const ProtobufCBinaryData *spec_id, size_t count,
                            const ProtobufCBinaryData *keys, bkv_keyed_t *keyed, bkv_error_t *err);
 

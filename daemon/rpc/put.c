@@ -2,11 +2,13 @@
 //
 // A message is read only when the one before it has been used up: what the client sends meanwhile waits in HTTP/2's flow
 // control. A block is committed as soon as its bytes are there; while it is compressed the next one arrives. One that lies in
-// memory which the client shares is fetched from there by the transports, several at once if they come. When the daemon is full and blocks of this very call are still being worked on, the call waits for one of them instead of giving
-// up. At the end of the stream, or at the first failure, it waits for all of them and then answers.
+// memory which the client shares is fetched from there by the transports, several at once if they come. When the daemon is full
+// and blocks of this very call are still being worked on, the call waits for one of them instead of giving up. At the end of
+// the stream, or at the first failure, it waits for all of them and then answers.
 //
 // Who may touch what: the call, the list of items and the message belong to the reader, the event that is being run; each item
-// belongs to the pipeline from its commit to its callback. `busy` counts the reader and the items in the pipeline; who takes it to 0 answers.
+// belongs to the pipeline, or to a transport, from its commit to its callback. `busy` counts the reader and those items; who
+// takes it to 0 answers.
 #include "daemon/observe/clock.h"
 #include "daemon/rpc/call.h"
 

@@ -1,14 +1,14 @@
-// records.c - sends records as a stream of chunks. A chunk refers to the record's bytes where they lie in the store, or says where
-// in the client's memory a transport has put them.
+// records.c - sends records as a stream of chunks. A chunk refers to the record's bytes where they lie in the store, or says
+// where in the client's memory a transport has put them.
 //
 // Chunks go out in order and one at a time, so a slow reader costs a pin on the few records that have been taken up (of a Fold:
 // on each that it has not got yet) and what gRPC buffers, until its deadline. Without a transport that is one record.
 // gRPC may hold on to a chunk's bytes after the send has completed or failed, even after the call has ended: each chunk
 // therefore counts as a holder of its record, which is released by the last of them.
 //
-// Who may touch what: everything belongs to the sender, the event or callback that is being run; of a record that a transport has,
-// error and state belong to its callback. When the sender finds the record that is due still moving, it leaves, and the next
-// callback is the sender. `busy` counts the sender and the records that transports have; who takes it to 0 ends the call.
+// Who may touch what: everything belongs to the sender, the event or callback that is being run; of a record that a transport
+// has, error and state belong to its callback. When the sender finds the record that is due still moving, it leaves, and the
+// next callback is the sender. `busy` counts the sender and the records that transports have; who takes it to 0 ends the call.
 #include "daemon/rpc/records.h"
 
 #include "daemon/observe/clock.h"

@@ -54,7 +54,8 @@ typedef struct bkv_split {
     size_t data_bytes; // 0 when there is none
 } bkv_split_t;
 
-// head_most: most bytes of the fields below 15; few of them cost little, whatever head_most is. Statuses as above; a length that goes past the end: INVALID_ARGUMENT.
+// head_most: most bytes of the fields below 15; few of them cost little, whatever head_most is. Statuses as above; a length
+// that goes past the end: INVALID_ARGUMENT.
 bkv_status_t bkv_wire_split(const ProtobufCMessageDescriptor *type, grpc_byte_buffer *message, size_t head_most,
                             bkv_bump_t *bump, bkv_split_t *split, bkv_error_t *err);
 
@@ -90,8 +91,8 @@ typedef struct bkv_wire_place {
     uint8_t event[BKV_CUDA_HANDLE_BYTES];
 } bkv_wire_place_t;
 
-// The place of a block's payload; `layers` is the spec's. bytes are filled in. Lengths, counts and alignment are checked, not whether
-// it lies within the session. To be cleared, also after a failure.
+// The place of a block's payload; `layers` is the spec's. bytes are filled in. Lengths, counts and alignment are checked, not
+// whether it lies within the session. To be cleared, also after a failure.
 bkv_status_t bkv_wire_get_payload_place(const Balancekv__V1__PutBlock *block, uint32_t layers, bkv_wire_place_t *out,
                                         bkv_error_t *err);
 

@@ -1,5 +1,5 @@
-// wire_place.c - what clients say about memory that they share: places, layouts, windows. Here lengths and counts are checked, so
-// that everybody may follow the pointers; whether numbers lie within a session is the transports' to check.
+// wire_place.c - what clients say about memory that they share: places, layouts, windows. Here lengths and counts are checked,
+// so that everybody may follow the pointers; whether numbers lie within a session is the transports' to check.
 #include "daemon/rpc/wire.h"
 
 #include <stdlib.h>

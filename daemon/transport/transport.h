@@ -158,9 +158,9 @@ bkv_status_t bkv_session_fetch(bkv_session_t *session, const bkv_place_t *place,
 // error.status == BKV_OK: the whole record lies there, verified. error is never NULL and lives for the call only.
 typedef void (*bkv_delivered_t)(void *user, const bkv_error_t *error);
 
-// Takes a record to the place, which has room for it (place->bytes, the record's length): bkv_session_room. The delivery stays the
-// caller's, who keeps it until `done`. The delivery is unverified; the transport verifies it: by bkv_delivery_copy as it copies,
-// or by bkv_delivery_verify before a device or a NIC takes it (on a compute thread: see bkv_pipeline_submit).
+// Takes a record to the place, which has room for it (place->bytes, the record's length): bkv_session_room. The delivery stays
+// the caller's, who keeps it until `done`. The delivery is unverified; the transport verifies it: by bkv_delivery_copy as it
+// copies, or by bkv_delivery_verify before a device or a NIC takes it (on a compute thread: see bkv_pipeline_submit).
 // DATA_LOSS, of the start or of `done`: the record was damaged and has been dropped. On failure `done` is not called.
 bkv_status_t bkv_session_deliver(bkv_session_t *session, const bkv_place_t *place, const bkv_delivery_t *delivery,
                                  bkv_delivered_t done, void *user, bkv_error_t *err);

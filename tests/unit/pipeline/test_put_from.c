@@ -1,4 +1,5 @@
-// test_put_from.c - payloads that the caller does not write: read on a compute thread, brought by DMA, or made records by a device.
+// test_put_from.c - payloads that the caller does not write: read on a compute thread, brought by DMA, or made records by a
+// device.
 #include "fixture.h"
 
 #include "kernels/seal.h"

@@ -1,4 +1,4 @@
-// test_put_place.c - Put of blocks that lie in shared memory: in flight together, refused by name, and never answered too early.
+// test_put_place.c - Put of blocks that lie in shared memory: in flight together, refused by name, never answered too early.
 #include "rig.h"
 
 #include "daemon/rpc/wire.h"
