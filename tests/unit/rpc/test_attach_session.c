@@ -2,6 +2,7 @@
 #include "rig.h"
 
 #include <criterion/criterion.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -184,5 +185,28 @@ Test(rpc_attach_session, stats_and_open_say_what_is_on_offer) {
     cr_assert(reply->n_transports == 2 && strcmp(reply->transports[0], "shm") == 0);
     cr_assert_str_eq(reply->transports[1], "inline");
     balancekv__v1__stats_response__free_unpacked(reply, NULL);
+    rig_close(&rig);
+}
+
+Test(rpc_attach_session, who_comes_by_tcp_is_not_on_this_host) {
+    rig_t rig;
+    peer_daemon_init(&rig.daemon, &rig.config);
+    rig.config.transports = sharing_create(rig.config.pipeline);
+    rig.config.tcp = "127.0.0.1:0";
+    rig_start(&rig);
+    char target[64];
+    snprintf(target, sizeof(target), "127.0.0.1:%d", bkv_server_port(rig.daemon.server));
+    grpc_channel_destroy(rig.channel);
+    rig.channel = peer_connect(target);
+    Balancekv__V1__StatsRequest request = BALANCEKV__V1__STATS_REQUEST__INIT;
+    grpc_status_code code;
+    Balancekv__V1__StatsResponse *reply =
+        peer_unary(rig.channel, "Stats", &request.base, &balancekv__v1__stats_response__descriptor, &code, NULL);
+    cr_assert_eq(code, GRPC_STATUS_OK);
+    cr_assert(reply->n_transports == 1 && strcmp(reply->transports[0], "inline") == 0);
+    balancekv__v1__stats_response__free_unpacked(reply, NULL);
+    uint8_t session[BKV_SESSION_BYTES];
+    rig_attach(&rig, 4096, session); // the double does not mind
+    cr_assert_not(sharing_look(rig.config.transports).args.local);
     rig_close(&rig);
 }
