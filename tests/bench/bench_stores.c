@@ -2,8 +2,8 @@
 // Mooncake Store (bench_store.h), which a user might take instead.
 //
 // Each round every store puts and gets the same number of bytes under new keys, in turn, and drops them. Payloads lie in memory
-// before the clock starts (of ours: in bkv_buffer_get's) and are readable in memory when it stops. One block is a request waited
-// for; small blocks are also measured many to a request, as engines put and get them.
+// before the clock starts (of ours: in bkv_buffer_get's) and are readable when it stops. One block is a request waited for;
+// small blocks are also measured many to a request, as engines move them.
 #include "tests/bench/bench.h"
 #include "tests/bench/bench_store.h"
 
