@@ -170,7 +170,10 @@ static size_t window_make(share_t *share, uint64_t bytes) {
 
 void share_attach(fake_call_t *call, share_t *share) {
     Balancekv__V1__AttachRequest *request = fake_read(call, &balancekv__v1__attach_request__descriptor);
-    cr_assert(request != NULL && request->shm != NULL && request->verbs == NULL && request->cuda_ipc == NULL);
+    if (request == NULL) {
+        return; // the client has given up already
+    }
+    cr_assert(request->shm != NULL && request->verbs == NULL && request->cuda_ipc == NULL);
     uint64_t bytes = request->shm->bytes < share->most ? request->shm->bytes : share->most;
     balancekv__v1__attach_request__free_unpacked(request, NULL);
     uint8_t session[16];
@@ -187,7 +190,10 @@ void share_attach(fake_call_t *call, share_t *share) {
 void share_detach(fake_call_t *call, share_t *share) {
     Balancekv__V1__DetachRequest *request = fake_read(call, &balancekv__v1__detach_request__descriptor);
     size_t number;
-    cr_assert(request != NULL && number_of(request->session.data, request->session.len, &number));
+    if (request == NULL) {
+        return;
+    }
+    cr_assert(number_of(request->session.data, request->session.len, &number));
     balancekv__v1__detach_request__free_unpacked(request, NULL);
     atomic_fetch_add(&share->detaches, 1);
     Balancekv__V1__DetachResponse response = BALANCEKV__V1__DETACH_RESPONSE__INIT;
