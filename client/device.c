@@ -1,5 +1,5 @@
-// device.c - the GPU memory that a worker shares: which allocations it lies in, its session with the daemon, and the events that
-// order calls behind the worker's own work.
+// device.c - the GPU memory that a worker shares: which allocations it lies in, its session with the daemon, and the events
+// that order calls behind the worker's own work.
 #include "device.h"
 
 #include <assert.h>
@@ -204,14 +204,19 @@ static bkv_status_t event_record(bkv_device_t *device, void *stream, bkv_device_
         device->events = (*event)->next;
     }
     pthread_mutex_unlock(&device->lock);
-    bkv_status_t status = *event == NULL ? event_make(event, err) : BKV_OK;
-    int error = status == BKV_OK ? bkv_gpu_event_record((*event)->event, stream) : 0;
-    if (error != 0) {
-        event_put(device, *event);
-        *event = NULL;
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "stream: no event can be recorded: %s", bkv_gpu_error(error));
+    if (*event == NULL) {
+        bkv_status_t status = event_make(event, err);
+        if (status != BKV_OK || *event == NULL) {
+            return status;
+        }
     }
-    return status;
+    int error = bkv_gpu_event_record((*event)->event, stream);
+    if (error == 0) {
+        return BKV_OK;
+    }
+    event_put(device, *event);
+    *event = NULL;
+    return bkv_fail(err, BKV_INVALID_ARGUMENT, "stream: no event can be recorded: %s", bkv_gpu_error(error));
 }
 
 // ---- uses ----

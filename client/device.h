@@ -1,5 +1,5 @@
-// device.h - internal: GPU memory shared with the daemon. device.c has what is shared and the session of it, device_link.c how the
-// daemon gets it, device_put.c and device_get.c the calls.
+// device.h - internal: GPU memory shared with the daemon. device.c has what is shared and the session of it, device_link.c how
+// the daemon gets it, device_put.c and device_get.c the calls.
 #ifndef BKV_CLIENT_DEVICE_H
 #define BKV_CLIENT_DEVICE_H
 

@@ -196,11 +196,14 @@ static bkv_status_t get_fill(get_call_t *get, const get_args_t *args, bkv_error_
 // records are initialised in every case.
 static bkv_status_t get_new(const get_args_t *args, get_call_t **out, bkv_error_t *err) {
     get_call_t *get = bkv_call_new(sizeof *get, &get_kind, args->device->client, args->id, args->timeout_ms);
-    bkv_status_t status =
-        get == NULL ? bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory") : get_fill(get, args, err);
+    if (get == NULL) {
+        records_init(args, BKV_RESOURCE_EXHAUSTED);
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
+    }
+    bkv_status_t status = get_fill(get, args, err);
     records_init(args, status);
     if (status != BKV_OK) {
-        bkv_call_free((bkv_call_t *)get);
+        bkv_call_free(&get->call);
         return status;
     }
     get->count = args->count;
@@ -217,9 +220,9 @@ bkv_status_t bkv_device_get(bkv_device_t *shared, const bkv_spec_id_t *id, const
     bkv_status_t status = BKV_OK;
     bool again = true;
     for (int i = 0; again && i < BKV_DEVICE_TRIES; i++) {
-        get_call_t *get;
+        get_call_t *get = NULL;
         status = get_new(&args, &get, err);
-        if (status != BKV_OK) {
+        if (get == NULL) {
             return status;
         }
         status = bkv_call_run(&get->call, err);
@@ -235,9 +238,9 @@ bkv_status_t bkv_device_get_submit(bkv_queue_t *queue, uint64_t tag, bkv_device_
     assert(queue != NULL && shared != NULL && id != NULL && ((keys != NULL && records != NULL) || count == 0));
     assert(bkv_queue_client(queue) == shared->client);
     const get_args_t args = {shared, id, keys, count, range, room, room_bytes, stream, timeout_ms, records};
-    get_call_t *get;
+    get_call_t *get = NULL;
     bkv_status_t status = get_new(&args, &get, NULL);
-    if (status == BKV_OK) {
+    if (get != NULL) {
         status = bkv_call_submit(&get->call, queue, tag);
         if (status != BKV_OK) {
             records_init(&args, status);

@@ -46,8 +46,8 @@ static bool page_range(const bkv_kv_layout_t *layout, uint64_t *first, uint64_t 
     return !__builtin_mul_overflow(high, layout->page_stride, last) && !over;
 }
 
-// One tensor: all that is read must be shared in one piece, so that offsets grow as addresses do. *offset is that of `base`, which
-// itself need not be shared where no page begins there.
+// One tensor: all that is read must be shared in one piece, so that offsets grow as addresses do. *offset is that of `base`,
+// which itself need not be shared where no page begins there.
 static bool tensor_offset(const bkv_device_t *device, const void *base, uint64_t first, uint64_t bytes, uint64_t *offset) {
     uintptr_t start;
     if (__builtin_add_overflow((uintptr_t)base, (uintptr_t)first, &start) ||
@@ -235,9 +235,9 @@ bkv_status_t bkv_device_put(bkv_device_t *shared, const bkv_spec_id_t *id, const
     bkv_status_t status = BKV_OK;
     bool again = true;
     for (int i = 0; again && i < BKV_DEVICE_TRIES; i++) {
-        put_call_t *put;
+        put_call_t *put = NULL;
         status = put_new(shared, id, blocks, count, stream, timeout_ms, results, &put, err);
-        if (status != BKV_OK) {
+        if (put == NULL) {
             return status;
         }
         status = bkv_call_run(&put->call, err);
@@ -252,7 +252,7 @@ bkv_status_t bkv_device_put_submit(bkv_queue_t *queue, uint64_t tag, bkv_device_
                                    bkv_put_result_t *results) {
     assert(queue != NULL && shared != NULL && id != NULL && (blocks != NULL || count == 0));
     assert(bkv_queue_client(queue) == shared->client);
-    put_call_t *put;
+    put_call_t *put = NULL;
     bkv_status_t status = put_new(shared, id, blocks, count, stream, timeout_ms, results, &put, NULL);
-    return status == BKV_OK ? bkv_call_submit(&put->call, queue, tag) : status;
+    return put != NULL ? bkv_call_submit(&put->call, queue, tag) : status;
 }

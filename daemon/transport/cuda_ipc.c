@@ -1,8 +1,9 @@
-// cuda_ipc.c - GPU memory of local workers: their blocks are compressed where they lie, by the GPU that has them, and only records
-// cross the bus. Sessions, and how transfers start and end; what they do in between is cuda_ipc_gate.c's and cuda_ipc_lane.c's,
-// and cuda_ipc.h has the whole picture.
+// cuda_ipc.c - GPU memory of local workers: their blocks are compressed where they lie, by the GPU that has them, and only
+// records cross the bus. Sessions, and how transfers start and end; what they do in between is cuda_ipc_gate.c's and
+// cuda_ipc_lane.c's, and cuda_ipc.h has the whole picture.
 //
-// A client that overwrites a block while it is being compressed gets a record of some mixture, sound in itself, under its own key.
+// A client that overwrites a block while it is being compressed gets a record of some mixture, sound in itself, under its own
+// key.
 #include "daemon/transport/cuda_ipc.h"
 
 #include "daemon/observe/clock.h"
@@ -60,6 +61,7 @@ static void ipc_close(void *self) {
 
 // The device of that name, opened: the first time that takes a moment.
 static bkv_status_t find_device(bkv_ipc_t *ipc, const uint8_t *uuid, bkv_ipc_device_t **device, bkv_error_t *err) {
+    assert(uuid != NULL);
     for (uint32_t i = 0; i < ipc->count; i++) {
         if (memcmp(ipc->uuids[i], uuid, BKV_GPU_UUID_BYTES) != 0) {
             continue;
@@ -107,10 +109,10 @@ static bkv_status_t ipc_attach(void *self, const bkv_attach_args_t *args, bkv_at
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a session");
     }
     bkv_status_t status = find_device(self, args->uuid, &session->device, err);
-    if (status == BKV_OK) {
+    if (session->device != NULL) {
         status = session_map(session, args, err);
     }
-    if (status != BKV_OK) {
+    if (status != BKV_OK || session->device == NULL) {
         free(session);
         return status;
     }

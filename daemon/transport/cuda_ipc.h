@@ -8,9 +8,9 @@
 //   cuda_ipc_lane.c    a few threads for each device, each with a stream of its own, that compress and copy
 //   cuda_ipc_layout.c  where a block lies
 //
-// A transfer goes: admitted -> [gate: its event has come] -> lane: enqueued on the stream, waited for -> done. A client's event is
-// never waited for by a stream of ours: a stream that waits for a process that has died may wait for ever, and all behind it.
-// Only what is known to be there already is enqueued, so a lane always comes to an end.
+// A transfer goes: admitted -> [gate: its event has come] -> lane: enqueued on the stream, waited for -> done. A client's event
+// is never waited for by a stream of ours: a stream that waits for a process that has died may wait for ever, and all behind
+// it. Only what is known to be there already is enqueued, so a lane always comes to an end.
 //
 // Locks, in the order in which they may be taken: ipc->lock, device->use, device->mapping, device->lock. No callback is called
 // with one held, nor with device->use.
@@ -66,7 +66,8 @@ int bkv_ipc_copy(const bkv_ipc_pins_t *pins, void *to, const void *from, uint64_
 
 // ---- a client's memory (cuda_ipc_memory.c) ----
 
-// Maps what has a handle; what has none comes by _give. INVALID_ARGUMENT names the allocation. `use` must be held, here and below.
+// Maps what has a handle; what has none comes by _give. INVALID_ARGUMENT names the allocation. `use` must be held, here and
+// below.
 bkv_status_t bkv_ipc_memory_open(bkv_ipc_device_t *device, const bkv_device_allocation_t *allocations, uint32_t count,
                                  bkv_ipc_memory_t **memory, bkv_error_t *err);
 // Maps a descriptor, which it closes in every case. One thread at a time.

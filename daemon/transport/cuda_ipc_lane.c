@@ -1,9 +1,9 @@
-// cuda_ipc_lane.c - the threads that do the work: each takes some transfers that are alike, enqueues all of it on a stream of its
-// own, sleeps until the device has done it, and ends them. While one sleeps the others go on, so that compressing, copying and
-// publishing of different blocks overlap.
+// cuda_ipc_lane.c - the threads that do the work: each takes some transfers that are alike, enqueues all of it on a stream of
+// its own, sleeps until the device has done it, and ends them. While one sleeps the others go on, so that compressing, copying
+// and publishing of different blocks overlap.
 //
-// Everything enqueued lies in memory that stays put until the lane has seen it done: its own, the arena's slots that the ingests
-// hold, records that the deliveries pin, and the sessions' mappings, which last as long as their transfers.
+// Everything enqueued lies in memory that stays put until the lane has seen it done: its own, the arena's slots that the
+// ingests hold, records that the deliveries pin, and the sessions' mappings, which last as long as their transfers.
 #include "daemon/transport/cuda_ipc.h"
 
 #include <assert.h>
@@ -122,7 +122,8 @@ static int make_room(bkv_ipc_lane_t *lane, size_t memory_bytes, size_t host_byte
     return error;
 }
 
-// Gives back what is not needed while nobody uses the device; `all`: for good. What is on a device that has failed goes with it.
+// Gives back what is not needed while nobody uses the device; `all`: for good. What is on a device that has failed goes with
+// it.
 static void lane_rest(bkv_ipc_lane_t *lane, bool all) {
     int before;
     if (bkv_ipc_device_enter(lane->device, &before, NULL) != BKV_OK) {
@@ -330,6 +331,7 @@ static void run(bkv_ipc_lane_t *lane, batch_t *batch) {
         } else if (batch->count > 0 && batch->list[0]->ingest == NULL) {
             (void)deliver(lane, batch, &error);
         } else if (batch->count > 0 && compress(lane, batch, &length, &error) == BKV_OK) {
+            assert(lane->host != NULL);
             memcpy(words, lane->host, batch->count * sizeof(words[0]));
         }
         if (lane->memory_bytes > KEEP_BYTES) {

@@ -1,5 +1,5 @@
-// cuda_ipc_layout.h - where the values of a block lie in GPU memory that a client shares: checking what the client says of it, and
-// turning it into addresses. Pure arithmetic: no device is touched, and none is needed to test it.
+// cuda_ipc_layout.h - where the values of a block lie in GPU memory that a client shares: checking what the client says of it,
+// and turning it into addresses. Pure arithmetic: no device is touched, and none is needed to test it.
 //
 // A session's memory is its allocations one after the other, and everything that a client says is an offset in it. What may be
 // read without a gap is a span: one allocation that came by handle, or all that came by descriptor and follow one another, as
@@ -27,13 +27,13 @@ const bkv_ipc_span_t *bkv_ipc_span_find(const bkv_ipc_spans_t *spans, uint64_t o
 // Where [offset, offset + bytes) is mapped; NULL where it is not within one span.
 uint8_t *bkv_ipc_span_address(const bkv_ipc_spans_t *spans, uint64_t offset, uint64_t bytes);
 
-// Whether every byte of a block of that shape lies in the spans: all that is read of one tensor of one layer within a single one.
-// INVALID_ARGUMENT names the field. The shape is checked already.
+// Whether every byte of a block of that shape lies in the spans: all that is read of one tensor of one layer within a single
+// one. INVALID_ARGUMENT names the field. The shape is checked already.
 bkv_status_t bkv_ipc_layout_check(const bkv_device_layout_t *layout, const bkv_shape_t *shape, const bkv_ipc_spans_t *spans,
                                   bkv_error_t *err);
 
-// The block as strides, where they can say it: layers evenly spaced, pages in a row. False: it must be gathered. The layout must
-// have been checked.
+// The block as strides, where they can say it: layers evenly spaced, pages in a row. False: it must be gathered. The layout
+// must have been checked.
 bool bkv_ipc_layout_direct(const bkv_device_layout_t *layout, const bkv_shape_t *shape, const bkv_ipc_spans_t *spans,
                            bkv_block_t *block);
 

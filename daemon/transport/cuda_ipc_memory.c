@@ -1,12 +1,12 @@
-// cuda_ipc_memory.c - a session's allocations, mapped here: those with a handle each at an address of its own, runs of those with
-// descriptors behind one another.
+// cuda_ipc_memory.c - a session's allocations, mapped here: those with a handle each at an address of its own, runs of those
+// with descriptors behind one another.
 //
 // CUDA maps an allocation that came by handle once in a process, so sessions that name the same one share the mapping and count
 // its users. Chunks are mapped anew for each session.
 //
 // When the client dies, its memory stays as long as we have it mapped: for chunks CUDA promises that, for allocations by handle
-// the driver does so by counting. What is read of it then is what was last written, and harms nobody: a transfer of a client that
-// is gone has nobody to answer to.
+// the driver does so by counting. What is read of it then is what was last written, and harms nobody: a transfer of a client
+// that is gone has nobody to answer to.
 #include "daemon/transport/cuda_ipc.h"
 
 #include <stdio.h>
@@ -43,50 +43,51 @@ struct bkv_ipc_memory {
 
 // ---- by handle ----
 
-// Under device->mapping.
-static bkv_status_t opened_make(bkv_ipc_device_t *device, const uint8_t *handle, uint32_t index, bkv_ipc_opened_t **out,
-                                bkv_error_t *err) {
+// Says what is wrong with a handle: most likely the client's memory is gone, or it is none at all.
+static void refuse_handle(bkv_ipc_device_t *device, uint32_t index, int error, bkv_error_t *err) {
+    bkv_error_t cause;
+    if (bkv_ipc_device_fail(device, error, "cuda_ipc.allocations", &cause) == BKV_INTERNAL) {
+        bkv_fail(&cause, BKV_INVALID_ARGUMENT, "cuda_ipc.allocations[%u].handle: %s", index, bkv_gpu_error(error));
+    }
+    bkv_fail(err, cause.status, "%s", cause.message);
+}
+
+// Under device->mapping. NULL: refused, as err says.
+static bkv_ipc_opened_t *opened_make(bkv_ipc_device_t *device, const uint8_t *handle, uint32_t index, bkv_error_t *err) {
     bkv_ipc_opened_t *opened = calloc(1, sizeof(*opened));
     if (opened == NULL) {
-        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a session");
+        bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a session");
+        return NULL;
     }
     size_t bytes = 0;
     int error = bkv_gpu_import(handle, &opened->base, &bytes);
     if (error != 0) {
         free(opened);
-        char what[64];
-        snprintf(what, sizeof(what), "cuda_ipc.allocations[%u].handle", index);
-        bkv_status_t status = bkv_ipc_device_fail(device, error, what, err);
-        // Most likely the client's fault: a handle of memory that is gone, or none at all.
-        if (status == BKV_INTERNAL && err != NULL) {
-            err->status = BKV_INVALID_ARGUMENT;
-        }
-        return status == BKV_INTERNAL ? BKV_INVALID_ARGUMENT : status;
+        refuse_handle(device, index, error, err);
+        return NULL;
     }
     memcpy(opened->handle, handle, sizeof(opened->handle));
     opened->bytes = bytes;
     opened->generation = atomic_load(&device->generation);
     opened->next = device->opened;
     device->opened = opened;
-    *out = opened;
-    return BKV_OK;
+    return opened;
 }
 
-static bkv_status_t opened_get(bkv_ipc_device_t *device, const uint8_t *handle, uint32_t index, bkv_ipc_opened_t **out,
-                               bkv_error_t *err) {
+// Opens the allocation, or finds it open. NULL: refused, as err says.
+static bkv_ipc_opened_t *opened_get(bkv_ipc_device_t *device, const uint8_t *handle, uint32_t index, bkv_error_t *err) {
     pthread_mutex_lock(&device->mapping);
     bkv_ipc_opened_t *opened = device->opened;
     while (opened != NULL && (memcmp(opened->handle, handle, sizeof(opened->handle)) != 0 ||
                               opened->generation != atomic_load(&device->generation))) {
         opened = opened->next;
     }
-    bkv_status_t status = opened == NULL ? opened_make(device, handle, index, &opened, err) : BKV_OK;
-    if (status == BKV_OK) {
+    opened = opened == NULL ? opened_make(device, handle, index, err) : opened;
+    if (opened != NULL) {
         opened->users++;
-        *out = opened;
     }
     pthread_mutex_unlock(&device->mapping);
-    return status;
+    return opened;
 }
 
 static void opened_put(bkv_ipc_device_t *device, bkv_ipc_opened_t *opened, bool there) {
@@ -107,17 +108,18 @@ static void opened_put(bkv_ipc_device_t *device, bkv_ipc_opened_t *opened, bool 
 
 static bkv_status_t map_handle(bkv_ipc_memory_t *memory, uint32_t index, const uint8_t *handle, bkv_error_t *err) {
     allocation_t *allocation = &memory->list[index];
-    bkv_status_t status = opened_get(memory->device, handle, index, &allocation->opened, err);
-    if (status != BKV_OK) {
-        return status;
+    bkv_error_t cause;
+    const bkv_ipc_opened_t *opened = allocation->opened = opened_get(memory->device, handle, index, &cause);
+    if (opened == NULL) {
+        return bkv_fail(err, cause.status, "%s", cause.message);
     }
     allocation->mapped = true;
-    if (allocation->bytes > allocation->opened->bytes) {
+    if (allocation->bytes > opened->bytes) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "cuda_ipc.allocations[%u].bytes: %llu, the allocation has %llu", index,
-                        (unsigned long long)allocation->bytes, (unsigned long long)allocation->opened->bytes);
+                        (unsigned long long)allocation->bytes, (unsigned long long)opened->bytes);
     }
     memory->spans[memory->span_count++] =
-        (bkv_ipc_span_t){.first = allocation->offset, .bytes = allocation->bytes, .base = allocation->opened->base};
+        (bkv_ipc_span_t){.first = allocation->offset, .bytes = allocation->bytes, .base = opened->base};
     return BKV_OK;
 }
 

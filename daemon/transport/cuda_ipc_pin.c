@@ -2,8 +2,8 @@
 // writes them by itself while our threads do something else. Where it does not, the driver copies through buffers of its own:
 // slower, and nothing else.
 //
-// Pinning touches every page, so it is done piece by piece beside the transfers. A copy never crosses from one piece to the next
-// in one call, as CUDA would take its two ends for different memory.
+// Pinning touches every page, so it is done piece by piece beside the transfers. A copy never crosses from one piece to the
+// next in one call, as CUDA would take its two ends for different memory.
 #include "daemon/transport/cuda_ipc.h"
 
 #include "daemon/observe/log.h"

@@ -1,5 +1,5 @@
-// gather.cu - blocks in pages, or with layers anywhere, to payloads: see bkv_gpu_gather_t. One pass over the block at the speed of
-// the device's memory, for what the strides of a bkv_block_t cannot say.
+// gather.cu - blocks in pages, or with layers anywhere, to payloads: see bkv_gpu_gather_t. One pass over the block at the speed
+// of the device's memory, for what the strides of a bkv_block_t cannot say.
 #include "share.h"
 
 #include <cuda_runtime.h>

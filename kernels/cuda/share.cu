@@ -8,8 +8,8 @@
 static_assert(sizeof(cudaIpcMemHandle_t) == BKV_GPU_HANDLE_BYTES && sizeof(cudaIpcEventHandle_t) == BKV_GPU_HANDLE_BYTES,
               "handles of allocations and events have 64 bytes");
 
-// The runtime keeps a thread's last error for cudaGetLastError, by which launches report theirs: whoever is told of one here must
-// not find it there again.
+// The runtime keeps a thread's last error for cudaGetLastError, by which launches report theirs: whoever is told of one here
+// must not find it there again.
 static int told(cudaError_t error) {
     if (error != cudaSuccess) {
         (void)cudaGetLastError();

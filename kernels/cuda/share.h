@@ -1,17 +1,17 @@
 // share.h - internal: GPU memory and events that two processes share, and what it takes to move bytes without waiting for them,
 // as plain C. share.cu and share_chunks.cu implement it; where there is no nvcc absent_share.c does, by saying so.
 //
-// Functions return 0 or an error that bkv_gpu_error puts in words, and leave no error behind for a later call of the CUDA runtime
-// to report. They work on the calling thread's device: see bkv_gpu_enter.
+// Functions return 0 or an error that bkv_gpu_error puts in words, and leave no error behind for a later call of the CUDA
+// runtime to report. They work on the calling thread's device: see bkv_gpu_enter.
 //
 // Two kinds of memory can be shared. What cudaMalloc gave has a handle of 64 bytes that names the whole allocation; the process
-// that opens it gets it all at an address of its own. What cuMemCreate gave comes in chunks, each with a file descriptor, and is
-// mapped wherever one likes: an allocator that grows a tensor chunk by chunk (PyTorch's expandable segments) has many of them
-// behind one range of addresses, and so they are mapped here, one behind the other (bkv_gpu_span_*).
+// that opens it gets it all at an address of its own. What cuMemCreate gave comes in chunks, each with a file descriptor, and
+// is mapped wherever one likes: an allocator that grows a tensor chunk by chunk (PyTorch's expandable segments) has many of
+// them behind one range of addresses, and so they are mapped here, one behind the other (bkv_gpu_span_*).
 //
-// Memory of the second kind lives until the last mapping of it is gone, whatever becomes of the process that made it. Of the first
-// kind that is not promised: it holds for processes that die, as the driver counts references, but an allocation must not be
-// freed while others have it open.
+// Memory of the second kind lives until the last mapping of it is gone, whatever becomes of the process that made it. Of the
+// first kind that is not promised: it holds for processes that die, as the driver counts references, but an allocation must not
+// be freed while others have it open.
 #ifndef BKV_SHARE_CUDA_H
 #define BKV_SHARE_CUDA_H
 
@@ -31,15 +31,16 @@ extern "C" {
 
 int bkv_gpu_uuid(int device, uint8_t uuid[BKV_GPU_UUID_BYTES]);
 
-// Whether the calling thread's device has failed for good: after a fault in a kernel every call fails until the device is reset.
+// Whether the calling thread's device has failed for good: after a fault in a kernel every call fails until the device is
+// reset.
 bool bkv_gpu_broken(void);
 
 // Memory of the calling thread's device that nobody has taken.
 int bkv_gpu_unused(size_t *bytes);
 
-// Forgets everything that this process has on the device: memory, mappings, streams and events of it must not be used again, nor
-// given back. Nobody may be using it meanwhile. Returns an error where the device cannot be used afterwards either, as after some
-// faults only a new process can.
+// Forgets everything that this process has on the device: memory, mappings, streams and events of it must not be used again,
+// nor given back. Nobody may be using it meanwhile. Returns an error where the device cannot be used afterwards either, as
+// after some faults only a new process can.
 int bkv_gpu_reset(int device);
 
 // ---- memory of one's own ----
@@ -92,8 +93,8 @@ int bkv_gpu_import_close(void *base); // waits for the device
 int bkv_gpu_granularity(int device, size_t *bytes);
 int bkv_gpu_span_reserve(size_t bytes, void **base);
 void bkv_gpu_span_free(void *base, size_t bytes);
-// Maps the chunk of a descriptor, which stays the caller's, for reading and writing by `device`. More bytes than the chunk has, and
-// a descriptor that is none of a chunk's, are errors of the driver's.
+// Maps the chunk of a descriptor, which stays the caller's, for reading and writing by `device`. More bytes than the chunk has,
+// and a descriptor that is none of a chunk's, are errors of the driver's.
 int bkv_gpu_span_map(void *at, size_t bytes, int fd, int device);
 void bkv_gpu_span_unmap(void *at, size_t bytes); // waits for the device
 // The same with a new chunk that can be shared, as an allocator makes one.
@@ -101,7 +102,8 @@ int bkv_gpu_span_create(void *at, size_t bytes, int device);
 
 // ---- gathering ----
 
-// A block in pages, or whose layers lie anywhere, to a payload, [layer][K,V][head][token][dim]. Row (layer, head, token) of K is at
+// A block in pages, or whose layers lie anywhere, to a payload, [layer][K,V][head][token][dim]. Row (layer, head, token) of K
+// is at
 //   bases[2 * layer] + pages[token / page_tokens] + head * key_head + token % page_tokens * key_token
 // and of V likewise from bases[2 * layer + 1]; all in bytes, all multiples of 16.
 typedef struct bkv_gpu_gather {

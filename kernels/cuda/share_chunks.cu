@@ -1,8 +1,8 @@
-// share_chunks.cu - the driver's virtual memory management as share.h shows it: what lies behind an address, and chunks that are
-// shared by descriptor and mapped one behind the other.
+// share_chunks.cu - the driver's virtual memory management as share.h shows it: what lies behind an address, and chunks that
+// are shared by descriptor and mapped one behind the other.
 //
-// The driver's functions are asked for by name at run time, through the runtime that is linked in: no libcuda is linked, and the
-// same binary runs where there is none.
+// The driver's functions are asked for by name at run time, through the runtime that is linked in: no libcuda is linked, and
+// the same binary runs where there is none.
 #include "share.h"
 
 #include <cuda.h>

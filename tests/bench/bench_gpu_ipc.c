@@ -1,6 +1,6 @@
 // bench_gpu_ipc.c - CUDA IPC end to end on one GPU: blocks of a worker, another process than the daemon, from its GPU memory to
-// published, checksummed records in host memory, and back into its GPU memory. Compared with what moving the raw cache over PCIe
-// takes in the same run, to and from pinned memory, which is what offloading without compression comes down to.
+// published, checksummed records in host memory, and back into its GPU memory. Compared with what moving the raw cache over
+// PCIe takes in the same run, to and from pinned memory, which is what offloading without compression comes down to.
 //
 //   bench_gpu_ipc [--out FILE.json] [--daemon BALANCEKVD] [--quick]
 //

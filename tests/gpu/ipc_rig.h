@@ -1,4 +1,5 @@
-// ipc_rig.h - a real daemon, and a worker of another process with memory on the GPU: what the test and the bench of CUDA IPC share.
+// ipc_rig.h - a real daemon, and a worker of another process with memory on the GPU: what the test and the bench of CUDA IPC
+// share.
 #ifndef BKV_TESTS_GPU_IPC_RIG_H
 #define BKV_TESTS_GPU_IPC_RIG_H
 

@@ -1,5 +1,6 @@
-# tests/gpu/: tests of the CUDA kernels that need nvcc, gcc and make alone; they say aloud when there is no device. Those of CUDA IPC
-# need a daemon and a client as well, and so gRPC: where there is none they come from `make bundle`, and run-bundle.sh runs them.
+# tests/gpu/: tests of the CUDA kernels that need nvcc, gcc and make alone; they say aloud when there is no device. Those of
+# CUDA IPC need a daemon and a client as well, and so gRPC: where there is none they come from `make bundle`, and run-bundle.sh
+# runs them.
 GPU_IPC_TEST_SRC := $(wildcard tests/gpu/test_ipc*.c)
 GPU_TEST_SRC := $(filter-out $(GPU_IPC_TEST_SRC),$(wildcard tests/gpu/test_*.c))
 GPU_TEST_BIN := $(GPU_TEST_SRC:tests/gpu/%.c=$(BUILD)/tests/gpu-%)
@@ -20,7 +21,7 @@ $(GPU_IPC_TEST_BIN): $(BUILD)/tests/gpu-%: $(BUILD)/obj/tests/gpu/%.o $(GPU_IPC_
 	@mkdir -p $(@D)
 	$(call say,LD ,$@)
 	$(Q)$(GPU_IPC_LINK)
-$(BUILD)/tests/bench_gpu_ipc: $(BUILD)/obj/tests/bench/bench_gpu_ipc.o $(BUILD)/obj/tests/bench/report.o $(GPU_IPC_OBJ) $(KERNELS_LIB)
+$(BUILD)/tests/bench_gpu_ipc: $(patsubst %,$(BUILD)/obj/tests/bench/%.o,bench_gpu_ipc report) $(GPU_IPC_OBJ) $(KERNELS_LIB)
 	@mkdir -p $(@D)
 	$(call say,LD ,$@)
 	$(Q)$(GPU_IPC_LINK)

@@ -3,9 +3,9 @@
 #
 #   tests/gpu/run-bundle.sh BUNDLE.tar.gz|FOLDER [OUT [test|bench]]
 #
-# Results go to OUT (default: a folder gpu-results here): a log and, of benches, a JSON file each. The last lines say how each ended;
-# the exit status is that of the worst. The comparisons with PyTorch, and the trace, are looked for from the current folder, so
-# run it in the repository.
+# Results go to OUT (default: a folder gpu-results here): a log and, of benches, a JSON file each. The last lines say how each
+# ended; the exit status is that of the worst. The comparisons with PyTorch, and the trace, are looked for from the current
+# folder, so run it in the repository.
 set -u -o pipefail
 bundle=${1:?a bundle or its folder} out=${2:-gpu-results} what=${3:-all}
 mkdir -p "$out"
@@ -17,7 +17,8 @@ if [ -f "$bundle" ]; then
     bundle=$(echo "$unpacked"/*/)
 fi
 [ -x "$bundle/bin/balancekvd" ] || { echo "run-bundle: there is no bin/balancekvd in $bundle" >&2; exit 1; }
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo "run-bundle: no nvidia-smi; what needs a GPU is skipped"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null ||
+    echo "run-bundle: no nvidia-smi; what needs a GPU is skipped"
 
 worst=0
 summary=$(mktemp)

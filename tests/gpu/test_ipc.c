@@ -1,6 +1,6 @@
-// test_ipc.c - CUDA IPC between this process, a worker, and a real daemon: records made from the worker's GPU memory are byte for byte
-// those that bkv_cuda_compress makes of the same blocks directly, whatever the layout and however the memory was allocated. What
-// goes wrong is test_ipc_faults.c's.
+// test_ipc.c - CUDA IPC between this process, a worker, and a real daemon: records made from the worker's GPU memory are byte
+// for byte those that bkv_cuda_compress makes of the same blocks directly, whatever the layout and however the memory was
+// allocated. What goes wrong is test_ipc_faults.c's.
 #include "ipc_rig.h"
 
 #include "kernels/seal.h"

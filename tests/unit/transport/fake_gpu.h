@@ -1,7 +1,7 @@
-// fake_gpu.h - a GPU made of host memory and threads, for tests of what is around a GPU: it takes the place of gpu.h and share.h in
-// this room's program. Streams run what is enqueued in order, later and on threads of their own; what is shared is mapped at
-// another address, and gone when it is unmapped; what a reset has ended must not be used again. Kernels are the reference
-// backend's. tests/gpu tests the real one.
+// fake_gpu.h - a GPU made of host memory and threads, for tests of what is around a GPU: it takes the place of gpu.h and
+// share.h in this room's program. Streams run what is enqueued in order, later and on threads of their own; what is shared is
+// mapped at another address, and gone when it is unmapped; what a reset has ended must not be used again. Kernels are the
+// reference backend's. tests/gpu tests the real one.
 //
 // There is none until fake_gpu_plug. Misuse of it aborts.
 #ifndef BKV_TEST_FAKE_GPU_H

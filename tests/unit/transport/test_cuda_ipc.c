@@ -1,5 +1,5 @@
-// The cuda-ipc transport over a fake GPU (fake_gpu.h): sessions, places and events. What becomes of it all when something fails is
-// test_cuda_ipc_faults.c's; that the kernels are right, and that CUDA shares memory as it should, is tests/gpu's to say.
+// The cuda-ipc transport over a fake GPU (fake_gpu.h): sessions, places and events. What becomes of it all when something fails
+// is test_cuda_ipc_faults.c's; that the kernels are right, and that CUDA shares memory as it should, is tests/gpu's to say.
 #include "cuda_rig.h"
 
 #include <criterion/criterion.h>

@@ -1,5 +1,5 @@
-// The client library's bkv_device.h against a daemon's server and transports, all in this process, over a fake GPU: what a worker says
-// of its memory is what the daemon reads. Between processes, and on a GPU: tests/gpu/test_ipc.c.
+// The client library's bkv_device.h against a daemon's server and transports, all in this process, over a fake GPU: what a
+// worker says of its memory is what the daemon reads. Between processes, and on a GPU: tests/gpu/test_ipc.c.
 #include "client/bkv_device.h"
 #include "cuda_rig.h"
 #include "daemon/rpc/server.h"
