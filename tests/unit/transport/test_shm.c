@@ -148,10 +148,15 @@ Test(shm, busy_compute_threads_refuse_at_the_door) {
     bkv_delivery_t delivery = fixture_deliver(&fixture, 1), other = fixture_deliver(&fixture, 1);
     cr_assert_eq(bkv_session_deliver(session, &place, &delivery, outcome_delivered, &first, NULL), BKV_OK);
     cr_assert_eq(bkv_session_deliver(session, &place, &other, outcome_delivered, &second, NULL), BKV_BUSY);
-    bkv_ingest_t *ingest = fixture_begin(&fixture, 2, 64, BKV_CODEC_RAW);
-    const bkv_place_t from = {.offset = 0};
-    cr_assert_eq(bkv_session_fetch(session, &from, ingest, outcome_put_done, &second, NULL), BKV_BUSY);
-    bkv_ingest_abort(ingest);
+    const uint32_t tokens[] = {64, FIXTURE_TOKENS}; // copied on this thread, and on a compute thread: both need one to compress
+    for (size_t i = 0; i < 2; i++) {
+        bkv_ingest_t *ingest = fixture_begin(&fixture, 2, tokens[i], BKV_CODEC_DENSE8);
+        const bkv_place_t from = {.offset = 0};
+        cr_assert_eq(bkv_session_fetch(session, &from, ingest, outcome_put_done, &second, NULL), BKV_BUSY);
+        cr_assert_eq(bkv_session_fetch(session, &from, ingest, outcome_put_done, &second, NULL), BKV_BUSY,
+                     "nor when asked again");
+        bkv_ingest_abort(ingest);
+    }
     sem_post(&blockers[0].release);
     sem_post(&blockers[1].release);
     outcome_wait(&first);

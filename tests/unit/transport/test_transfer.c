@@ -127,7 +127,7 @@ Test(transfer, an_ended_session_begins_none_and_finishes_those_under_way) {
     outcome_t under_way;
     outcome_init(&under_way);
     const bkv_place_t place = {.offset = 0};
-    bkv_ingest_t *ingest = fixture_begin(&fixture, 1, TOKENS, BKV_CODEC_RAW);
+    bkv_ingest_t *ingest = fixture_begin(&fixture, 1, TOKENS, BKV_CODEC_DENSE8);
     cr_assert_eq(bkv_session_fetch(session, &place, ingest, outcome_put_done, &under_way, NULL), BKV_OK);
 
     close(peer); // with it the session ends, but for the transfer that waits for a compute thread
