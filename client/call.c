@@ -26,6 +26,9 @@
 // How often a call looks for another session.
 #define REJOIN_MOST 3
 
+// Bytes of a message that only says where a payload lies.
+#define SMALL_MESSAGE 2048
+
 static const bkv_call_kind_t open_kind = {.method = BKV_CLIENT_SERVICE "Open", .shape = BKV_CALL_UNARY};
 
 void bkv_call_conclude(bkv_call_t *call) {
@@ -119,6 +122,11 @@ static void prepare(bkv_attempt_t *attempt) {
     attempt->prepared = attempt->kind->next(attempt->call, &attempt->prepared_last);
 }
 
+// Whether a message may wait for the next and go out with it.
+static bool is_small(grpc_byte_buffer *message) {
+    return grpc_byte_buffer_length(message) <= SMALL_MESSAGE;
+}
+
 // Sends what is prepared; with the first message go the metadata that open the call.
 static void send_prepared(bkv_attempt_t *attempt, bool first) {
     grpc_op ops[3];
@@ -132,6 +140,7 @@ static void send_prepared(bkv_attempt_t *attempt, bool first) {
         ops[n++].op = GRPC_OP_SEND_INITIAL_METADATA;
     }
     ops[n].op = GRPC_OP_SEND_MESSAGE;
+    ops[n].flags = first || attempt->message_last || !is_small(attempt->message) ? 0 : GRPC_WRITE_BUFFER_HINT;
     ops[n++].data.send_message.send_message = attempt->message;
     if (attempt->message_last) {
         ops[n++].op = GRPC_OP_SEND_CLOSE_FROM_CLIENT;

@@ -166,12 +166,21 @@ static size_t add_message(bkv_call_t *call, grpc_byte_buffer *message, grpc_op *
     return 1;
 }
 
-void bkv_call_send(bkv_call_t *call, grpc_byte_buffer *message, bkv_step_t then) {
+static void send_message(bkv_call_t *call, grpc_byte_buffer *message, uint32_t flags, bkv_step_t then) {
     grpc_op ops[2];
-    size_t count = add_start(call, ops);
+    size_t count = add_start(call, ops), opening = count;
     count += add_message(call, message, ops + count);
+    ops[count - 1].flags = opening == 0 ? flags : 0; // gRPC waits for ever for a flush of opening metadata held back
     call->tag = (bkv_tag_t){then, call};
     bkv_call_batch(call, ops, count, &call->tag);
+}
+
+void bkv_call_send(bkv_call_t *call, grpc_byte_buffer *message, bkv_step_t then) {
+    send_message(call, message, 0, then);
+}
+
+void bkv_call_send_with_next(bkv_call_t *call, grpc_byte_buffer *message, bkv_step_t then) {
+    send_message(call, message, GRPC_WRITE_BUFFER_HINT, then);
 }
 
 void bkv_call_finish(bkv_call_t *call, grpc_byte_buffer *last) {

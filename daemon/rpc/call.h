@@ -154,6 +154,9 @@ void bkv_call_drop_message(bkv_call_t *call);
 // Sends a message, which it takes over. ok is false when the peer is gone.
 void bkv_call_send(bkv_call_t *call, grpc_byte_buffer *message, bkv_step_t then);
 
+// The same for a small message with another to follow soon: it may wait for that one and go out with it.
+void bkv_call_send_with_next(bkv_call_t *call, grpc_byte_buffer *message, bkv_step_t then);
+
 // Ends the call with call->error, sending `last` (taken over, may be NULL) before the status.
 void bkv_call_finish(bkv_call_t *call, grpc_byte_buffer *last);
 

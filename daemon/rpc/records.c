@@ -261,10 +261,22 @@ static void init_chunk(const bkv_call_t *call, Balancekv__V1__RecordChunk *chunk
     }
 }
 
-// Sends a message, of a record its last when `done`; the call's last goes together with the status.
-static void put_out(bkv_call_t *call, grpc_byte_buffer *message, bool done) {
+// Whether the next message is ready too, and as small.
+static bool next_is_placed(bkv_records_t *records) {
+    return records->next > records->index && atomic_load(&due_of(records, records->index)->state) == BKV_DUE_PLACED;
+}
+
+// What put_out is given.
+typedef enum message_kind {
+    PART, // of a record, with more to come
+    LAST, // of a record
+    WHOLE // record that has no bytes here, in a small message
+} message_kind_t;
+
+// Sends a message. The call's last goes together with the status; small ones before it go together.
+static void put_out(bkv_call_t *call, grpc_byte_buffer *message, message_kind_t kind) {
     bkv_records_t *records = call->body;
-    if (done) {
+    if (kind != PART) {
         bkv_due_t *due = due_of(records, records->index);
         if (due->parcel != NULL) {
             parcel_release(due->parcel);
@@ -276,6 +288,8 @@ static void put_out(bkv_call_t *call, grpc_byte_buffer *message, bool done) {
     if (records->index == records->count) {
         records->last = message;
         records_release(call);
+    } else if (kind == WHOLE && next_is_placed(records)) {
+        bkv_call_send_with_next(call, message, on_sent);
     } else {
         bkv_call_send(call, message, on_sent);
     }
@@ -300,7 +314,7 @@ static void send_chunk(bkv_call_t *call, bkv_due_t *due) {
         atomic_fetch_add(&call->server->bytes_sent_total, length);
     }
     records->sent += length;
-    put_out(call, message, length == left);
+    put_out(call, message, length == left ? LAST : PART);
 }
 
 static void send_placed(bkv_call_t *call, const bkv_due_t *due) {
@@ -309,7 +323,7 @@ static void send_placed(bkv_call_t *call, const bkv_due_t *due) {
     chunk.record_bytes = due->parcel->delivery.length;
     chunk.placed = true;
     chunk.place_offset = due->offset;
-    put_out(call, bkv_wire_pack(&chunk.base, NULL), true);
+    put_out(call, bkv_wire_pack(&chunk.base, NULL), WHOLE);
 }
 
 static void send_missing(bkv_call_t *call, const bkv_error_t *error) {
@@ -323,7 +337,7 @@ static void send_missing(bkv_call_t *call, const bkv_error_t *error) {
         const char *cause = strncmp(error->message, "key: ", 5) == 0 ? error->message + 5 : error->message;
         bkv_fail(&records->first_error, error->status, "keys[%" PRIu32 "]: %.200s", records->index, cause);
     }
-    put_out(call, message, true);
+    put_out(call, message, LAST);
 }
 
 // The record that is due, or its next chunk. One that a transport did not take has not been verified yet.

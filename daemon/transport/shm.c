@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #define WINDOW_UNIT UINT64_C(65536) // windows are multiples of this
-#define SMALL_BYTES 262144          // up to here a copy takes less time than handing it to another thread is worth
+#define SMALL_BYTES (512 << 10)     // up to here a copy takes less time than handing it to another thread is worth
 
 typedef struct shm {
     bkv_transports_t *transports;
