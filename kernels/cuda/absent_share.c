@@ -19,6 +19,7 @@
     X(bkv_gpu_event_export, (void *event, uint8_t handle[BKV_GPU_HANDLE_BYTES]), (void)event, (void)handle)                    \
     X(bkv_gpu_event_import, (const uint8_t handle[BKV_GPU_HANDLE_BYTES], void **event), (void)handle, (void)event)             \
     X(bkv_gpu_extent, (const void *address, bkv_gpu_extent_t *extent), (void)address, (void)extent)                            \
+    X(bkv_gpu_bytes_from, (const void *address, size_t *bytes), (void)address, (void)bytes)                                    \
     X(bkv_gpu_export, (void *base, uint8_t handle[BKV_GPU_HANDLE_BYTES]), (void)base, (void)handle)                            \
     X(bkv_gpu_export_chunk, (void *base, int *fd), (void)base, (void)fd)                                                       \
     X(bkv_gpu_import_close, (void *base), (void)base, (void)0)                                                                 \

@@ -143,14 +143,11 @@ extern "C" int bkv_gpu_import(const uint8_t handle[BKV_GPU_HANDLE_BYTES], void *
     if (error != 0) {
         return error;
     }
-    bkv_gpu_extent_t extent;
-    error = bkv_gpu_extent(*base, &extent);
+    error = bkv_gpu_bytes_from(*base, bytes);
     if (error != 0) {
         (void)bkv_gpu_import_close(*base);
-        return error;
     }
-    *bytes = (size_t)(extent.base + extent.bytes - (uint8_t *)*base);
-    return 0;
+    return error;
 }
 
 extern "C" int bkv_gpu_import_close(void *base) {

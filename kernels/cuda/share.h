@@ -81,6 +81,9 @@ typedef struct bkv_gpu_extent {
 } bkv_gpu_extent_t;
 int bkv_gpu_extent(const void *address, bkv_gpu_extent_t *extent);
 
+// Bytes from an address to the end of what it lies in.
+int bkv_gpu_bytes_from(const void *address, size_t *bytes);
+
 // base: of an extent. An allocation of cudaMallocAsync, or a chunk that was not made to be shared, has no handle: an error.
 int bkv_gpu_export(void *base, uint8_t handle[BKV_GPU_HANDLE_BYTES]);
 int bkv_gpu_export_chunk(void *base, int *fd); // the caller closes it

@@ -74,6 +74,15 @@ extern "C" int bkv_gpu_extent(const void *address, bkv_gpu_extent_t *extent) {
     return 0;
 }
 
+extern "C" int bkv_gpu_bytes_from(const void *address, size_t *bytes) {
+    CUdeviceptr base = 0;
+    size_t all = 0;
+    int error = context_ready();
+    error = error != 0 ? error : DRIVER(cuMemGetAddressRange, &base, &all, (CUdeviceptr)address);
+    *bytes = error == 0 ? (size_t)(base + all - (CUdeviceptr)address) : 0;
+    return error;
+}
+
 extern "C" int bkv_gpu_export_chunk(void *base, int *fd) {
     CUmemGenericAllocationHandle handle;
     int error = context_ready();

@@ -150,6 +150,13 @@ int bkv_gpu_extent(const void *address, bkv_gpu_extent_t *extent) {
     return fake_leave(error);
 }
 
+int bkv_gpu_bytes_from(const void *address, size_t *bytes) {
+    int error = fake_enter();
+    const mapping_t *mapping = fake_mapping_find(address, false);
+    *bytes = mapping != NULL ? (size_t)(mapping->base + mapping->bytes - (const uint8_t *)address) : 0;
+    return fake_leave(error == 0 && mapping == NULL ? INVALID : error);
+}
+
 int bkv_gpu_export(void *base, uint8_t bytes[BKV_GPU_HANDLE_BYTES]) {
     int error = fake_enter();
     const mapping_t *mapping = fake_mapping_find(base, true);
