@@ -6,19 +6,25 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define EXTENTS_MOST 4096 // as many as a session may have
-#define OFFSET_UNIT  64   // places are multiples of this
-#define END_MS       500  // how long unshare waits for the daemon
+#define EXTENTS_MOST 16384 // as many as a session may have
+#define OFFSET_UNIT  64    // places are multiples of this
+#define END_MS       500   // how long unshare waits for the daemon
 
 // ---- what is shared ----
 
 // The extent with that address, or where it would have to be.
 static uint32_t extent_rank(const bkv_device_t *device, const uint8_t *address) {
-    uint32_t rank = 0;
-    while (rank < device->count && device->extents[rank].base + device->extents[rank].whole <= address) {
-        rank++;
+    uint32_t low = 0, high = device->count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        const bkv_device_extent_t *extent = &device->extents[middle];
+        if (extent->base + extent->whole <= address) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
     }
-    return rank;
+    return low;
 }
 
 static bool has_extent(const bkv_device_t *device, uint32_t rank, const uint8_t *address) {

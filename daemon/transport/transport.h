@@ -24,7 +24,7 @@
 #define BKV_PLACE_ALIGN        64
 #define BKV_CUDA_HANDLE_BYTES  64 // of cudaIpcMemHandle_t and of cudaIpcEventHandle_t
 #define BKV_CUDA_UUID_BYTES    16
-#define BKV_DEVICE_ALLOCATIONS 4096 // most in one session
+#define BKV_DEVICE_ALLOCATIONS 16384 // most in one session: 320 GiB in chunks of 20 MiB, as PyTorch takes them
 
 typedef struct bkv_transports bkv_transports_t;
 typedef struct bkv_session bkv_session_t;
