@@ -35,7 +35,7 @@
 // Requests of keys: see bkv_server_request_most. A key takes 34 bytes on the wire and about 80 once unpacked.
 #define REQUEST_BASE     ((size_t)16 << 10)
 #define REQUEST_PER_KEY  ((size_t)68)
-#define UNPACKED_BASE    ((size_t)2 << 20) // a block of 65,536 pages in GPU memory takes 1.3 MiB
+#define UNPACKED_BASE    ((size_t)6 << 20) // 16,384 allocations of GPU memory with handles take 3 to 4 MiB
 #define UNPACKED_PER_KEY ((size_t)256)
 
 // ---- holds ----

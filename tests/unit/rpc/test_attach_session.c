@@ -100,7 +100,7 @@ Test(rpc_attach_session, an_attach_of_the_most_allocations_fits) {
     cr_assert_eq(sharing_look(rig.config.transports).args.allocation_count, MOST);
     device.n_allocations = MOST + 1;
     cr_assert_null(attach(&rig, &request, &code, text));
-    cr_assert_str_eq(text, "cuda_ipc.allocations: 4097 are not within 1..4096");
+    cr_assert_str_eq(text, "cuda_ipc.allocations: 16385 are not within 1..16384");
     rig_close(&rig);
 }
 

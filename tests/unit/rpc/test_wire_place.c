@@ -163,7 +163,7 @@ Test(rpc_wire_place, windows_on_devices_are_checked) {
     request.cuda_ipc = &window;
     attach_refused(&request, "cuda_ipc.uuid: 0 bytes instead of 16");
     window.uuid = (ProtobufCBinaryData){sizeof(uuid), uuid};
-    attach_refused(&request, "cuda_ipc.allocations: 0 are not within 1..4096");
+    attach_refused(&request, "cuda_ipc.allocations: 0 are not within 1..16384");
     window.n_allocations = 1;
     window.allocations = allocations;
     attach_refused(&request, "cuda_ipc.allocations[0].bytes: 0");
