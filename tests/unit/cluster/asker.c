@@ -102,6 +102,17 @@ const answer_t *ask(bkv_etcd_t *etcd, question_t question) {
     return &answer;
 }
 
+void ask_fill(bkv_etcd_t *etcd) {
+    static char value[60000];
+    memset(value, 'x', sizeof(value) - 1);
+    uint64_t start_ms = bkv_now_ms();
+    for (bkv_status_t status = BKV_OK; status != BKV_RESOURCE_EXHAUSTED;) {
+        status = ask(etcd, (question_t){.kind = ASK_PUT, .key = "/fill", .value = value})->error.status;
+        cr_assert(status == BKV_OK || status == BKV_RESOURCE_EXHAUSTED, "%s", bkv_status_name(status));
+        cr_assert_lt(bkv_now_ms() - start_ms, WAIT_S * 1000);
+    }
+}
+
 bkv_etcd_t *asker_create(const etcd_server_t *server) {
     const char *endpoints[] = {server->endpoint};
     const bkv_etcd_options_t options = {.endpoints = endpoints, .endpoint_count = 1, .attempt_ms = 500};

@@ -36,6 +36,9 @@ bkv_etcd_t *asker_create(const etcd_server_t *server); // plain, one endpoint
 // Asks and waits. The answer is static, good until the next question.
 const answer_t *ask(bkv_etcd_t *etcd, question_t question);
 
+// Writes until etcd's quota is exceeded, which it notices only now and then.
+void ask_fill(bkv_etcd_t *etcd);
+
 // ---- a watcher ----
 
 typedef struct seen {

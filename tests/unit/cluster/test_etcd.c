@@ -221,22 +221,16 @@ Test(etcd, the_endpoint_that_answers_is_found, .timeout = 60) {
 
 // etcd's own disk quota: what is there stays, and can be kept alive; nothing new gets in.
 Test(etcd, a_full_disk_is_an_error_that_changes_nothing, .timeout = 60) {
-    static char value[60000];
     etcd_server_t server;
     etcd_server_init(&server);
     server.quota_bytes = 1 << 20;
     etcd_server_start(&server);
     bkv_etcd_t *etcd = asker_create(&server);
-    memset(value, 'x', sizeof(value) - 1);
     cr_assert_eq(ask(etcd, (question_t){.kind = ASK_GRANT, .lease = LEASE, .ttl_s = 60})->error.status, BKV_OK);
     cr_assert_eq(ask(etcd, (question_t){.kind = ASK_PUT, .key = "/mine", .value = "old", .lease = LEASE})->error.status,
                  BKV_OK);
     int64_t revision = ask(etcd, (question_t){.kind = ASK_LIST, .key = "/mine", .limit = 1})->kvs[0].mod_revision;
-    bkv_status_t status = BKV_OK;
-    for (int i = 0; i < 100 && status == BKV_OK; i++) {
-        status = ask(etcd, (question_t){.kind = ASK_PUT, .key = "/fill", .value = value})->error.status;
-    }
-    cr_assert_eq(status, BKV_RESOURCE_EXHAUSTED);
+    ask_fill(etcd);
     const answer_t *answer =
         ask(etcd, (question_t){.kind = ASK_SWAP, .key = "/mine", .value = "new", .expected = revision, .lease = LEASE});
     cr_assert_eq(answer->error.status, BKV_RESOURCE_EXHAUSTED, "%s", answer->error.message);

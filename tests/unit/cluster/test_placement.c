@@ -61,7 +61,7 @@ static void check_model(const members_t *members, uint32_t replicas) {
 
 Test(placement, owners_are_the_models) {
     uint64_t state = 1;
-    for (int round = 0; round < 60; round++) {
+    for (int round = 0; round < ROUNDS(60); round++) {
         members_t members = {0};
         uint32_t count = (uint32_t)(random_next(&state) % 40), domains = (uint32_t)(random_next(&state) % 6);
         bool weighted = random_next(&state) % 2 == 0;
@@ -263,7 +263,7 @@ Test(placement, changes_move_the_least_and_derive_the_same_table) {
             members_add(&members, 1 + i % 4, i, 3);
         }
         bkv_placement_t *was = place(&members, replicas, true, NULL);
-        for (int round = 0; round < 8; round++) {
+        for (int round = 0; round < ROUNDS(8); round++) {
             change_t change = change_one(&members, &state);
             bkv_placement_t *now = place(&members, replicas, true, was);
             bkv_placement_t *scratch = place(&members, replicas, true, NULL);

@@ -21,7 +21,7 @@ Test(race, logarithm_is_near_libm) {
     bkv_race_t race;
     bkv_race_init(&race);
     uint64_t state = 1;
-    for (int i = 0; i < 200000; i++) {
+    for (int i = 0; i < ROUNDS(200000); i++) {
         uint64_t h = random_next(&state);
         check(&race, h);
         check(&race, h >> (i % 40));        // near 0
@@ -36,7 +36,7 @@ Test(race, no_time_is_below_its_floor) {
     bkv_race_t race;
     bkv_race_init(&race);
     uint64_t state = 2;
-    for (int i = 0; i < 200000; i++) {
+    for (int i = 0; i < ROUNDS(200000); i++) {
         uint64_t h = random_next(&state) >> (i % 64);
         uint64_t share = bkv_race_share((uint32_t)(random_next(&state) % BKV_WEIGHT_MAX) + 1);
         cr_assert_geq(bkv_race_time(&race, h, share), bkv_race_floor(h, share));
@@ -51,7 +51,7 @@ Test(race, times_are_exponential) {
     const uint32_t weights[] = {1, 3, 1000, BKV_WEIGHT_MAX};
     for (int w = 0; w < 4; w++) {
         double sum = 0, squares = 0;
-        const int n = 100000;
+        const int n = ROUNDS(100000);
         for (int i = 0; i < n; i++) {
             double time = ldexp((double)bkv_race_time(&race, random_next(&state), bkv_race_share(weights[w])), -57);
             sum += time;

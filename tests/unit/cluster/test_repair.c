@@ -177,7 +177,7 @@ Test(repair, every_change_moves_what_is_lacking_once) {
         world_t *world = world_new(1);
         members_t members = {0};
         members_make(&members, 12, domains);
-        bkv_placement_t *was = place(&members, 2, true, NULL);
+        bkv_placement_t *was = place(&members, 2, false, NULL);
         put_all(world, was, 0, KEYS);
         for (int change = 0; change < 4; change++) {
             switch (change) {
@@ -195,7 +195,7 @@ Test(repair, every_change_moves_what_is_lacking_once) {
                 members.at[3].weight -= 1;
                 break;
             }
-            bkv_placement_t *now = place(&members, 2, true, was);
+            bkv_placement_t *now = place(&members, 2, false, was);
             check_one_change(world, was, now);
             bkv_placement_destroy(was);
             was = now;
@@ -209,10 +209,10 @@ Test(repair, a_drained_member_holds_nothing_in_the_end) {
     world_t *world = world_new(2);
     members_t members = {0};
     members_make(&members, 6, 0);
-    bkv_placement_t *was = place(&members, 2, true, NULL);
+    bkv_placement_t *was = place(&members, 2, false, NULL);
     put_all(world, was, 0, KEYS);
     members.at[1].draining = members.at[4].draining = true; // two at once: some keys are on both
-    bkv_placement_t *now = place(&members, 2, true, was);
+    bkv_placement_t *now = place(&members, 2, false, was);
     check_one_change(world, was, now);
     // A key that both held has had one of them send it to each of two targets; what is left is found there by the next pass.
     for (int passes = 0; passes < 2; passes++) {
@@ -232,7 +232,7 @@ Test(repair, changes_in_the_middle_lose_nothing) {
         world_t *world = world_new(seed);
         members_t members = {0};
         members_make(&members, 10, seed % 2 == 0 ? 4 : 0);
-        bkv_placement_t *was = place(&members, 2, true, NULL), *now = NULL;
+        bkv_placement_t *was = place(&members, 2, false, NULL), *now = NULL;
         put_all(world, was, 0, KEYS / 2);
         for (uint32_t round = 0; round < 4; round++) {
             bkv_placement_destroy(now);
@@ -241,7 +241,7 @@ Test(repair, changes_in_the_middle_lose_nothing) {
             } else {
                 members.at[random_next(&world->state) % members.count].draining ^= true;
             }
-            now = place(&members, 2, true, was);
+            now = place(&members, 2, false, was);
             put_all(world, now, KEYS / 2 + round * 200, KEYS / 2 + (round + 1) * 200);
             world->failing = 30;
             pass(world, was, now, true);
@@ -264,7 +264,7 @@ Test(repair, a_restarted_member_is_filled_and_keeps_what_only_it_had) {
     world_t *world = world_new(3);
     members_t members = {0};
     members_make(&members, 5, 0);
-    bkv_placement_t *was = place(&members, 2, true, NULL);
+    bkv_placement_t *was = place(&members, 2, false, NULL);
     put_all(world, was, 0, KEYS);
     uint32_t node = node_of(was, 2);
     for (uint32_t number = 0; number < KEYS; number++) {
@@ -277,7 +277,7 @@ Test(repair, a_restarted_member_is_filled_and_keeps_what_only_it_had) {
         }
     }
     members.at[2].epoch = 2;
-    bkv_placement_t *now = place(&members, 2, true, was);
+    bkv_placement_t *now = place(&members, 2, false, was);
     cr_assert(pass(world, was, now, false));
     check_settled(world, now);
     bkv_placement_destroy(was);
@@ -290,13 +290,13 @@ Test(repair, senders) {
     uint32_t sends[16] = {0}, sum = 0;
     members_t members = {0};
     members_make(&members, 9, 0);
-    bkv_placement_t *was = place(&members, 3, true, NULL);
+    bkv_placement_t *was = place(&members, 3, false, NULL);
     char gone[BKV_MEMBER_NAME_MAX];
     memcpy(gone, members.at[4].id, sizeof(gone));
     members_t drained = members;
     drained.at[4].draining = true;
     members_remove(&members, 4);
-    bkv_placement_t *crashed = place(&members, 3, true, was), *draining = place(&drained, 3, true, was);
+    bkv_placement_t *crashed = place(&members, 3, false, was), *draining = place(&drained, 3, false, was);
     bkv_succession_t crash_of, drain_of;
     cr_assert(bkv_succession_init(&crash_of, was, crashed, NULL) == BKV_OK &&
               bkv_succession_init(&drain_of, was, draining, NULL) == BKV_OK);
@@ -346,7 +346,7 @@ static size_t list_nothing(void *store, uint64_t *cursor, bkv_repair_item_t *ite
 Test(repair, an_empty_store_and_a_member_that_is_not_in_view) {
     members_t members = {0};
     members_make(&members, 3, 0);
-    bkv_placement_t *placement = place(&members, 2, true, NULL);
+    bkv_placement_t *placement = place(&members, 2, false, NULL);
     bkv_repair_t *repair = NULL;
     bkv_repair_send_t send;
     bkv_repair_progress_t progress;

@@ -1,4 +1,6 @@
 // test_view.c - views under readers that take and give while others are published.
+#include "members.h"
+
 #include "daemon/cluster/view.h"
 
 #include <criterion/criterion.h>
@@ -90,7 +92,7 @@ Test(view, readers_and_a_publisher, .timeout = 60) {
     for (int i = 0; i < READERS; i++) {
         cr_assert_eq(pthread_create(&threads[i], NULL, read_views, &reads[i]), 0);
     }
-    for (uint64_t number = 1; number <= 60; number++) {
+    for (uint64_t number = 1; number <= ROUNDS(60); number++) {
         cr_assert_eq(publish(number, NULL), BKV_OK);
     }
     atomic_store(&stop, true);
