@@ -25,7 +25,7 @@ install: all
 	$(INSTALL) -m 644 deploy/bkv.1 $(DESTDIR)$(PREFIX)/share/man/man1
 	$(INSTALL) -m 644 deploy/balancekvd.8 $(DESTDIR)$(PREFIX)/share/man/man8
 	$(INSTALL) -m 644 deploy/completion/bkv deploy/completion/balancekvd $(DESTDIR)$(PREFIX)/share/bash-completion/completions
-	$(INSTALL) -m 644 proto/balancekv.proto client/examples/put_get.c README.md LICENSE $(DESTDIR)$(PREFIX)/share/doc/balancekvd
+	$(INSTALL) -m 644 proto/balancekv.proto $(wildcard client/examples/*.c) README.md LICENSE $(DESTDIR)$(PREFIX)/share/doc/balancekvd
 	$(INSTALL) -m 644 deploy/balancekvd.conf.example $(DESTDIR)$(SYSCONFDIR)/balancekv/balancekvd.conf.example
 	sed 's|/usr/bin/balancekvd|$(PREFIX)/bin/balancekvd|' deploy/balancekvd.service >$(DESTDIR)$(UNITDIR)/balancekvd.service
 	$(INSTALL) -m 644 deploy/balancekvd.sysusers $(DESTDIR)$(SYSUSERSDIR)/balancekvd.conf
