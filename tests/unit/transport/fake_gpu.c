@@ -94,8 +94,12 @@ void bkv_gpu_give(void *memory) {
 
 int bkv_gpu_host_take(void **memory, size_t bytes) {
     int error = fake_enter();
+    size_t i = 0;
+    while (error == 0 && gpu.hosts[i] != NULL) {
+        MUST(++i < HOSTS_MOST);
+    }
     if (error == 0) {
-        *memory = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+        *memory = gpu.hosts[i] = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
         gpu.counts.host++;
     }
     return fake_leave(error);
@@ -103,7 +107,15 @@ int bkv_gpu_host_take(void **memory, size_t bytes) {
 
 void bkv_gpu_host_give(void *memory) {
     (void)fake_enter();
-    gpu.counts.host -= memory != NULL;
+    bool found = memory == NULL;
+    for (size_t i = 0; !found && i < HOSTS_MOST; i++) {
+        if (gpu.hosts[i] == memory) {
+            gpu.hosts[i] = NULL;
+            gpu.counts.host--;
+            found = true;
+        }
+    }
+    MUST(found);
     free(memory);
     fake_leave(0);
 }
@@ -318,6 +330,10 @@ int bkv_gpu_reset(int device) {
             free(mapping->base);
             mapping->base = NULL;
         }
+    }
+    for (size_t i = 0; i < HOSTS_MOST; i++) {
+        free(gpu.hosts[i]);
+        gpu.hosts[i] = NULL;
     }
     memset(gpu.pins, 0, sizeof(gpu.pins));
     gpu.counts = (fake_gpu_counts_t){.gathers = gpu.counts.gathers, .compressions = gpu.counts.compressions};

@@ -14,6 +14,7 @@
 #define INVALID       1
 #define ALREADY       712
 #define MAPPINGS_MOST 512
+#define HOSTS_MOST    32
 
 // What is mapped as memory of the device.
 typedef struct mapping {
@@ -33,6 +34,7 @@ typedef struct fake_gpu {
         void *memory;
         size_t bytes;
     } pins[64];
+    void *hosts[HOSTS_MOST];
     fake_gpu_counts_t counts;
 } fake_gpu_t;
 extern fake_gpu_t gpu;
