@@ -1,6 +1,6 @@
 # daemon/: balancekvd, an archive of everything but main.c (so that tests link it) plus main.c.
 DAEMON_PC := grpc libprotobuf-c libuv inih libsystemd libcrypto libxxhash libibverbs
-DAEMON_SRC := $(filter-out daemon/main.c,$(wildcard daemon/*.c daemon/*/*.c))
+DAEMON_SRC := $(filter-out daemon/main.c,$(wildcard daemon/*.c daemon/*/*.c daemon/*/*/*.c))
 DAEMON_OBJ := $(DAEMON_SRC:%.c=$(BUILD)/obj/%.o)
 DAEMON_LIB := $(BUILD)/lib/libbkvdaemon.a
 DAEMON_LIBS = $(call libs_of,$(DAEMON_PC)) -lm

@@ -40,7 +40,7 @@ static void left(changes_t *changes, const bkv_member_t *member) {
 }
 
 static void changed(changes_t *changes, const bkv_member_t *was, const bkv_member_t *now) {
-    if (memcmp(was, now, sizeof(*was)) == 0 || !has_line(changes)) {
+    if (bkv_member_equal(was, now) || !has_line(changes)) {
         return;
     }
     const char *what = "has changed its record";

@@ -342,7 +342,7 @@ static bool thread_end(bkv_etcd_t *etcd) {
         pthread_cond_wait(&etcd->changed, &etcd->lock);
     }
     clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += LINGER_MS * 1000000l;
+    until.tv_nsec += LINGER_MS * 1000000L;
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;
     while (!etcd->ended && pthread_cond_timedwait(&etcd->changed, &etcd->lock, &until) != ETIMEDOUT) {

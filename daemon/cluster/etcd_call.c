@@ -192,6 +192,7 @@ static void call_free(bkv_etcd_call_t *call) {
     if (call->previous != NULL) {
         call->previous->next = call->next;
     } else {
+        assert(etcd->calls == call);
         etcd->calls = call->next;
     }
     if (call->next != NULL) {

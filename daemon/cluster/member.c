@@ -66,6 +66,14 @@ bkv_status_t bkv_member_check(const bkv_member_t *member, bkv_error_t *err) {
     return BKV_OK;
 }
 
+bool bkv_member_equal(const bkv_member_t *a, const bkv_member_t *b) {
+    const bkv_placement_member_t *p = &a->place, *q = &b->place;
+    return strcmp(p->id, q->id) == 0 && strcmp(p->domain, q->domain) == 0 && p->epoch == q->epoch && p->weight == q->weight &&
+           p->draining == q->draining && a->capacity_bytes == b->capacity_bytes && a->address_count == b->address_count &&
+           a->transport_count == b->transport_count && memcmp(a->addresses, b->addresses, sizeof(a->addresses)) == 0 &&
+           memcmp(a->transports, b->transports, sizeof(a->transports)) == 0 && strcmp(a->version, b->version) == 0;
+}
+
 // ---- records ----
 
 size_t bkv_member_pack(const bkv_member_t *member, uint8_t record[BKV_MEMBER_RECORD_MAX]) {

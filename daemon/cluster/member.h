@@ -14,7 +14,7 @@
 #define BKV_MEMBER_VERSION_MAX    32
 #define BKV_MEMBER_RECORD_MAX     2048 // bytes, packed
 
-// Text fields are zero behind their NUL, so that members can be compared as bytes.
+// Text fields are zero behind their NUL.
 typedef struct bkv_member {
     bkv_placement_member_t place; // id, domain, epoch, weight, draining
     uint64_t capacity_bytes;
@@ -29,6 +29,8 @@ bool bkv_member_id_valid(const char *id);
 
 // Whether all of a member may go into a record: INVALID_ARGUMENT names the field.
 bkv_status_t bkv_member_check(const bkv_member_t *member, bkv_error_t *err);
+
+bool bkv_member_equal(const bkv_member_t *a, const bkv_member_t *b);
 
 // Packs a member that has passed the check; returns the record's length.
 size_t bkv_member_pack(const bkv_member_t *member, uint8_t record[BKV_MEMBER_RECORD_MAX]);

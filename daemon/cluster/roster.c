@@ -77,7 +77,7 @@ static bool list_put(bkv_member_t *members, uint32_t *count, const bkv_member_t 
         memmove(&members[at + 1], &members[at], (*count - at) * sizeof(*members));
         ++*count;
     }
-    if (!there || memcmp(&members[at], member, sizeof(*member)) != 0) {
+    if (!there || !bkv_member_equal(&members[at], member)) {
         members[at] = *member;
         *changed = true;
     }
@@ -151,13 +151,19 @@ static void on_removed(void *user, bkv_etcd_text_t key, int64_t revision) {
     }
 }
 
+static bool lists_equal(const bkv_roster_t *roster) {
+    bool equal = roster->count == roster->incoming_count;
+    for (uint32_t i = 0; equal && i < roster->count; i++) {
+        equal = bkv_member_equal(&roster->members[i], &roster->incoming[i]);
+    }
+    return equal;
+}
+
 // A listing is complete: it takes the place of what was known before.
 static void listing_end(bkv_membership_t *membership, int64_t revision) {
     bkv_roster_t *roster = &membership->roster;
     bkv_member_t *before = roster->members;
-    bool same =
-             roster->count == roster->incoming_count && memcmp(before, roster->incoming, roster->count * sizeof(*before)) == 0,
-         there;
+    bool same = lists_equal(roster), there;
     roster->members = roster->incoming;
     roster->incoming = before;
     roster->count = roster->incoming_count;

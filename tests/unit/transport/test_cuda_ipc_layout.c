@@ -1,6 +1,6 @@
 // Where blocks lie in a client's GPU memory: what is refused, and that what is accepted is read where the formula of
 // DeviceLayout (proto/balancekv.proto) says. Host memory stands in for the GPU's, which is all the same to arithmetic.
-#include "daemon/transport/cuda_ipc_layout.h"
+#include "daemon/transport/cuda_ipc/layout.h"
 
 #include <criterion/criterion.h>
 #include <stdlib.h>

@@ -2,7 +2,7 @@
 // needed: posting a work request goes through a table in the queue pair's context, and the one here only writes down what it is
 // given. What becomes of links that break needs a device: tests/rdma/unit_verbs_faults.c.
 #include "daemon/transport/session.h"
-#include "daemon/transport/verbs.h"
+#include "daemon/transport/verbs/verbs.h"
 
 #include <criterion/criterion.h>
 #include <infiniband/verbs.h>

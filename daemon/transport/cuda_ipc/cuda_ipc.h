@@ -1,12 +1,12 @@
 // cuda_ipc.h - what the files of the cuda-ipc transport share: devices, what of them is mapped, transfers, and their threads.
 //
-//   cuda_ipc.c         the transport: sessions, and the start of transfers
-//   cuda_ipc_device.c  a GPU: opening it, the queue of its transfers, and what becomes of it after a fault
-//   cuda_ipc_memory.c  the sessions' memory, mapped
-//   cuda_ipc_pin.c     our own memory, pinned piece by piece; copies between it and a device
-//   cuda_ipc_gate.c    a thread for each device that waits for the events of clients
-//   cuda_ipc_lane.c    a few threads for each device, each with a stream of its own, that compress and copy
-//   cuda_ipc_layout.c  where a block lies
+//   cuda_ipc.c  the transport: sessions, and the start of transfers
+//   device.c    a GPU: opening it, the queue of its transfers, and what becomes of it after a fault
+//   memory.c    the sessions' memory, mapped
+//   pin.c       our own memory, pinned piece by piece; copies between it and a device
+//   gate.c      a thread for each device that waits for the events of clients
+//   lane.c      a few threads for each device, each with a stream of its own, that compress and copy
+//   layout.c    where a block lies
 //
 // A transfer goes: admitted -> [gate: its event has come] -> lane: enqueued on the stream, waited for -> done. A client's event
 // is never waited for by a stream of ours: a stream that waits for a process that has died may wait for ever, and all behind
@@ -17,7 +17,7 @@
 #ifndef BKV_CUDA_IPC_H
 #define BKV_CUDA_IPC_H
 
-#include "daemon/transport/cuda_ipc_layout.h"
+#include "daemon/transport/cuda_ipc/layout.h"
 #include "daemon/transport/internal.h"
 #include "kernels/cuda/bkv_cuda.h"
 #include "kernels/cuda/share.h"
@@ -37,7 +37,7 @@ typedef struct bkv_ipc_session bkv_ipc_session_t;
 typedef struct bkv_ipc_transfer bkv_ipc_transfer_t;
 typedef struct bkv_ipc_memory bkv_ipc_memory_t;
 
-// ---- our own memory (cuda_ipc_pin.c) ----
+// ---- our own memory (pin.c) ----
 
 // The arena and the staging memory. Pinned in pieces in the background, as that takes seconds where they are large.
 #define BKV_IPC_REGIONS 2
@@ -64,7 +64,7 @@ bool bkv_ipc_pins_complete(bkv_ipc_pins_t *pins);
 // Copies between a device and host memory, which may lie in a region. Returns a CUDA error.
 int bkv_ipc_copy(const bkv_ipc_pins_t *pins, void *to, const void *from, uint64_t bytes, void *stream);
 
-// ---- a client's memory (cuda_ipc_memory.c) ----
+// ---- a client's memory (memory.c) ----
 
 // Maps what has a handle; what has none comes by _give. INVALID_ARGUMENT names the allocation. `use` must be held, here and
 // below.
@@ -137,7 +137,7 @@ struct bkv_ipc_transfer {
 // Ends a transfer: tells its owner, frees it. error.status BKV_OK for an ingest: a record of `length` bytes has been made.
 void bkv_ipc_transfer_end(bkv_ipc_transfer_t *transfer, uint64_t length, const bkv_error_t *error);
 
-// ---- devices (cuda_ipc_device.c) ----
+// ---- devices (device.c) ----
 
 typedef struct bkv_ipc_queue {
     bkv_ipc_transfer_t *first, **last;

@@ -1,9 +1,9 @@
-// verbs_watch.c - the thread of the verbs transport: takes completions and the device's events, and looks at the clock, so that
+// watch.c - the thread of the verbs transport: takes completions and the device's events, and looks at the clock, so that
 // a link which neither works nor says so ends nevertheless.
 //
 // Queue pairs of broken links are destroyed here, and by detach, which has none of its own left here: destroying one waits
 // until all events about it have been acknowledged, which this thread does.
-#include "daemon/transport/verbs.h"
+#include "daemon/transport/verbs/verbs.h"
 
 #include "daemon/observe/log.h"
 

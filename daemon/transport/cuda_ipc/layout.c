@@ -1,6 +1,6 @@
-// cuda_ipc_layout.c - see cuda_ipc_layout.h. Every sum and product of a client's numbers is checked for overflow here, once, in
+// layout.c - see layout.h. Every sum and product of a client's numbers is checked for overflow here, once, in
 // bkv_ipc_layout_check; what comes after it may count on that.
-#include "daemon/transport/cuda_ipc_layout.h"
+#include "daemon/transport/cuda_ipc/layout.h"
 
 #include <assert.h>
 

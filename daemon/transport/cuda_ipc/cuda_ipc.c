@@ -1,10 +1,10 @@
 // cuda_ipc.c - GPU memory of local workers: their blocks are compressed where they lie, by the GPU that has them, and only
-// records cross the bus. Sessions, and how transfers start and end; what they do in between is cuda_ipc_gate.c's and
-// cuda_ipc_lane.c's, and cuda_ipc.h has the whole picture.
+// records cross the bus. Sessions, and how transfers start and end; what they do in between is gate.c's and
+// lane.c's, and cuda_ipc.h has the whole picture.
 //
 // A client that overwrites a block while it is being compressed gets a record of some mixture, sound in itself, under its own
 // key.
-#include "daemon/transport/cuda_ipc.h"
+#include "daemon/transport/cuda_ipc/cuda_ipc.h"
 
 #include "daemon/observe/clock.h"
 

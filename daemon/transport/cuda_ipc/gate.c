@@ -1,9 +1,9 @@
-// cuda_ipc_gate.c - the thread that waits for clients' events, so that no stream of ours does.
+// gate.c - the thread that waits for clients' events, so that no stream of ours does.
 //
 // It asks each event whether it has come, again and again at growing intervals, as there is no way to sleep until any of
 // several has. An event that does not come in time, or whose session ends, costs its own transfer and nobody else's. Besides,
 // while it has nothing to ask for, it pins our memory piece by piece; and it resets the device after a fault.
-#include "daemon/transport/cuda_ipc.h"
+#include "daemon/transport/cuda_ipc/cuda_ipc.h"
 
 #include "daemon/observe/clock.h"
 

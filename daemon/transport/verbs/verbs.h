@@ -1,5 +1,5 @@
 // verbs.h - what the files of the verbs transport share. verbs.c: sessions, and what their payloads and records mean;
-// verbs_work.c: transfers cut into work requests, posted in turn and taken back; verbs_watch.c: the thread that hears what the
+// work.c: transfers cut into work requests, posted in turn and taken back; watch.c: the thread that hears what the
 // device has to say, and the clock.
 //
 // One lock guards everything that moves. Under it work is posted and a broken link stopped, but nobody is called back:
@@ -95,7 +95,7 @@ static inline void bkv_verbs_list_init(bkv_verbs_list_t *list) {
     *list = (bkv_verbs_list_t){.tail = &list->head};
 }
 
-// ---- verbs_work.c ----
+// ---- work.c ----
 
 bkv_status_t bkv_verbs_work_init(bkv_verbs_t *verbs, uint32_t count, bkv_error_t *err);
 void bkv_verbs_work_deinit(bkv_verbs_t *verbs);
@@ -122,7 +122,7 @@ void bkv_verbs_post(bkv_verbs_t *verbs, bkv_verbs_list_t *over);
 // Without the lock: tells all of the list.
 void bkv_verbs_tell(bkv_verbs_list_t *over);
 
-// ---- verbs_watch.c ----
+// ---- watch.c ----
 
 bkv_status_t bkv_verbs_watch_start(bkv_verbs_t *verbs, bkv_error_t *err);
 void bkv_verbs_watch_stop(bkv_verbs_t *verbs); // once no session is left

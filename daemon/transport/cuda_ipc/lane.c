@@ -1,10 +1,10 @@
-// cuda_ipc_lane.c - the threads that do the work: each takes some transfers that are alike, enqueues all of it on a stream of
+// lane.c - the threads that do the work: each takes some transfers that are alike, enqueues all of it on a stream of
 // its own, sleeps until the device has done it, and ends them. While one sleeps the others go on, so that compressing, copying
 // and publishing of different blocks overlap.
 //
 // Everything enqueued lies in memory that stays put until the lane has seen it done: its own, the arena's slots that the
 // ingests hold, records that the deliveries pin, and the sessions' mappings, which last as long as their transfers.
-#include "daemon/transport/cuda_ipc.h"
+#include "daemon/transport/cuda_ipc/cuda_ipc.h"
 
 #include <assert.h>
 #include <string.h>

@@ -3,8 +3,8 @@
 // never writes to memory of ours, and gets no key for it.
 //
 // The arena and the staging memory are registered once, when the daemon starts. Each session is one reliable connection of its
-// own: whatever its client does, or suffers, breaks that one and no other. How transfers share the device: verbs_work.c.
-#include "daemon/transport/verbs.h"
+// own: whatever its client does, or suffers, breaks that one and no other. How transfers share the device: work.c.
+#include "daemon/transport/verbs/verbs.h"
 
 #include "daemon/observe/log.h"
 
@@ -268,7 +268,7 @@ static bool verbs_alive(void *self, void *state) {
 // ---- fetch ----
 
 typedef struct fetch {
-    bkv_verbs_transfer_t transfer; // first: verbs_work.c knows only this
+    bkv_verbs_transfer_t transfer; // first: work.c knows only this
     bkv_ingest_t *ingest;
     bkv_ingest_done_t done;
     void *user;

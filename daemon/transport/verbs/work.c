@@ -1,9 +1,9 @@
-// verbs_work.c - transfers cut into work requests. A link gets few of them at a time and all links together not more than the
+// work.c - transfers cut into work requests. A link gets few of them at a time and all links together not more than the
 // completion queue has room for; what does not fit waits, a session's transfers in order and the sessions in turn.
 //
 // Requests on one link come back in the order in which they were posted. So do transfers, and the oldest is always the first to
 // be over; on a broken link it is as soon as the device has returned what it had of it.
-#include "daemon/transport/verbs.h"
+#include "daemon/transport/verbs/verbs.h"
 
 #include "daemon/observe/log.h"
 

@@ -1,4 +1,4 @@
-// cuda_ipc_layout.h - where the values of a block lie in GPU memory that a client shares: checking what the client says of it,
+// layout.h - where the values of a block lie in GPU memory that a client shares: checking what the client says of it,
 // and turning it into addresses. Pure arithmetic: no device is touched, and none is needed to test it.
 //
 // A session's memory is its allocations one after the other, and everything that a client says is an offset in it. What may be

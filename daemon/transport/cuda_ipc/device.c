@@ -1,11 +1,11 @@
-// cuda_ipc_device.c - a GPU as the transport uses it: opened when the first client names it, the queues of its transfers and
+// device.c - a GPU as the transport uses it: opened when the first client names it, the queues of its transfers and
 // the threads that serve them, and what becomes of it after a fault.
 //
 // A fault in a kernel ends a process's whole context on a device: every call fails from then on, and all mappings, streams and
 // events are void. Bounds are checked so that no client can bring that about; hardware can. The device is then reset: transfers
 // fail, sessions are lost (their clients Attach again), and it is opened afresh. Where even that fails it stays closed, and
 // only a new process could open it; everything else in the daemon goes on.
-#include "daemon/transport/cuda_ipc.h"
+#include "daemon/transport/cuda_ipc/cuda_ipc.h"
 
 #include "daemon/observe/log.h"
 

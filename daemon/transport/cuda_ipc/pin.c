@@ -1,10 +1,10 @@
-// cuda_ipc_pin.c - the arena and the staging memory as a GPU sees them: pinned, where the system lets us, so that it reads and
+// pin.c - the arena and the staging memory as a GPU sees them: pinned, where the system lets us, so that it reads and
 // writes them by itself while our threads do something else. Where it does not, the driver copies through buffers of its own:
 // slower, and nothing else.
 //
 // Pinning touches every page, so it is done piece by piece beside the transfers. A copy never crosses from one piece to the
 // next in one call, as CUDA would take its two ends for different memory.
-#include "daemon/transport/cuda_ipc.h"
+#include "daemon/transport/cuda_ipc/cuda_ipc.h"
 
 #include "daemon/observe/log.h"
 

@@ -1,4 +1,4 @@
-// cuda_ipc_memory.c - a session's allocations, mapped here: those with a handle each at an address of its own, runs of those
+// memory.c - a session's allocations, mapped here: those with a handle each at an address of its own, runs of those
 // with descriptors behind one another.
 //
 // CUDA maps an allocation that came by handle once in a process, so sessions that name the same one share the mapping and count
@@ -7,7 +7,7 @@
 // When the client dies, its memory stays as long as we have it mapped: for chunks CUDA promises that, for allocations by handle
 // the driver does so by counting. What is read of it then is what was last written, and harms nobody: a transfer of a client
 // that is gone has nobody to answer to.
-#include "daemon/transport/cuda_ipc.h"
+#include "daemon/transport/cuda_ipc/cuda_ipc.h"
 
 #include <stdio.h>
 #include <stdlib.h>
