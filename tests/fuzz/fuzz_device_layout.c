@@ -2,7 +2,7 @@
 // must lie within the client's allocations, by the tables of a gather and by the strides of a block alike; and they must agree.
 //
 // Addresses are only computed with, so memory need not be there: the spans of the input lie anywhere.
-#include "daemon/transport/cuda_ipc_layout.h"
+#include "daemon/transport/cuda_ipc/layout.h"
 
 #include <assert.h>
 #include <string.h>
