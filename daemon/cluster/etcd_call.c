@@ -182,8 +182,7 @@ static void attempt_start(bkv_etcd_attempt_t *attempt) {
 
 // ---- the end of a call ----
 
-static void call_free(bkv_etcd_call_t *call) {
-    bkv_etcd_t *etcd = call->etcd;
+static void call_free(bkv_etcd_t *etcd, bkv_etcd_call_t *call) {
     bkv_etcd_timer_stop(etcd, &call->timer);
     if (call->attempt != NULL) {
         call->attempt->call = NULL;
@@ -192,7 +191,6 @@ static void call_free(bkv_etcd_call_t *call) {
     if (call->previous != NULL) {
         call->previous->next = call->next;
     } else {
-        assert(etcd->calls == call);
         etcd->calls = call->next;
     }
     if (call->next != NULL) {
@@ -204,11 +202,12 @@ static void call_free(bkv_etcd_call_t *call) {
 }
 
 static void call_conclude(bkv_etcd_call_t *call, const bkv_error_t *error, const ProtobufCMessage *response) {
-    if (call->etcd->login == call) {
-        call->etcd->login = NULL;
+    bkv_etcd_t *etcd = call->etcd;
+    if (etcd->login == call) {
+        etcd->login = NULL;
     }
     call->kind->finish(call, error, response);
-    call_free(call);
+    call_free(etcd, call);
 }
 
 static void call_too_late(bkv_etcd_call_t *call) {
@@ -222,6 +221,7 @@ void bkv_etcd_calls_cancel(bkv_etcd_t *etcd) {
     bkv_error_t error;
     bkv_fail(&error, BKV_CANCELLED, "etcd: the client is being destroyed");
     while (etcd->calls != NULL) {
+        assert(etcd->calls->etcd == etcd);
         call_conclude(etcd->calls, &error, NULL);
     }
 }

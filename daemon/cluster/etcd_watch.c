@@ -437,7 +437,9 @@ void bkv_etcd_watch_destroy(bkv_etcd_watch_t *watch) {
 }
 
 void bkv_etcd_watches_end(bkv_etcd_t *etcd) {
-    while (etcd->watches != NULL) {
-        bkv_etcd_watch_destroy(etcd->watches);
+    for (bkv_etcd_watch_t *watch = etcd->watches, *next; watch != NULL; watch = next) {
+        next = watch->next;
+        assert(next != watch);
+        bkv_etcd_watch_destroy(watch);
     }
 }

@@ -195,7 +195,7 @@ static bkv_status_t post(bkv_membership_t *membership, bkv_etcd_run_t run) {
     atomic_fetch_add(&membership->refs, 1);
     bkv_status_t status = bkv_etcd_post(membership->etcd, run, membership);
     if (status != BKV_OK) {
-        bkv_membership_unref(membership);
+        atomic_fetch_sub(&membership->refs, 1); // not the last: the caller's is there
     }
     return status;
 }

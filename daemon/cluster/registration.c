@@ -115,7 +115,7 @@ void bkv_registration_saw_config(bkv_membership_t *membership, const void *recor
 }
 
 static void config_done(bkv_membership_t *membership, const bkv_etcd_reply_t *reply) {
-    bkv_cluster_config_t config;
+    bkv_cluster_config_t config = {0};
     bkv_error_t err;
     bkv_status_t status = BKV_OK;
     if (reply->succeeded) {
