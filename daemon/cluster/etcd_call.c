@@ -220,9 +220,12 @@ static void call_too_late(bkv_etcd_call_t *call) {
 void bkv_etcd_calls_cancel(bkv_etcd_t *etcd) {
     bkv_error_t error;
     bkv_fail(&error, BKV_CANCELLED, "etcd: the client is being destroyed");
-    while (etcd->calls != NULL) {
-        assert(etcd->calls->etcd == etcd);
-        call_conclude(etcd->calls, &error, NULL);
+    if (etcd->login != NULL) {
+        call_conclude(etcd->login, &error, NULL); // with those that wait for it
+    }
+    for (bkv_etcd_call_t *call = etcd->calls, *next; call != NULL; call = next) {
+        next = call->next; // which this one's end does not end; and none is started any more
+        call_conclude(call, &error, NULL);
     }
 }
 
