@@ -9,7 +9,7 @@
 // Time. All durations are taken from the monotonic clock; nobody's wall clock matters.
 //
 // Errors. DEADLINE_EXCEEDED: no endpoint has done it in time; the message says what the last one answered. It may have been
-// done nevertheless. RESOURCE_EXHAUSTED: among others etcd's own disk quota (its NOSPACE alarm): nothing has been changed, leases
+// done nevertheless, or be done later, when an etcd that stood still goes on: who cannot bear that has to swap, not to put. RESOURCE_EXHAUSTED: among others etcd's own disk quota (its NOSPACE alarm): nothing has been changed, leases
 // that are there can be kept alive. UNAUTHENTICATED, PERMISSION_DENIED: name, password or rights. CANCELLED: the client is
 // being destroyed. What etcd sends is checked: foreign keys, revisions that go back, and fields that are missing do no harm.
 #ifndef BKV_ETCD_H

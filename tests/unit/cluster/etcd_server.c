@@ -99,6 +99,15 @@ void etcd_server_kill(etcd_server_t *server) {
     }
 }
 
+void etcd_server_stop(etcd_server_t *server) {
+    kill(server->pid, SIGSTOP);
+    cr_assert_eq(waitpid(server->pid, NULL, WUNTRACED), server->pid);
+}
+
+void etcd_server_continue(etcd_server_t *server) {
+    kill(server->pid, SIGCONT);
+}
+
 static int run_shell(const char *command) {
     int status = system(command);
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;

@@ -18,7 +18,9 @@ typedef struct etcd_server {
 // Makes the folder and chooses ports; starts nothing.
 void etcd_server_init(etcd_server_t *server);
 void etcd_server_start(etcd_server_t *server);
-void etcd_server_kill(etcd_server_t *server);  // kill -9, as a power cut
+void etcd_server_kill(etcd_server_t *server); // kill -9, as a power cut
+void etcd_server_stop(etcd_server_t *server); // SIGSTOP; returns when it has stopped
+void etcd_server_continue(etcd_server_t *server);
 void etcd_server_wipe(etcd_server_t *server);  // while it is not running: its data are gone
 void etcd_server_clear(etcd_server_t *server); // kills it, removes the folder
 

@@ -2,7 +2,6 @@
 #include "asker.h"
 
 #include <criterion/criterion.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -104,9 +103,9 @@ Test(etcd_watch, a_killed_etcd_that_comes_back_leaves_no_gap, .timeout = 60) {
 Test(etcd_watch, a_stopped_etcd_is_noticed_and_gone_on_with, .timeout = 60) {
     rig_t rig;
     open_rig(&rig);
-    kill(rig.server.pid, SIGSTOP);
+    etcd_server_stop(&rig.server);
     cr_assert(seen_wait_lost(&seen));
-    kill(rig.server.pid, SIGCONT);
+    etcd_server_continue(&rig.server);
     put(&rig, "/p/b", "2");
     cr_assert(seen_wait(&seen, 2, "/p/b", "2"));
     cr_assert_eq(seen.resets, 1);
@@ -169,7 +168,7 @@ Test(etcd_watch, watches_move_to_the_endpoint_that_answers, .timeout = 60) {
     put(&rig, "/p/a", "1");
     seen_start(&seen, rig.etcd, "/p/");
     cr_assert(seen_wait(&seen, 1, "/p/a", "1"));
-    kill(one.pid, SIGSTOP);
+    etcd_server_stop(&one);
     etcd_server_start(&two); // another etcd altogether: not the same store, which is noticed as well
     put(&rig, "/p/b", "2");
     cr_assert(seen_wait(&seen, 1, "/p/b", "2"));

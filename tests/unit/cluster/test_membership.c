@@ -5,7 +5,6 @@
 #include "daemon/cluster/membership.h"
 #include "daemon/observe/clock.h"
 #include <criterion/criterion.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -249,12 +248,12 @@ Test(membership, cut_off_it_keeps_its_view_and_says_so, .timeout = 60) {
     node_start(&a, &server, "a", 2);
     node_start(&b, &server, "b", 2);
     wait_for_members(&a, "a b");
-    kill(server.pid, SIGSTOP);
+    etcd_server_stop(&server);
     wait_for_state(&a, BKV_MEMBERSHIP_CUT_OFF);
     sleep(TTL_S);
     wait_for_members(&a, "a b");
     cr_assert_neq(status_of(&a).trouble.status, BKV_OK);
-    kill(server.pid, SIGCONT);
+    etcd_server_continue(&server);
     wait_for_state(&a, BKV_MEMBERSHIP_MEMBER);
     wait_for_state(&b, BKV_MEMBERSHIP_MEMBER);
     sleep(2 * TTL_S);
