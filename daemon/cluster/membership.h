@@ -21,7 +21,7 @@
 // has lost everything, the members write the same again.
 //
 // Threads. What etcd says is taken in on the etcd client's thread; views are made and callbacks called on a thread of the membership's own,
-// which makes one view of all that has come meanwhile, because a placement of 1,000 members takes a second.
+// which makes one view of all that has come meanwhile, because a placement of 1,000 members takes 2 s.
 #ifndef BKV_MEMBERSHIP_H
 #define BKV_MEMBERSHIP_H
 
