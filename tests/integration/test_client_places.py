@@ -13,6 +13,8 @@ SPEC = dict(model="places", layers=LAYERS, kv_heads=HEADS, key_dim=KEY_DIM, valu
             codec=native.RAW)
 WINDOW = 1 << 20
 
+needs_library = unittest.skipIf(os.environ.get("SANITIZER"), "Python cannot load a library that is built with a sanitizer")
+
 
 def key(number):
     return native.Key(*(b"block %d" % number).ljust(32, b"."))
@@ -26,6 +28,7 @@ def record_bytes(records):
     return [native.c.string_at(record.data, record.length) for record in records]
 
 
+@needs_library
 class Native(Case):
     options = {"backend": "ref"}
 
@@ -111,6 +114,7 @@ class Native(Case):
         client.free(records)
 
 
+@needs_library
 class Restart(unittest.TestCase):
     def test_a_restart_in_the_middle(self):
         """Calls go on, by place again, and what was got before stays readable."""
