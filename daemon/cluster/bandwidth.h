@@ -18,7 +18,8 @@ void bkv_bandwidth_init(bkv_bandwidth_t *bandwidth, uint64_t rate, uint64_t burs
 // A new rate (a reload, or an operator in a hurry), from now on; what was taken ahead stays owed.
 void bkv_bandwidth_set_rate(bkv_bandwidth_t *bandwidth, uint64_t rate, uint64_t now_ns);
 
-// How long until something may go, whatever its size: 0, now. A thing larger than the burst goes too, and the rest waits for it.
+// How long until something may go, whatever its size: 0, now. A thing larger than the burst goes too, and the rest waits for
+// it.
 uint64_t bkv_bandwidth_wait_ns(bkv_bandwidth_t *bandwidth, uint64_t now_ns);
 
 // Takes `bytes` off. May be called at any time, also for more than there is.

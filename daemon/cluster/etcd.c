@@ -122,7 +122,8 @@ void bkv_etcd_timer_stop(bkv_etcd_t *etcd, bkv_etcd_timer_t *timer) {
     }
 }
 
-// Runs what is due; returns when there will be more. A timer that runs may stop any other, so that each time the search begins anew.
+// Runs what is due; returns when there will be more. A timer that runs may stop any other, so that each time the search begins
+// anew.
 static uint64_t timers_run(bkv_etcd_t *etcd) {
     for (;;) {
         uint64_t now_ms = bkv_now_ms(), next_ms = UINT64_MAX;
@@ -143,8 +144,8 @@ static uint64_t timers_run(bkv_etcd_t *etcd) {
 
 // ---- posts ----
 
-// gRPC has no public way to wake a completion queue's thread, but a question about a channel is answered there, and this one at once
-// because its time is over. The thread does not end before that (is_waking), so that no lock need be held.
+// gRPC has no public way to wake a completion queue's thread, but a question about a channel is answered there, and this one at
+// once because its time is over. The thread does not end before that (is_waking), so that no lock need be held.
 static void wake(bkv_etcd_t *etcd) {
     BKV_HAND_OVER(&etcd->wake_tag);
     grpc_channel_watch_connectivity_state(etcd->channels[0], grpc_channel_check_connectivity_state(etcd->channels[0], 0),

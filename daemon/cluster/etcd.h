@@ -1,7 +1,7 @@
 // etcd.h - a small client of etcd's v3 API over the gRPC C core: leases, keys under them, compare-and-put, listings, watches.
 //
-// What it is: one thread that drives all calls, over several endpoints of which one is used at a time; when that one fails or does
-// not answer, calls and watches go on with the next. What it is not: it has no notion of members; that is membership.c.
+// What it is: one thread that drives all calls, over several endpoints of which one is used at a time; when that one fails or
+// does not answer, calls and watches go on with the next. What it is not: it has no notion of members; that is membership.c.
 //
 // Threads. Everything here but create, destroy and post is called on the client's own thread, which bkv_etcd_post leads to, and
 // every callback runs there: it must not block. So nothing that callbacks touch needs a lock.
@@ -9,9 +9,10 @@
 // Time. All durations are taken from the monotonic clock; nobody's wall clock matters.
 //
 // Errors. DEADLINE_EXCEEDED: no endpoint has done it in time; the message says what the last one answered. It may have been
-// done nevertheless, or be done later, when an etcd that stood still goes on: who cannot bear that has to swap, not to put. RESOURCE_EXHAUSTED: among others etcd's own disk quota (its NOSPACE alarm): nothing has been changed, leases
-// that are there can be kept alive. UNAUTHENTICATED, PERMISSION_DENIED: name, password or rights. CANCELLED: the client is
-// being destroyed. What etcd sends is checked: foreign keys, revisions that go back, and fields that are missing do no harm.
+// done nevertheless, or be done later, when an etcd that stood still goes on: who cannot bear that has to swap, not to put.
+// RESOURCE_EXHAUSTED: among others etcd's own disk quota (its NOSPACE alarm): nothing has been changed, leases that are there
+// can be kept alive. UNAUTHENTICATED, PERMISSION_DENIED: name, password or rights. CANCELLED: the client is being destroyed.
+// What etcd sends is checked: foreign keys, revisions that go back, and fields that are missing do no harm.
 #ifndef BKV_ETCD_H
 #define BKV_ETCD_H
 
@@ -43,8 +44,8 @@ typedef struct bkv_etcd_options {
 // Checks the options and files, and starts the thread; does not wait for a connection. INVALID_ARGUMENT names the option.
 bkv_status_t bkv_etcd_create(const bkv_etcd_options_t *options, bkv_etcd_t **etcd, bkv_error_t *err);
 
-// Ends every call with CANCELLED, and every watch, without a word to it; runs what has been posted. Returns when no callback runs
-// any more. Not on the client's thread. NULL: nothing.
+// Ends every call with CANCELLED, and every watch, without a word to it; runs what has been posted. Returns when no callback
+// runs any more. Not on the client's thread. NULL: nothing.
 void bkv_etcd_destroy(bkv_etcd_t *etcd);
 
 typedef void (*bkv_etcd_run_t)(void *user);
@@ -96,9 +97,10 @@ typedef struct bkv_etcd_reply {
 // reply is NULL where error->status is not BKV_OK. Both are the client's, and gone after the return.
 typedef void (*bkv_etcd_done_t)(void *user, const bkv_error_t *error, const bkv_etcd_reply_t *reply);
 
-// Each of these starts a call that ends, by a call of done, within timeout_ms. BUSY (too many in flight), INVALID_ARGUMENT (a key or
-// value too long, or empty) and RESOURCE_EXHAUSTED (no memory) are returned at once, and then done is not called.
-// A call that has to be repeated at another endpoint may have been done at the first: all but grant and swap come to the same then.
+// Each of these starts a call that ends, by a call of done, within timeout_ms. BUSY (too many in flight), INVALID_ARGUMENT (a
+// key or value too long, or empty) and RESOURCE_EXHAUSTED (no memory) are returned at once, and then done is not called.
+// A call that has to be repeated at another endpoint may have been done at the first: all but grant and swap come to the same
+// then.
 
 // A new lease of that id (above 0; a random number that nobody else draws) for ttl_s seconds. FAILED_PRECONDITION: there is one
 // of that id, perhaps by a first attempt; draw another.
@@ -130,7 +132,8 @@ bkv_status_t bkv_etcd_list(bkv_etcd_t *etcd, bkv_etcd_text_t prefix, bkv_etcd_te
 
 // What a watcher is told. It sees the keys under a prefix as one of etcd's revisions after the other, without a gap: first a
 // listing (reset, put..., synced), then changes (put or removed..., synced). Where the gap cannot be bridged, because what has
-// happened meanwhile was compacted away or etcd itself was replaced, there is a listing again. A listing may be broken off by another reset.
+// happened meanwhile was compacted away or etcd itself was replaced, there is a listing again. A listing may be broken off by
+// another reset.
 typedef struct bkv_etcd_watcher {
     void (*reset)(void *user); // what follows, up to synced, is all there is
     void (*put)(void *user, const bkv_etcd_kv_t *kv);

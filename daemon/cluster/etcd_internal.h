@@ -1,7 +1,7 @@
 // etcd_internal.h - what the client's files share; nobody else includes it.
 //
-// Files: etcd.c (create, destroy, the thread, posts, timers), etcd_channel.c (options, TLS, channels), etcd_call.c (a call: attempts,
-// failover, the login), etcd_kv.c (requests and replies), etcd_watch.c (listing, stream, resuming).
+// Files: etcd.c (create, destroy, the thread, posts, timers), etcd_channel.c (options, TLS, channels), etcd_call.c (a call:
+// attempts, failover, the login), etcd_kv.c (requests and replies), etcd_watch.c (listing, stream, resuming).
 //
 // The lock guards what posts and the end need (marked below) and is a leaf. All else is the thread's alone.
 #ifndef BKV_ETCD_INTERNAL_H
@@ -86,8 +86,8 @@ bkv_status_t bkv_etcd_connect(bkv_etcd_t *etcd, const bkv_etcd_options_t *option
 
 // ---- etcd_call.c ----
 
-// An operation: where it goes, and how its response becomes a reply. `finish` calls done, with the reply or, if the response makes
-// none, with an error; response is NULL where error is one already.
+// An operation: where it goes, and how its response becomes a reply. `finish` calls done, with the reply or, if the response
+// makes none, with an error; response is NULL where error is one already.
 typedef struct bkv_etcd_kind {
     const char *method;
     const ProtobufCMessageDescriptor *response;
@@ -124,8 +124,8 @@ bkv_etcd_verdict_t bkv_etcd_judge(grpc_status_code code, grpc_slice details, bkv
 
 // ---- etcd_kv.c ----
 
-// The first key that is none with this prefix: its last byte, plus one. A prefix of 0xff alone has none; "\0" then means "to the
-// end". Returns its length.
+// The first key that is none with this prefix: its last byte, plus one. A prefix of 0xff alone has none; "\0" then means "to
+// the end". Returns its length.
 size_t bkv_etcd_prefix_end(bkv_etcd_text_t prefix, uint8_t end[BKV_ETCD_KEY_MAX]);
 
 // ---- etcd_watch.c ----

@@ -4,9 +4,9 @@
 //        ^                        |
 //        +------------------------+ what happened meanwhile was compacted, or this is another etcd, or it will not say why
 //
-// A stream that brings nothing may be quiet or dead: every now and then etcd is asked for its progress, and one that does not answer
-// is left for the next endpoint. Progress is not taken for a revision to resume from: releases of etcd announce it before events
-// that come before it.
+// A stream that brings nothing may be quiet or dead: every now and then etcd is asked for its progress, and one that does not
+// answer is left for the next endpoint. Progress is not taken for a revision to resume from: releases of etcd announce it
+// before events that come before it.
 #include "etcd_internal.h"
 
 #include "daemon/observe/clock.h"

@@ -6,9 +6,9 @@
 // Etcd decides. A member is whoever has a record; a record goes with its lease, when the daemon has not been heard of for ttl_s
 // seconds by etcd's own clock. Nobody's wall clock matters, here only durations of the monotonic one do.
 //
-// A daemon that cannot reach etcd goes on with the view that it has, and with serving: blocks never change, so an old view costs
-// misses, not wrong bytes. It says so (BKV_MEMBERSHIP_CUT_OFF) once its lease may have run out. When etcd is there again and the
-// lease is not, it registers anew by itself, under a new epoch, by which all others know that it had been gone.
+// A daemon that cannot reach etcd goes on with the view that it has, and with serving: blocks never change, so an old view
+// costs misses, not wrong bytes. It says so (BKV_MEMBERSHIP_CUT_OFF) once its lease may have run out. When etcd is there again
+// and the lease is not, it registers anew by itself, under a new epoch, by which all others know that it had been gone.
 //
 // When etcd itself stands still, nobody can keep a lease alive. Members that vanish just after trouble with etcd are therefore
 // believed to be gone only some seconds later (roster.c), when those that live have registered again.
@@ -20,8 +20,8 @@
 // Seed of placement and replicas are kept in etcd as well: who comes first writes them, all others take what is there. If etcd
 // has lost everything, the members write the same again.
 //
-// Threads. What etcd says is taken in on the etcd client's thread; views are made and callbacks called on a thread of the membership's own,
-// which makes one view of all that has come meanwhile, because a placement of 1,000 members takes 2 s.
+// Threads. What etcd says is taken in on the etcd client's thread; views are made and callbacks called on a thread of the
+// membership's own, which makes one view of all that has come meanwhile, because a placement of 1,000 members takes 2 s.
 #ifndef BKV_MEMBERSHIP_H
 #define BKV_MEMBERSHIP_H
 
@@ -80,7 +80,8 @@ typedef struct bkv_membership_status {
 // Begins to register and watch, and returns at once: with etcd down it goes on trying. INVALID_ARGUMENT names the field.
 bkv_status_t bkv_membership_create(const bkv_membership_config_t *config, bkv_membership_t **membership, bkv_error_t *err);
 
-// Ends without leaving: others see it once the lease runs out, as after a crash. All views must have been given back. NULL: nothing.
+// Ends without leaving: others see it once the lease runs out, as after a crash. All views must have been given back. NULL:
+// nothing.
 void bkv_membership_destroy(bkv_membership_t *membership);
 
 // Deletes this daemon's record, so that others see it at once; the view is still kept up. Waits for at most timeout_ms.

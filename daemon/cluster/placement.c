@@ -93,7 +93,8 @@ static bool stands(const podium_t *podium, uint32_t runner) {
     return found;
 }
 
-// Lets some runners race, or all of them (only NULL): fills `podium`, with `apart` one of a domain, else those who are not on it.
+// Lets some runners race, or all of them (only NULL): fills `podium`, with `apart` one of a domain, else those who are not on
+// it.
 static void run(const bkv_placement_t *placement, uint64_t hash, const uint16_t *only, uint32_t count, bool apart,
                 podium_t *podium) {
     podium_t rest = {.places = podium->places - podium->count};
@@ -179,8 +180,8 @@ static void changes_find(const bkv_placement_t *placement, const bkv_placement_t
     }
 }
 
-// The slot's owners from its previous ones and the newcomers; false where one of them has left, so that all must race. Those who
-// neither owned the slot nor are new cannot own it now: they have been beaten by somebody who still runs.
+// The slot's owners from its previous ones and the newcomers; false where one of them has left, so that all must race. Those
+// who neither owned the slot nor are new cannot own it now: they have been beaten by somebody who still runs.
 static bool slot_derive(bkv_placement_t *placement, const bkv_placement_t *previous, const changes_t *changes, uint32_t slot,
                         uint16_t owners[BKV_REPLICAS_MAX]) {
     const uint16_t *was = &previous->table[(size_t)slot * previous->replicas];

@@ -1,20 +1,20 @@
 // placement.h - which members own a block: weighted rendezvous hashing, R replicas on distinct failure domains.
 //
-// What it is: a pure function of (key, members, replicas, seed); no I/O, no clock, no randomness. Any two processes that know the
-// same members agree on every owner, on any host. What it is not: it does not know who is alive (membership.c says that) nor
-// what to do about a change (repair.h).
+// What it is: a pure function of (key, members, replicas, seed); no I/O, no clock, no randomness. Any two processes that know
+// the same members agree on every owner, on any host. What it is not: it does not know who is alive (membership.c says that)
+// nor what to do about a change (repair.h).
 //
-// How. A key falls into one of 2^20 slots (XXH3 of the key under the cluster's seed), and the members race for each slot (race.h).
-// Of every failure domain only its first member counts; the R earliest of these own the slot, the earliest first. With fewer
-// domains than R, the earliest members that are left fill up. A member with no domain is a domain of its own. Members that drain
-// and those of weight 0 do not run.
+// How. A key falls into one of 2^20 slots (XXH3 of the key under the cluster's seed), and the members race for each slot
+// (race.h). Of every failure domain only its first member counts; the R earliest of these own the slot, the earliest first.
+// With fewer domains than R, the earliest members that are left fill up. A member with no domain is a domain of its own.
+// Members that drain and those of weight 0 do not run.
 //
 // Why slots, and not a race for each key: a race costs O(members), 2 us a key with 1,000 of them, and a repair asks about every
-// key twice. The owners of all slots fit in a table of 2 bytes a slot and replica (4 MiB for two replicas), a lookup is then two
-// cache misses at any number of members, and the next view's table is made from the last one's: a slot that nobody's leaving
-// touches needs one race for each newcomer. The price is balance: besides the noise of the keys a member's load has that of its
-// slots, 1 / sqrt(2^20 R / members): 2.2 % for R = 2 and 1,000 members. A caller with few keys to ask for can do without a
-// table (`table = false`) and gets the same answers from races.
+// key twice. The owners of all slots fit in a table of 2 bytes a slot and replica (4 MiB for two replicas), a lookup is then
+// two cache misses at any number of members, and the next view's table is made from the last one's: a slot that nobody's
+// leaving touches needs one race for each newcomer. The price is balance: besides the noise of the keys a member's load has
+// that of its slots, 1 / sqrt(2^20 R / members): 2.2 % for R = 2 and 1,000 members. A caller with few keys to ask for can do
+// without a table (`table = false`) and gets the same answers from races.
 //
 // Movement. A member's time in a slot depends on nothing but the two of them, therefore:
 //   - leaving, draining or a lower weight takes from that member alone: each slot that it loses goes to one other member;

@@ -1,9 +1,9 @@
 // race.h - the arithmetic of weighted rendezvous: who arrives first.
 //
-// For a slot every member runs a race of its own: its time is an exponentially distributed random number whose rate is its weight,
-// drawn from a hash of (slot, member). The first to arrive owns the slot. The least of independent exponential times is member
-// i's with probability weight_i / sum of weights, exactly; and nobody's time depends on who else runs, so that a member that
-// leaves gives away what it has and changes nothing else.
+// For a slot every member runs a race of its own: its time is an exponentially distributed random number whose rate is its
+// weight, drawn from a hash of (slot, member). The first to arrive owns the slot. The least of independent exponential times is
+// member i's with probability weight_i / sum of weights, exactly; and nobody's time depends on who else runs, so that a member
+// that leaves gives away what it has and changes nothing else.
 //
 //     h    = mix(slot hash ^ member hash), uniform in [0, 2^64)
 //     time = -log2(1 - h / 2^64) / weight

@@ -4,23 +4,23 @@
 // are its owners by `was` that are still there under the same epoch; those of its owners by `now` that hold nothing yet are its
 // targets. Every holder finds the same plan without a word to the others, and for each target exactly one of them is to send:
 //
-//   - a holder that owns the key no more, if there is one: it drains, or a newcomer has taken its place. It learns when all that it
-//     had has arrived, and may then forget it (`forget`);
+//   - a holder that owns the key no more, if there is one: it drains, or a newcomer has taken its place. It learns when all
+//     that it had has arrived, and may then forget it (`forget`);
 //   - else the holders share the keys evenly, by the key's hash: after a crash all survivors repair at the same time.
 //
-// So a key's movement is its targets, which placement.h keeps at the least that is possible. Whoever has a key that it did not own
-// by `was` (a stray: it got it under a placement in between, or was itself restarted with its memory intact) cannot know
+// So a key's movement is its targets, which placement.h keeps at the least that is possible. Whoever has a key that it did not
+// own by `was` (a stray: it got it under a placement in between, or was itself restarted with its memory intact) cannot know
 // what others hold, and offers it to all present owners.
 //
-// What the plan cannot know is what memory pressure has evicted meanwhile, and what a target has already. Therefore the contract
-// of whoever executes it: ask the target first, for many keys in one message, which of them it lacks (a Lookup: 32 bytes a key
-// against a record's 100 KiB); send those, at the rate of a bandwidth.h; a record that is not there any more is a miss and no
-// error. Then plans may be executed twice, or half, and again under a newer placement, and nothing is sent in vain.
+// What the plan cannot know is what memory pressure has evicted meanwhile, and what a target has already. Therefore the
+// contract of whoever executes it: ask the target first, for many keys in one message, which of them it lacks (a Lookup: 32
+// bytes a key against a record's 100 KiB); send those, at the rate of a bandwidth.h; a record that is not there any more is a
+// miss and no error. Then plans may be executed twice, or half, and again under a newer placement, and nothing is sent in vain.
 //
 // Life of a repair: created when a member first sees a placement that differs from the one it last finished; pulled from by
 // _next until that returns 0; told of a send that failed by _failed. _done says whether the pass was clean; if not, _again.
-// A new placement before that: _aim; `was` stays what it is, as only that was ever complete. When done, `now` becomes the next `was`.
-// What is put meanwhile is replicated by its Put under the placement of that moment, and need not be seen.
+// A new placement before that: _aim; `was` stays what it is, as only that was ever complete. When done, `now` becomes the next
+// `was`. What is put meanwhile is replicated by its Put under the placement of that moment, and need not be seen.
 #ifndef BKV_REPAIR_H
 #define BKV_REPAIR_H
 
@@ -56,9 +56,9 @@ typedef struct bkv_repair_item {
     uint64_t bytes; // of the record
 } bkv_repair_item_t;
 
-// The keys of a store, in pieces and in any order that stays the same: copies up to `capacity` of those at *cursor and behind it,
-// and moves *cursor past them. 0: there are no more. A key that is resident from before cursor 0 until the end is listed, once;
-// one that comes or goes meanwhile may be. Copies of what others own (hot copies) are not listed. Takes no lock for long.
+// The keys of a store, in pieces and in any order that stays the same: copies up to `capacity` of those at *cursor and behind
+// it, and moves *cursor past them. 0: there are no more. A key that is resident from before cursor 0 until the end is listed,
+// once; one that comes or goes meanwhile may be. Copies of what others own (hot copies) are not listed. Takes no lock for long.
 typedef size_t (*bkv_repair_list_t)(void *store, uint64_t *cursor, bkv_repair_item_t *items, size_t capacity);
 
 typedef struct bkv_repair_send {
@@ -83,8 +83,8 @@ void bkv_repair_destroy(bkv_repair_t *repair); // NULL: nothing
 // The placement has changed again: begins a new pass towards it. On failure the repair is as before.
 bkv_status_t bkv_repair_aim(bkv_repair_t *repair, const bkv_placement_t *now, bkv_error_t *err);
 
-// The next keys for which something must be done, up to capacity; looks at no more than `most` keys for it, so that a caller is never
-// away for long (0 with *more: ask again). 0 without *more: the pass is over.
+// The next keys for which something must be done, up to capacity; looks at no more than `most` keys for it, so that a caller is
+// never away for long (0 with *more: ask again). 0 without *more: the pass is over.
 size_t bkv_repair_next(bkv_repair_t *repair, bkv_repair_send_t *sends, size_t capacity, size_t most, bool *more);
 
 void bkv_repair_failed(bkv_repair_t *repair);     // a transfer did: the pass must be made again

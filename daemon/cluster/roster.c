@@ -10,8 +10,8 @@
 
 #define COMPLAINTS_PER_SECOND 5
 
-// When etcd stands still for longer than leases last, it ends them all as soon as it goes on, and all members are gone at once, to
-// register anew in the next moment. Whoever believed that would look for every block in the wrong place. So for this long
+// When etcd stands still for longer than leases last, it ends them all as soon as it goes on, and all members are gone at once,
+// to register anew in the next moment. Whoever believed that would look for every block in the wrong place. So for this long
 // after trouble with etcd no view is made in which members are missing; a real death is seen that much later then.
 #define HOLD_MS 3000
 

@@ -1,9 +1,9 @@
 // view.h - the members at one moment: an immutable snapshot, counted by its readers.
 //
-// Readers take the present view without a lock, use it for one request, and give it back; a view lives as long as somebody has it.
-// How a count can be raised without a lock on something that may be freed meanwhile: headers of views come from a fixed pool and
-// are never freed as long as the pool is, so that looking at a count is always safe. Who finds it 0, or finds after raising it that the
-// view is no longer the present one, has come too late and tries again.
+// Readers take the present view without a lock, use it for one request, and give it back; a view lives as long as somebody has
+// it. How a count can be raised without a lock on something that may be freed meanwhile: headers of views come from a fixed
+// pool and are never freed as long as the pool is, so that looking at a count is always safe. Who finds it 0, or finds after
+// raising it that the view is no longer the present one, has come too late and tries again.
 #ifndef BKV_VIEW_H
 #define BKV_VIEW_H
 

@@ -1,8 +1,8 @@
 // world.h - the simulator's cluster: members with stores full of made-up keys, a change of members, and its repair, all through
 // the daemon's own placement, repair and bandwidth.
 //
-// A key is a number from which its 32 bytes are made whenever they are needed; a store is a list of numbers. That is all that is
-// not the daemon's: 1,000 stores of 20,000 keys fit in 80 MB.
+// A key is a number from which its 32 bytes are made whenever they are needed; a store is a list of numbers. That is all that
+// is not the daemon's: 1,000 stores of 20,000 keys fit in 80 MB.
 #ifndef BKV_TEST_CLUSTER_WORLD_H
 #define BKV_TEST_CLUSTER_WORLD_H
 

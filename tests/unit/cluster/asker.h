@@ -56,7 +56,8 @@ typedef struct seen {
 void seen_start(seen_t *seen, bkv_etcd_t *etcd, const char *prefix);
 void seen_stop(seen_t *seen, bkv_etcd_t *etcd);
 
-// Waits until the state is whole and has exactly `count` keys, and `key` is there with that value (NULL: is not). False after 20 s.
+// Waits until the state is whole and has exactly `count` keys, and `key` is there with that value (NULL: is not). False after
+// 20 s.
 bool seen_wait(seen_t *seen, uint32_t count, const char *key, const char *value);
 
 // Waits for a loss that is followed by no synced.

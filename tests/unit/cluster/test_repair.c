@@ -1,5 +1,5 @@
-// test_repair.c - plans of all members at once, executed on a model of who holds what: nothing is lost that somebody has, nothing
-// moves twice, and in the end every owner has its keys.
+// test_repair.c - plans of all members at once, executed on a model of who holds what: nothing is lost that somebody has,
+// nothing moves twice, and in the end every owner has its keys.
 #include "members.h"
 
 #include "daemon/cluster/repair.h"
