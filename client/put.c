@@ -21,6 +21,7 @@
 typedef struct put_place {
     bkv_client_region_t *region; // held; NULL: it goes inline
     uint64_t offset;
+    bool theirs; // it is a buffer of the caller's, who may fill it again
 } put_place_t;
 
 typedef struct put_call {
@@ -52,7 +53,8 @@ static void place_find(put_call_t *put, size_t i) {
         return;
     }
     place->region = bkv_client_shared_find(put->call.client, block->payload, block->payload_bytes, &place->offset);
-    if (place->region != NULL && bkv_client_region_window(place->region) == window && place->offset % 64 == 0) {
+    place->theirs = place->region != NULL && bkv_client_region_window(place->region) == window && place->offset % 64 == 0;
+    if (place->theirs) {
         return;
     }
     bkv_client_region_release(place->region);
@@ -63,12 +65,16 @@ static void place_find(put_call_t *put, size_t i) {
     }
 }
 
-// The daemon may still be reading: what is there now must not change to what it is not.
+// The daemon may still be reading: what is there now must not change to what it is not. A caller whose Put succeeds at its next
+// attempt may fill the buffer again; so that attempt is made in another session, begun when this one's transfers are over.
 static void put_settle(bkv_call_t *call, bool answered) {
     put_call_t *put = (put_call_t *)call;
     for (size_t i = 0; !answered && i < put->count; i++) {
         if (put->places[i].region != NULL) {
             bkv_client_region_lose(put->places[i].region);
+            if (put->places[i].theirs) {
+                bkv_client_window_wear_out(bkv_client_region_window(put->places[i].region));
+            }
         }
     }
 }

@@ -39,6 +39,7 @@ struct bkv_client_window {
 
     atomic_size_t users; // references, and regions
     atomic_uint lost_units;
+    atomic_bool worn_out;
     atomic_bool left;
     pthread_mutex_t lock; // a leaf: extents, and regions' holders
     extent_t extents[];
@@ -107,7 +108,11 @@ uint64_t bkv_client_window_bytes(const bkv_client_window_t *window) {
 }
 
 bool bkv_client_window_worn(const bkv_client_window_t *window) {
-    return atomic_load(&window->lost_units) > window->units / 2;
+    return atomic_load(&window->worn_out) || atomic_load(&window->lost_units) > window->units / 2;
+}
+
+void bkv_client_window_wear_out(bkv_client_window_t *window) {
+    atomic_store(&window->worn_out, true);
 }
 
 // ---- extents; the lock must be held ----

@@ -72,7 +72,8 @@ const bkv_window_kind_t *bkv_client_window_kind(const bkv_client_window_t *windo
 const uint8_t *bkv_client_window_session(const bkv_client_window_t *window); // 16 bytes
 uint64_t bkv_client_window_epoch(const bkv_client_window_t *window);         // boot epoch of the daemon that has the session
 uint64_t bkv_client_window_bytes(const bkv_client_window_t *window);
-bool bkv_client_window_worn(const bkv_client_window_t *window); // more than half of it is lost
+bool bkv_client_window_worn(const bkv_client_window_t *window); // more than half of it is lost, or it was worn out
+void bkv_client_window_wear_out(bkv_client_window_t *window);
 
 // ---- regions ----
 

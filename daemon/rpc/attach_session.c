@@ -24,7 +24,7 @@ static void attach_free(void *body) {
     attach_t *attach = body;
     // Who did not get the answer does not know the session.
     if (attach->made && attach->call->cancelled) {
-        bkv_session_detach(attach->call->server->config.transports, &attach->id, NULL);
+        bkv_session_detach(attach->call->server->config.transports, &attach->id, NULL, NULL, NULL);
     }
     free(attach->allocations);
     free(attach->handles);
@@ -144,18 +144,22 @@ void bkv_handle_attach(bkv_call_t *call, bkv_bump_t *bump) {
 
 // ---- Detach ----
 
+// Nothing of the session is under way any more.
+static void on_gone(void *user) {
+    bkv_call_t *call = user;
+    Balancekv__V1__DetachResponse reply = BALANCEKV__V1__DETACH_RESPONSE__INIT;
+    reply.boot_epoch = call->server->config.boot_epoch;
+    bkv_call_reply(call, &reply.base);
+}
+
 static void run_detach(bkv_job_t *job, bkv_scratch_t *scratch) {
     (void)scratch;
     attach_t *attach = (attach_t *)job;
     bkv_call_t *call = attach->call;
     bkv_error_t error;
-    if (bkv_session_detach(call->server->config.transports, &attach->id, &error) != BKV_OK) {
+    if (bkv_session_detach(call->server->config.transports, &attach->id, on_gone, call, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
-        return;
-    }
-    Balancekv__V1__DetachResponse reply = BALANCEKV__V1__DETACH_RESPONSE__INIT;
-    reply.boot_epoch = call->server->config.boot_epoch;
-    bkv_call_reply(call, &reply.base);
+    } // else on_gone may have ended the call already
 }
 
 static bkv_status_t detach_begin(bkv_call_t *call, const Balancekv__V1__DetachRequest *request, bkv_error_t *err) {

@@ -197,9 +197,14 @@ void bkv_session_release(bkv_session_t *session) {
         return;
     }
     bkv_transports_t *transports = session->transports;
+    bkv_session_gone_t gone = session->gone;
+    void *gone_user = session->gone_user;
     session->ops->detach(session->self, session->state);
     free(session);
-    leave(transports);
+    if (gone != NULL) {
+        gone(gone_user);
+    }
+    leave(transports); // who waits for this frees the transports
 }
 
 bool bkv_session_on_device(const bkv_session_t *session) {
@@ -208,13 +213,16 @@ bool bkv_session_on_device(const bkv_session_t *session) {
 
 // ---- the end ----
 
-bkv_status_t bkv_session_detach(bkv_transports_t *transports, const bkv_session_id_t *id, bkv_error_t *err) {
+bkv_status_t bkv_session_detach(bkv_transports_t *transports, const bkv_session_id_t *id, bkv_session_gone_t gone, void *user,
+                                bkv_error_t *err) {
     pthread_mutex_lock(&transports->lock);
     bkv_session_t *session = take_out(slot_of(transports, id));
     pthread_mutex_unlock(&transports->lock);
     if (session == NULL) {
         return bkv_fail(err, BKV_FAILED_PRECONDITION, "session: there is none of this name (any more)");
     }
+    session->gone = gone;
+    session->gone_user = user;
     end_session(session);
     return BKV_OK;
 }

@@ -45,7 +45,9 @@ struct bkv_session {
     _Atomic uint32_t references; // of the table until the end, of callers, of transfers
     _Atomic uint64_t used_ms;
     _Atomic bool ended;
-    bool held; // by a connection to the fd socket
+    bool held;               // by a connection to the fd socket
+    bkv_session_gone_t gone; // whom to tell; set by who ended it, before its reference goes
+    void *gone_user;
     bkv_session_t *next;
 };
 

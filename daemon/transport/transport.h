@@ -122,8 +122,11 @@ typedef struct bkv_attach_result {
 bkv_status_t bkv_session_attach(bkv_transports_t *transports, const bkv_attach_args_t *args, bkv_attach_result_t *result,
                                 bkv_error_t *err);
 
-// FAILED_PRECONDITION: there is no such session.
-bkv_status_t bkv_session_detach(bkv_transports_t *transports, const bkv_session_id_t *id, bkv_error_t *err);
+// Ends a session at once: nothing new begins in it. gone (may be NULL) is called when nothing is under way in it any more, and its
+// memory is the client's alone. FAILED_PRECONDITION: there is no such session.
+typedef void (*bkv_session_gone_t)(void *user);
+bkv_status_t bkv_session_detach(bkv_transports_t *transports, const bkv_session_id_t *id, bkv_session_gone_t gone, void *user,
+                                bkv_error_t *err);
 
 // A reference, to be released; counts as a use. FAILED_PRECONDITION ("place.session: ..."): none such, or it has ended.
 bkv_status_t bkv_session_find(bkv_transports_t *transports, const bkv_session_id_t *id, bkv_session_t **session,

@@ -149,7 +149,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         disconnect(&world, &world.peers[i]);
     }
     for (size_t i = 0; i < SESSIONS; i++) {
-        bkv_session_detach(world.transports, &world.sessions[i], NULL);
+        bkv_session_detach(world.transports, &world.sessions[i], NULL, NULL, NULL);
     }
     assert(free_descriptor(world.first) == world.first); // whatever came was closed
     return 0;

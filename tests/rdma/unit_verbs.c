@@ -108,7 +108,7 @@ Test(verbs, only_so_many_sessions_and_no_nonsense) {
     client_open(&extra);
     cr_assert_eq(client_attach(&extra, &daemon, &error), BKV_RESOURCE_EXHAUSTED);
     cr_assert_not_null(strstr(error.message, "transport.verbs_sessions"), "%s", error.message);
-    cr_assert_eq(bkv_session_detach(daemon.transports, &client[0].session, NULL), BKV_OK);
+    cr_assert_eq(bkv_session_detach(daemon.transports, &client[0].session, NULL, NULL, NULL), BKV_OK);
     const bkv_verbs_end_t sound = extra.end;
     extra.end.bytes = 0;
     cr_assert_eq(client_attach(&extra, &daemon, &error), BKV_INVALID_ARGUMENT);

@@ -109,7 +109,7 @@ Test(verbs, an_ended_session_finishes_what_is_under_way) {
     fixture_fill(client.window, 2 * BLOCK, 1);
     cr_assert_eq(put_begin(&daemon, &client, 1, BKV_CODEC_RAW, 0, &outcome[0]), BKV_OK);
     cr_assert_eq(put_begin(&daemon, &client, 2, BKV_CODEC_RAW, BLOCK, &outcome[1]), BKV_OK);
-    cr_assert_eq(bkv_session_detach(daemon.transports, &client.session, NULL), BKV_OK);
+    cr_assert_eq(bkv_session_detach(daemon.transports, &client.session, NULL, NULL, NULL), BKV_OK);
     for (int i = 0; i < 2; i++) {
         outcome_wait(&outcome[i]);
         cr_assert_eq(outcome[i].error.status, BKV_OK, "%s", outcome[i].error.message);

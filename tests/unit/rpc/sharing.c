@@ -178,7 +178,8 @@ void bkv_session_release(bkv_session_t *session) {
     pthread_mutex_unlock(&transports->lock);
 }
 
-bkv_status_t bkv_session_detach(bkv_transports_t *transports, const bkv_session_id_t *id, bkv_error_t *err) {
+bkv_status_t bkv_session_detach(bkv_transports_t *transports, const bkv_session_id_t *id, bkv_session_gone_t gone, void *user,
+                                bkv_error_t *err) {
     pthread_mutex_lock(&transports->lock);
     struct bkv_session *session = find(transports, id);
     if (session != NULL) {
@@ -186,6 +187,9 @@ bkv_status_t bkv_session_detach(bkv_transports_t *transports, const bkv_session_
         session->references--;
     }
     pthread_mutex_unlock(&transports->lock);
+    if (session != NULL && gone != NULL) {
+        gone(user);
+    }
     return session != NULL ? BKV_OK : bkv_fail(err, BKV_FAILED_PRECONDITION, "session: there is none of this name");
 }
 

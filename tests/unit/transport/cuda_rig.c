@@ -65,7 +65,7 @@ void cuda_detach(cuda_rig_t *rig, bkv_session_t *session) {
     bkv_error_t err;
     const bkv_session_id_t id = session->id;
     bkv_session_release(session);
-    cr_assert_eq(bkv_session_detach(rig->fixture.transports, &id, &err), BKV_OK, "%s", err.message);
+    cr_assert_eq(bkv_session_detach(rig->fixture.transports, &id, NULL, NULL, &err), BKV_OK, "%s", err.message);
 }
 
 // ---- blocks ----

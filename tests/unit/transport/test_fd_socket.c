@@ -93,7 +93,7 @@ Test(fd_socket, a_detached_session_leaves_its_connection_nothing) {
     bkv_fd_message_t answer;
     int fd, peer = ask(&fixture, BKV_FD_HOLD, &id, &answer, &fd);
     cr_assert_eq(fd, -1);
-    cr_assert_eq(bkv_session_detach(fixture.transports, &id, NULL), BKV_OK);
+    cr_assert_eq(bkv_session_detach(fixture.transports, &id, NULL, NULL, NULL), BKV_OK);
     WAIT_UNTIL(fixture_metrics(&fixture).sessions == 0); // its thread may still be on its way back from the answer
     fixture_advance(1000);
     assert_closed(peer);
@@ -280,7 +280,7 @@ static void *come_and_go(void *argument) {
             close(fd);
         }
         if (i % 3 == 0) {
-            bkv_session_detach(fixture->transports, &result.id, NULL);
+            bkv_session_detach(fixture->transports, &result.id, NULL, NULL, NULL);
         }
         close(peer);
     }

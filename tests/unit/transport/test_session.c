@@ -30,13 +30,13 @@ Test(session, is_found_until_it_is_detached) {
     bkv_session_t *session = fixture_find(&fixture, &first);
     cr_assert_not(bkv_session_on_device(session));
     bkv_error_t err;
-    cr_assert_eq(bkv_session_detach(fixture.transports, &first, &err), BKV_OK);
+    cr_assert_eq(bkv_session_detach(fixture.transports, &first, NULL, NULL, &err), BKV_OK);
     assert_gone(&fixture, &first);
     cr_assert_eq(fixture_metrics(&fixture).sessions, 2, "the reference keeps its memory");
     bkv_session_release(session);
     cr_assert_eq(fixture_metrics(&fixture).sessions, 1);
     cr_assert_eq(fixture_metrics(&fixture).shm_window_bytes, WINDOW);
-    cr_assert_eq(bkv_session_detach(fixture.transports, &first, &err), BKV_FAILED_PRECONDITION);
+    cr_assert_eq(bkv_session_detach(fixture.transports, &first, NULL, NULL, &err), BKV_FAILED_PRECONDITION);
 
     bkv_session_release(fixture_find(&fixture, &second));
     cr_assert_eq(fixture_metrics(&fixture).sessions_total, 2);
@@ -67,7 +67,7 @@ Test(session, bounds) {
     cr_assert_eq(try_attach(&fixture, true, WINDOW, &result, &err), BKV_RESOURCE_EXHAUSTED);
     cr_assert_not_null(strstr(err.message, "max_sessions"));
     bkv_session_t *held = fixture_find(&fixture, &first);
-    cr_assert_eq(bkv_session_detach(fixture.transports, &first, NULL), BKV_OK);
+    cr_assert_eq(bkv_session_detach(fixture.transports, &first, NULL, NULL, NULL), BKV_OK);
     cr_assert_eq(try_attach(&fixture, true, WINDOW, &result, &err), BKV_RESOURCE_EXHAUSTED, "it still takes memory");
     bkv_session_release(held);
     cr_assert_eq(try_attach(&fixture, true, WINDOW, &result, &err), BKV_OK);
@@ -187,7 +187,7 @@ static void *attach_and_end(void *argument) {
         if (i % 3 == 0) {
             bkv_session_lose(fixture->transports, &result.id);
         } else if (i % 3 == 1) {
-            bkv_session_detach(fixture->transports, &result.id, NULL); // unless the ticker was faster
+            bkv_session_detach(fixture->transports, &result.id, NULL, NULL, NULL); // unless the ticker was faster
         }
         bkv_transports_tick(fixture->transports, fixture_now());
     }
@@ -242,7 +242,7 @@ Test(session, ends_while_others_use_it) {
             cr_assert_eq(pthread_create(&threads[i], NULL, find_until_gone, &hunt), 0);
         }
         WAIT_UNTIL(atomic_load(&hunt.found) > 100);
-        cr_assert_eq(bkv_session_detach(fixture.transports, &hunt.id, NULL), BKV_OK);
+        cr_assert_eq(bkv_session_detach(fixture.transports, &hunt.id, NULL, NULL, NULL), BKV_OK);
         for (size_t i = 0; i < THREADS; i++) {
             pthread_join(threads[i], NULL);
         }

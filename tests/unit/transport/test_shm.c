@@ -48,7 +48,7 @@ Test(shm, windows_are_as_large_as_there_is_room) {
     cr_assert_eq(attach(&fixture, 65535, &results[0]), BKV_INVALID_ARGUMENT);
     cr_assert_eq(attach(&fixture, 65537, &results[0]), BKV_OK);
     cr_assert_eq(results[0].bytes, 2 * 65536);
-    cr_assert_eq(bkv_session_detach(fixture.transports, &results[0].id, NULL), BKV_OK);
+    cr_assert_eq(bkv_session_detach(fixture.transports, &results[0].id, NULL, NULL, NULL), BKV_OK);
     const uint64_t wanted[] = {UINT64_MAX, UINT64_MAX - 65535, FIXTURE_WINDOW + 1, FIXTURE_WINDOW - 65536};
     const uint64_t got[] = {FIXTURE_WINDOW, FIXTURE_WINDOW, FIXTURE_WINDOW, FIXTURE_WINDOW - 65536};
     for (size_t i = 0; i < 4; i++) {
@@ -59,7 +59,7 @@ Test(shm, windows_are_as_large_as_there_is_room) {
     cr_assert_eq(results[4].bytes, 65536, "what is left");
     cr_assert_eq(attach(&fixture, 65536, &results[5]), BKV_RESOURCE_EXHAUSTED);
     cr_assert_eq(fixture_metrics(&fixture).shm_window_bytes, FIXTURE_SHM);
-    cr_assert_eq(bkv_session_detach(fixture.transports, &results[0].id, NULL), BKV_OK);
+    cr_assert_eq(bkv_session_detach(fixture.transports, &results[0].id, NULL, NULL, NULL), BKV_OK);
     cr_assert_eq(attach(&fixture, FIXTURE_WINDOW, &results[5]), BKV_OK);
     cr_assert_eq(results[5].bytes, FIXTURE_WINDOW);
     fixture_close(&fixture);

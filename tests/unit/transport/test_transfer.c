@@ -152,6 +152,41 @@ Test(transfer, an_ended_session_begins_none_and_finishes_those_under_way) {
     fixture_close(&fixture);
 }
 
+static void on_gone(void *user) {
+    sem_post(user);
+}
+
+// Who ends a session may count on its memory once he is told.
+Test(transfer, detach_tells_when_nothing_is_under_way) {
+    fixture_t fixture;
+    fixture_open(&fixture, 16);
+    bkv_session_id_t id = fixture_attach(&fixture, WINDOW);
+    bkv_session_t *session = fixture_find(&fixture, &id);
+    blocker_t blockers[2];
+    blocker_start(&blockers[0], &fixture);
+    blocker_start(&blockers[1], &fixture);
+    outcome_t under_way;
+    outcome_init(&under_way);
+    const bkv_place_t place = {.offset = 0};
+    bkv_ingest_t *ingest = fixture_begin(&fixture, 1, TOKENS, BKV_CODEC_DENSE8);
+    cr_assert_eq(bkv_session_fetch(session, &place, ingest, outcome_put_done, &under_way, NULL), BKV_OK);
+    bkv_session_release(session);
+    sem_t gone;
+    sem_init(&gone, 0, 0);
+    cr_assert_eq(bkv_session_detach(fixture.transports, &id, on_gone, &gone, NULL), BKV_OK);
+    cr_assert_neq(sem_trywait(&gone), 0, "a payload is still to be read");
+    sem_post(&blockers[0].release);
+    sem_post(&blockers[1].release);
+    outcome_wait(&under_way);
+    sem_wait(&gone);
+    cr_assert_eq(fixture_metrics(&fixture).shm_window_bytes, 0);
+
+    id = fixture_attach(&fixture, WINDOW); // with nothing under way at once
+    cr_assert_eq(bkv_session_detach(fixture.transports, &id, on_gone, &gone, NULL), BKV_OK);
+    cr_assert_eq(sem_trywait(&gone), 0);
+    fixture_close(&fixture);
+}
+
 // Destroy waits for what is under way.
 Test(transfer, destroy_waits) {
     fixture_t fixture;
