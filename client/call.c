@@ -1,5 +1,5 @@
 // call.c - drives a call: attempts, retries, the result, and who is told. What is sent and received is up to the operations
-// (unary.c, put.c, get.c, attend.c), when to sleep and what to cancel to client.c.
+// (unary.c, put.c, get.c, attend.c), when to sleep and what to cancel to client.c, which thread runs this to drive.c.
 #include "client.h"
 #include "tsan.h"
 
@@ -37,10 +37,7 @@ void bkv_call_conclude(bkv_call_t *call) {
     if (call->queue != NULL) {
         bkv_queue_deliver(call->queue, call);
     } else {
-        pthread_mutex_lock(&call->mutex);
-        call->done = true;
-        pthread_cond_signal(&call->cond);
-        pthread_mutex_unlock(&call->mutex);
+        bkv_client_tell(client, call);
     }
     bkv_client_leave(client);
 }
@@ -185,7 +182,7 @@ static void receive_all(bkv_attempt_t *attempt) {
     ops[2].op = GRPC_OP_RECV_MESSAGE;
     ops[2].data.recv_message.recv_message = &attempt->received;
     batch_start(attempt, ops, download ? 2 : 3, &attempt->status_tag);
-    // The client's thread may end and free the attempt as soon as all of `waiting` have been started, so not before this:
+    // The driver may end and free the attempt as soon as all of `waiting` have been started, so not before this:
     if (download) {
         receive_next(attempt);
     }
@@ -445,8 +442,7 @@ void *bkv_call_new(size_t size, const bkv_call_kind_t *kind, bkv_client_t *clien
         call->spec_id = *id;
     }
     call->request = grpc_empty_slice();
-    pthread_mutex_init(&call->mutex, NULL);
-    pthread_cond_init(&call->cond, NULL);
+    sem_init(&call->turn, 0, 0);
     return call;
 }
 
@@ -458,8 +454,7 @@ void bkv_call_free(bkv_call_t *call) {
         call->kind->clean(call);
     }
     grpc_slice_unref(call->request);
-    pthread_cond_destroy(&call->cond);
-    pthread_mutex_destroy(&call->mutex);
+    sem_destroy(&call->turn);
     free(call);
 }
 
@@ -475,11 +470,7 @@ bkv_status_t bkv_call_run(bkv_call_t *call, bkv_error_t *err) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
     }
     call_begin(call);
-    pthread_mutex_lock(&call->mutex);
-    while (!call->done) {
-        pthread_cond_wait(&call->cond, &call->mutex);
-    }
-    pthread_mutex_unlock(&call->mutex);
+    bkv_client_await(call->client, call);
     if (call->kind->finish != NULL) {
         call->kind->finish(call);
     }

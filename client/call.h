@@ -7,7 +7,7 @@
 // An attempt may outlive its call: where nobody reads at the other end, gRPC keeps a message that is half-way into the socket
 // for as long as the socket blocks, deadline or not. Nothing that gRPC is given is therefore the caller's memory.
 //
-// Threads: a call is started by its caller's thread and then driven by the client's thread alone.
+// Threads: a call is started by its caller's thread and then driven by one thread at a time (drive.c).
 #ifndef BKV_CLIENT_CALL_H
 #define BKV_CLIENT_CALL_H
 
@@ -17,6 +17,7 @@
 
 #include <grpc/grpc.h>
 #include <pthread.h>
+#include <semaphore.h>
 
 typedef struct bkv_call bkv_call_t;
 
@@ -57,7 +58,7 @@ typedef struct bkv_call_tag {
     void *owner;
 } bkv_call_tag_t;
 
-// One gRPC call. Set up by whoever starts it, then the client thread's.
+// One gRPC call. Set up by whoever starts it, then the driver's.
 struct bkv_attempt {
     bkv_call_t *call; // NULL: it has gone on without this attempt
     const bkv_call_kind_t *kind;
@@ -106,11 +107,15 @@ struct bkv_call {
     bkv_call_t *live_next, *live_previous;
     bkv_call_t *timer_next;
 
-    // Completion: of a waiting caller, or a link of the queue's list (under the queue's lock).
-    pthread_mutex_t mutex;
-    pthread_cond_t cond;
-    bool done;
-    bkv_call_t *done_next;
+    // Of a synchronous call, under the client's lock (drive.c).
+    _Atomic bool done; // may be read without it by the caller
+    bool leads;        // the caller drives
+    bool follows;      // the caller waits for `turn`, in the client's list of followers
+    pthread_t caller;
+    bkv_call_t *follower_next;
+    sem_t turn;
+
+    bkv_call_t *done_next; // a link of the queue's list, under the queue's lock
 };
 
 // Allocates `size` zeroed bytes that start with a bkv_call_t. NULL: out of memory. id may be NULL.

@@ -1,7 +1,6 @@
-// client.c - creates and destroys clients, and runs the one thread that drives their calls: gRPC's completions and the pauses
-// between attempts. What a call does is call.c's, by which memory payloads move link.c's.
+// client.c - creates and destroys clients, and knows their calls: those in flight, those on a pause between attempts, those to
+// be cancelled. What a call does is call.c's, which thread drives it drive.c's, by which memory payloads move link.c's.
 #include "client.h"
-#include "tsan.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -43,7 +42,17 @@ void bkv_client_enter(bkv_client_t *client, bkv_call_t *call) {
     }
     client->live = call;
     client->live_count++;
+    bool queued = call->queue != NULL, idle = !client->driven;
+    if (queued) {
+        client->queued++;
+    } else {
+        client->callers++;
+        client->live_count++;
+    }
     pthread_mutex_unlock(&client->lock);
+    if (queued && idle) {
+        pthread_cond_signal(&client->work);
+    }
 }
 
 void bkv_client_remove(bkv_client_t *client, bkv_call_t *call) {
@@ -57,6 +66,7 @@ void bkv_client_remove(bkv_client_t *client, bkv_call_t *call) {
     if (call->live_next != NULL) {
         call->live_next->live_previous = call->live_previous;
     }
+    client->queued -= call->queue != NULL;
     pthread_mutex_unlock(&client->lock);
 }
 
@@ -70,43 +80,12 @@ void bkv_client_leave(bkv_client_t *client) {
 
 // ---- pauses ----
 
-// An event that does nothing but end the client's thread's wait: an empty batch, which gRPC hands back at once.
-typedef struct wake {
-    bkv_call_tag_t tag;
-    grpc_call *grpc;
-} wake_t;
-
-static void on_wake(void *owner, bool ok) {
-    (void)ok;
-    wake_t *wake = owner;
-    grpc_call_unref(wake->grpc);
-    free(wake);
-}
-
-void bkv_client_wake(bkv_client_t *client) {
-    if (pthread_equal(pthread_self(), client->thread)) {
-        return; // it is awake
-    }
-    wake_t *wake = calloc(1, sizeof *wake);
-    if (wake == NULL) {
-        abort(); // as gRPC does without memory
-    }
-    wake->tag = (bkv_call_tag_t){.run = on_wake, .owner = wake};
-    wake->grpc =
-        grpc_channel_create_call(client->channel, NULL, GRPC_PROPAGATE_DEFAULTS, client->completions,
-                                 grpc_slice_from_static_string("/wake"), NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
-    BKV_TSAN_GIVE(&wake->tag);
-    grpc_call_error error = grpc_call_start_batch(wake->grpc, NULL, 0, &wake->tag, NULL);
-    assert(error == GRPC_CALL_OK);
-    (void)error;
-}
-
 static void timers_add(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns) {
     call->paused = true;
     call->due_ns = due_ns;
     call->timer_next = client->timers;
     client->timers = call;
-    client->live_count++; // keeps the client until its thread has been woken
+    client->live_count++; // keeps the client until whoever drives has been woken
 }
 
 bool bkv_client_pause(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns) {
@@ -165,6 +144,15 @@ static bkv_call_t *timers_take(bkv_client_t *client, uint64_t now_ns, uint64_t *
     return call;
 }
 
+uint64_t bkv_client_run_timers(bkv_client_t *client) {
+    uint64_t now_ns = bkv_client_now_ns(), next_ns;
+    bkv_call_t *call;
+    while ((call = timers_take(client, now_ns, &next_ns)) != NULL) {
+        bkv_call_start(call);
+    }
+    return next_ns;
+}
+
 // ---- cancelling ----
 
 // Up to CANCEL_STEP calls: references to those that run, and a list of those on a pause, which are taken off the timers.
@@ -210,9 +198,9 @@ void bkv_client_cancel(bkv_client_t *client, const bkv_queue_t *queue) {
     } while (taken == CANCEL_STEP);
 }
 
-// ---- the client's thread ----
+// ---- its thread, and its end ----
 
-static void client_free(bkv_client_t *client) {
+void bkv_client_free(bkv_client_t *client) {
     if (client->channel != NULL) {
         grpc_channel_destroy(client->channel);
     }
@@ -225,42 +213,9 @@ static void client_free(bkv_client_t *client) {
     bkv_client_link_deinit(client);
     bkv_client_target_deinit(&client->target);
     pthread_cond_destroy(&client->changed);
+    pthread_cond_destroy(&client->work);
     pthread_mutex_destroy(&client->lock);
     free(client);
-}
-
-// Starts every attempt that is due and returns when there will be more.
-static uint64_t run_timers(bkv_client_t *client) {
-    uint64_t now_ns = bkv_client_now_ns(), next_ns;
-    bkv_call_t *call;
-    while ((call = timers_take(client, now_ns, &next_ns)) != NULL) {
-        bkv_call_start(call);
-    }
-    return next_ns;
-}
-
-static void *client_run(void *argument) {
-    bkv_client_t *client = argument;
-    grpc_event event;
-    do {
-        uint64_t next_ns = run_timers(client);
-        gpr_timespec until = next_ns == UINT64_MAX ? gpr_inf_future(GPR_CLOCK_MONOTONIC) : bkv_client_timespec(next_ns);
-        event = grpc_completion_queue_next(client->completions, until, NULL);
-        if (event.type == GRPC_OP_COMPLETE) {
-            bkv_call_tag_t *tag = event.tag;
-            BKV_TSAN_TAKE(tag);
-            tag->run(tag->owner, event.success != 0);
-        }
-    } while (event.type != GRPC_QUEUE_SHUTDOWN);
-    pthread_mutex_lock(&client->lock);
-    client->thread_ended = true;
-    bool abandoned = client->abandoned;
-    pthread_cond_broadcast(&client->changed);
-    pthread_mutex_unlock(&client->lock);
-    if (abandoned) {
-        client_free(client);
-    }
-    return NULL;
 }
 
 // The application's signal handlers are none of our threads' business.
@@ -286,6 +241,7 @@ static void locks_init(bkv_client_t *client) {
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&client->changed, &attributes);
+    pthread_cond_init(&client->work, &attributes);
     pthread_condattr_destroy(&attributes);
     pthread_mutex_init(&client->lock, NULL);
 }
@@ -303,7 +259,7 @@ bkv_status_t bkv_client_create(const bkv_client_options_t *options, bkv_client_t
         status = bkv_client_link_init(made, options, err);
     }
     if (status != BKV_OK) {
-        client_free(made);
+        bkv_client_free(made);
         return status;
     }
     made->timeout_ms = options != NULL && options->timeout_ms != 0 ? options->timeout_ms : DEFAULT_TIMEOUT_MS;
@@ -312,9 +268,9 @@ bkv_status_t bkv_client_create(const bkv_client_options_t *options, bkv_client_t
     made->buffers = bkv_client_buffers_create();
     made->channel = bkv_client_target_connect(&made->target);
     made->completions = grpc_completion_queue_create_for_next(NULL);
-    if (made->pool == NULL || made->buffers == NULL || !bkv_client_spawn(client_run, made, &made->thread)) {
+    if (made->pool == NULL || made->buffers == NULL || !bkv_client_spawn(bkv_client_drive, made, &made->thread)) {
         grpc_completion_queue_shutdown(made->completions);
-        client_free(made);
+        bkv_client_free(made);
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory or threads");
     }
     *client = made;
@@ -353,9 +309,11 @@ void bkv_client_destroy(bkv_client_t *client) {
     while (client->live_count > 0) {
         pthread_cond_wait(&client->changed, &client->lock);
     }
+    client->ending = true;
+    pthread_cond_signal(&client->work);
     pthread_mutex_unlock(&client->lock);
     grpc_completion_queue_shutdown(client->completions);
     if (thread_end(client)) {
-        client_free(client);
+        bkv_client_free(client);
     }
 }

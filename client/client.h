@@ -1,4 +1,4 @@
-// client.h - the client's own state: one channel, one completion queue with one thread, the calls in flight, the specs
+// client.h - the client's own state: one channel, one completion queue and who drives it, the calls in flight, the specs
 // that were opened, the memory shared with the daemon.
 //
 // One lock protects all of it. It is a leaf: gRPC is never called, and no other lock taken, while it is held.
@@ -35,13 +35,23 @@ struct bkv_client {
     pthread_mutex_t lock;
     pthread_cond_t changed; // live_count is 0, or thread_ended
     bkv_call_t *live;       // all that have not been reported
-    size_t live_count;
-    bkv_call_t *timers; // those on a pause, in no order
+    size_t live_count;      // and whoever else needs the client
+    bkv_call_t *timers;     // those on a pause, in no order
     bkv_client_spec_t *specs;
     bkv_client_link_t link;
     uint64_t boot_epoch;                         // of the latest response; 0: none yet
     uint64_t max_message_bytes, max_block_bytes; // of the latest Open; 0: none yet
     bool closing;                                // no new attempts
+
+    // Who drives (drive.c).
+    bool driven;
+    pthread_t driver;      // where driven
+    uint64_t turns;        // how often that has changed
+    size_t queued;         // live calls of queues
+    size_t callers;        // synchronous ones that wait, or are about to
+    bkv_call_t *followers; // those of them that sleep, the latest first
+    pthread_cond_t work;   // the client's thread is to drive
+    bool ending;           // no more calls
     bool thread_ended;
     bool abandoned; // the thread frees the client
 };
@@ -50,8 +60,18 @@ struct bkv_client {
 uint64_t bkv_client_now_ns(void);
 gpr_timespec bkv_client_timespec(uint64_t ns);
 
-// Enters a call among the live, and takes it out again in two steps: after the first nobody can cancel it, after the second
-// the client may be gone.
+// drive.c: what the client's thread runs; a caller's wait for its call, which has been entered and started; and the end of that
+// wait, after which the call may be gone.
+void *bkv_client_drive(void *client);
+void bkv_client_await(bkv_client_t *client, bkv_call_t *call);
+void bkv_client_tell(bkv_client_t *client, bkv_call_t *call);
+
+// For the driver: starts every attempt that is due and returns when there will be more. And for the client's thread, at its end.
+uint64_t bkv_client_run_timers(bkv_client_t *client);
+void bkv_client_free(bkv_client_t *client);
+
+// Enters a call among the live, a synchronous one with its caller, who must await it; and takes it out again in two steps: after
+// the first nobody can cancel it, after the second the client may be gone.
 void bkv_client_enter(bkv_client_t *client, bkv_call_t *call);
 void bkv_client_remove(bkv_client_t *client, bkv_call_t *call);
 void bkv_client_leave(bkv_client_t *client);
@@ -60,7 +80,7 @@ void bkv_client_leave(bkv_client_t *client);
 bool bkv_client_pause(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns);
 
 // The same under the lock, which must be held, for a call that waits for a window and has not been cancelled. With the lock
-// released, the caller must then wake the client's thread, which might sleep past due_ns, and leave.
+// released, the caller must then wake whoever drives, who might sleep past due_ns, and leave.
 void bkv_client_park(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns);
 void bkv_client_wake(bkv_client_t *client);
 
@@ -70,7 +90,7 @@ bkv_call_t *bkv_client_unpark(bkv_client_t *client);
 // Starts a thread with all signals blocked. False: there is none. thread NULL: nobody joins it.
 bool bkv_client_spawn(void *(*run)(void *), bkv_client_t *client, pthread_t *thread);
 
-// Cancels the calls of a queue (NULL: all calls). Those on a pause are concluded here, the others by the client's thread.
+// Cancels the calls of a queue (NULL: all calls). Those on a pause are concluded here, the others by whoever drives.
 void bkv_client_cancel(bkv_client_t *client, const bkv_queue_t *queue);
 
 // Of a response to a call: which boot of the daemon it came from, and that the call's spec is open there.
