@@ -12,7 +12,7 @@
 //
 // Every function is thread-safe. There is no global state of ours; gRPC's own threads start with the first client and stay
 // until the process ends (do not fork between creating a client and exec). A client has one thread, with all signals blocked,
-// and for a moment another while it attaches memory.
+// and for a moment another while it attaches memory; callers that wait do that thread's work meanwhile.
 //
 // Payloads and records move through memory shared with the daemon where both ends have it: shm on the same host, RDMA ("verbs")
 // from another. It is attached when first wanted, kept, and attached anew after a restart of the daemon; what it cannot hold goes
