@@ -15,6 +15,9 @@
 #define PAUSE_FIRST_MS   10
 #define PAUSE_LONGEST_MS 500
 
+// Time that an attempt must have left: with less, it would rather end by the deadline, and hide what those before it have heard.
+#define ATTEMPT_MS 50
+
 // gRPC counts in milliseconds: a deadline may pass a little early.
 #define ROUNDING_MS 5
 
@@ -255,7 +258,7 @@ static uint64_t pause_ns(bkv_call_t *call) {
 // UNAVAILABLE: not connected, connection lost, or the daemon is busy or draining. Try again while there is time.
 static void pause_or_conclude(bkv_call_t *call) {
     uint64_t due_ns = bkv_client_now_ns() + pause_ns(call);
-    if (due_ns >= call->deadline_ns) {
+    if (due_ns + ATTEMPT_MS * NS_PER_MS >= call->deadline_ns) {
         bkv_error_t last = call->error;
         bkv_fail(&call->error, BKV_BUSY, "tried %u times within %u ms: %.200s", call->attempts, call->timeout_ms, last.message);
         bkv_call_conclude(call);
