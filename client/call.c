@@ -1,7 +1,7 @@
 // call.c - drives a call: attempts, retries, the result, and who is told. What is sent and received is up to the operations
 // (unary.c, put.c, get.c, attend.c), when to sleep and what to cancel to client.c, which thread runs this to drive.c.
 #include "client.h"
-#include "tsan.h"
+#include "proto/handover.h"
 
 #include <assert.h>
 #include <grpc/byte_buffer.h>
@@ -61,7 +61,7 @@ static void attempt_free(bkv_attempt_t *attempt) {
 }
 
 static void batch_start(bkv_attempt_t *attempt, const grpc_op *ops, size_t count, bkv_call_tag_t *tag) {
-    BKV_TSAN_GIVE(tag);
+    BKV_HAND_OVER(tag);
     grpc_call_error error = grpc_call_start_batch(attempt->grpc, ops, count, tag, NULL);
     assert(error == GRPC_CALL_OK); // anything else is a batch that is wrong in itself
     (void)error;

@@ -115,6 +115,11 @@ uint64_t bkv_client_spec_bf16(bkv_client_t *client, const bkv_spec_id_t *id, siz
 bkv_status_t bkv_client_spec_reopened(bkv_client_t *client, const bkv_spec_id_t *id, grpc_byte_buffer *message,
                                       uint64_t *boot_epoch, bkv_error_t *err);
 
+// put.c. Takes in the answer to a Put of `count` blocks, whose keys key_of knows; results may be NULL.
+typedef const bkv_key_t *(*bkv_client_put_key_t)(const bkv_call_t *call, size_t i);
+bkv_status_t bkv_client_put_results(bkv_call_t *call, grpc_byte_buffer *message, bkv_client_put_key_t key_of, size_t count,
+                                    bkv_put_result_t *results, bkv_error_t *err);
+
 #define BKV_CLIENT_SERVICE "/balancekv.v1.BalanceKV/"
 
 // queue.c. Reserves room for one more call; BKV_BUSY when the queue is full.

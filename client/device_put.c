@@ -136,36 +136,13 @@ static grpc_byte_buffer *put_next(bkv_call_t *call, bool *last) {
     return buffer;
 }
 
-static bkv_status_t response_check(const put_call_t *put, const Balancekv__V1__PutResponse *response, bkv_error_t *err) {
-    if (response->n_results != put->count) {
-        return bkv_fail(err, BKV_INTERNAL, "Put: %zu results for %zu blocks", response->n_results, put->count);
-    }
-    for (size_t i = 0; i < put->count; i++) {
-        const ProtobufCBinaryData *key = &response->results[i]->key;
-        if (key->len != BKV_KEY_BYTES || memcmp(key->data, put->blocks[i].key.bytes, BKV_KEY_BYTES) != 0) {
-            return bkv_fail(err, BKV_INTERNAL, "Put: results[%zu]: not the key of the block put", i);
-        }
-    }
-    return BKV_OK;
+static const bkv_key_t *key_of(const bkv_call_t *call, size_t i) {
+    return &((const put_call_t *)call)->blocks[i].key;
 }
 
 static bkv_status_t put_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
     put_call_t *put = (put_call_t *)call;
-    Balancekv__V1__PutResponse *response =
-        (Balancekv__V1__PutResponse *)bkv_client_unpack(&balancekv__v1__put_response__descriptor, message);
-    if (response == NULL) {
-        return bkv_fail(err, BKV_INTERNAL, "Put: the response is not a PutResponse");
-    }
-    bkv_status_t status = response_check(put, response, err);
-    if (status == BKV_OK) {
-        bkv_client_saw_epoch(call->client, call, response->boot_epoch);
-        for (size_t i = 0; put->results != NULL && i < put->count; i++) {
-            put->results[i] = (bkv_put_result_t){.stored_bytes = response->results[i]->stored_bytes,
-                                                 .duplicate = response->results[i]->duplicate};
-        }
-    }
-    balancekv__v1__put_response__free_unpacked(response, NULL);
-    return status;
+    return bkv_client_put_results(call, message, key_of, put->count, put->results, err);
 }
 
 static void put_finish(bkv_call_t *call) {

@@ -1,6 +1,6 @@
 // pool.c - see pool.h. The free buffers are a list, latest first: what was just sent is still in the cache.
 #include "pool.h"
-#include "tsan.h"
+#include "proto/handover.h"
 
 #include <assert.h>
 #include <pthread.h>
@@ -61,7 +61,7 @@ void bkv_client_pool_destroy(bkv_client_pool_t *pool) {
 
 static void buffer_return(void *user) {
     buffer_t *buffer = user;
-    BKV_TSAN_TAKE(buffer);
+    BKV_TAKE_OVER(buffer);
     bkv_client_pool_t *pool = buffer->pool;
     pthread_mutex_lock(&pool->lock);
     pool->out--;
@@ -102,6 +102,6 @@ grpc_slice bkv_client_pool_copy(bkv_client_pool_t *pool, const void *bytes, size
     }
     buffer_t *buffer = buffer_take(pool);
     memcpy(buffer->bytes, bytes, length);
-    BKV_TSAN_GIVE(buffer);
+    BKV_HAND_OVER(buffer);
     return grpc_slice_new_with_user_data(buffer->bytes, length, buffer_return, buffer);
 }

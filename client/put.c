@@ -166,31 +166,32 @@ static grpc_byte_buffer *put_next(bkv_call_t *call, bool *last) {
     return message;
 }
 
-static bkv_status_t results_check(const put_call_t *put, const Balancekv__V1__PutResponse *response, bkv_error_t *err) {
-    if (response->n_results != put->count) {
-        return bkv_fail(err, BKV_INTERNAL, "Put: %zu results for %zu blocks", response->n_results, put->count);
+static bkv_status_t results_check(const Balancekv__V1__PutResponse *response, bkv_client_put_key_t key_of,
+                                  const bkv_call_t *call, size_t count, bkv_error_t *err) {
+    if (response->n_results != count) {
+        return bkv_fail(err, BKV_INTERNAL, "Put: %zu results for %zu blocks", response->n_results, count);
     }
-    for (size_t i = 0; i < put->count; i++) {
+    for (size_t i = 0; i < count; i++) {
         const ProtobufCBinaryData *key = &response->results[i]->key;
-        if (key->len != BKV_KEY_BYTES || memcmp(key->data, put->blocks[i].key.bytes, BKV_KEY_BYTES) != 0) {
+        if (key->len != BKV_KEY_BYTES || memcmp(key->data, key_of(call, i)->bytes, BKV_KEY_BYTES) != 0) {
             return bkv_fail(err, BKV_INTERNAL, "Put: results[%zu]: not the key of the block put", i);
         }
     }
     return BKV_OK;
 }
 
-static bkv_status_t put_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
-    put_call_t *put = (put_call_t *)call;
+bkv_status_t bkv_client_put_results(bkv_call_t *call, grpc_byte_buffer *message, bkv_client_put_key_t key_of, size_t count,
+                                    bkv_put_result_t *results, bkv_error_t *err) {
     Balancekv__V1__PutResponse *response =
         (Balancekv__V1__PutResponse *)bkv_client_unpack(&balancekv__v1__put_response__descriptor, message);
     if (response == NULL) {
         return bkv_fail(err, BKV_INTERNAL, "Put: the response is not a PutResponse");
     }
-    bkv_status_t status = results_check(put, response, err);
+    bkv_status_t status = results_check(response, key_of, call, count, err);
     if (status == BKV_OK) {
         bkv_client_saw_epoch(call->client, call, response->boot_epoch);
-        for (size_t i = 0; put->results != NULL && i < put->count; i++) {
-            put->results[i] = (bkv_put_result_t){
+        for (size_t i = 0; results != NULL && i < count; i++) {
+            results[i] = (bkv_put_result_t){
                 .stored_bytes = response->results[i]->stored_bytes,
                 .duplicate = response->results[i]->duplicate,
             };
@@ -198,6 +199,15 @@ static bkv_status_t put_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_er
     }
     balancekv__v1__put_response__free_unpacked(response, NULL);
     return status;
+}
+
+static const bkv_key_t *key_of(const bkv_call_t *call, size_t i) {
+    return &((const put_call_t *)call)->blocks[i].key;
+}
+
+static bkv_status_t put_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
+    put_call_t *put = (put_call_t *)call;
+    return bkv_client_put_results(call, message, key_of, put->count, put->results, err);
 }
 
 static const bkv_call_kind_t put_kind = {

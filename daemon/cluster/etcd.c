@@ -2,8 +2,8 @@
 // with them is etcd_call.c's and etcd_watch.c's.
 #include "etcd_internal.h"
 
-#include "daemon/cluster/handover.h"
 #include "daemon/observe/clock.h"
+#include "proto/handover.h"
 
 #include <assert.h>
 #include <errno.h>

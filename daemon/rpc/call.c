@@ -3,8 +3,8 @@
 
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"
-#include "daemon/rpc/handover.h"
 #include "daemon/rpc/status.h"
+#include "proto/handover.h"
 
 #include <assert.h>
 #include <grpc/support/alloc.h>

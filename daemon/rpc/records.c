@@ -12,7 +12,7 @@
 #include "daemon/rpc/records.h"
 
 #include "daemon/observe/clock.h"
-#include "daemon/rpc/handover.h"
+#include "proto/handover.h"
 
 #include <inttypes.h>
 #include <stdlib.h>

@@ -13,8 +13,8 @@
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"
 #include "daemon/rpc/call.h"
-#include "daemon/rpc/handover.h"
 #include "daemon/rpc/listen.h"
+#include "proto/handover.h"
 
 #include <assert.h>
 #include <grpc/support/log.h>

@@ -1,7 +1,8 @@
 // handover.h - tells ThreadSanitizer of hand-overs that it cannot see: gRPC is not instrumented, so neither is the order that
-// it makes between starting a batch and its completion, or between making a slice and its release. Nothing in other builds.
-#ifndef BKV_RPC_HANDOVER_H
-#define BKV_RPC_HANDOVER_H
+// it makes between starting a batch and its completion, or between making a slice and its release. For whoever speaks gRPC, at
+// either end. Nothing in other builds.
+#ifndef BKV_HANDOVER_H
+#define BKV_HANDOVER_H
 
 #ifdef __SANITIZE_THREAD__
 void __tsan_acquire(void *address);
