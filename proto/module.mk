@@ -1,12 +1,12 @@
-# proto/: protobuf-c code made from the .proto files, never committed, and what both ends share of RDMA.
+# proto/: protobuf-c code made from the .proto files, never committed, and what both ends share: RDMA, placement.
 PROTO_SRC := $(wildcard proto/*.proto)
 PROTO_GEN := $(PROTO_SRC:proto/%.proto=$(BUILD)/proto/%.pb-c.c)
-VERBS_SRC := $(wildcard proto/verbs_*.c)
-VERBS_OBJ := $(VERBS_SRC:%.c=$(BUILD)/obj/%.o)
-PROTO_OBJ := $(PROTO_GEN:.c=.o) $(VERBS_OBJ)
+BOTH_SRC := $(wildcard proto/*.c)
+BOTH_OBJ := $(BOTH_SRC:%.c=$(BUILD)/obj/%.o)
+PROTO_OBJ := $(PROTO_GEN:.c=.o) $(BOTH_OBJ)
 PROTO_HDR := $(PROTO_GEN:.c=.h)
 
-$(VERBS_OBJ): DEPS_CFLAGS = $(call cflags_of,libibverbs)
+$(BOTH_OBJ): DEPS_CFLAGS = $(call cflags_of,libibverbs libxxhash)
 
 $(BUILD)/proto/%.pb-c.c $(BUILD)/proto/%.pb-c.h &: proto/%.proto
 	@mkdir -p $(@D)

@@ -105,7 +105,7 @@ tsan-run: all $(UNIT_BIN)
 FUZZ_SRC := $(wildcard tests/fuzz/fuzz_*.c)
 FUZZ_BIN := $(FUZZ_SRC:tests/fuzz/%.c=build-fuzz/%)
 FUZZ_SECONDS ?= 20
-FUZZ_ROOM_SRC = $(KERNELS_SRC) $(filter-out client/bkv/main.c,$(BKV_SRC)) $(CLIENT_SRC) $(DAEMON_SRC) $(PROTO_GEN) $(VERBS_SRC)
+FUZZ_ROOM_SRC = $(KERNELS_SRC) $(filter-out client/bkv/main.c,$(BKV_SRC)) $(CLIENT_SRC) $(DAEMON_SRC) $(PROTO_GEN) $(BOTH_SRC)
 FUZZ_OBJ = $(FUZZ_ROOM_SRC:%.c=build-fuzz/obj/%.o)
 build-fuzz/obj/%.o: %.c | $(PROTO_HDR)
 	@mkdir -p $(@D)

@@ -1,6 +1,6 @@
-# tests/cluster/: the simulator of a large cluster, which needs nothing but the pure part of daemon/cluster and xxHash.
+# tests/cluster/: the simulator of a large cluster, which needs nothing but the pure part of placement, repair plans and xxHash.
 CLUSTER_SIM_SRC := $(addprefix tests/cluster/,simulate.c world.c) tests/bench/report.c kernels/status.c \
-  $(addprefix daemon/cluster/,placement.c race.c repair.c bandwidth.c)
+  proto/placement.c proto/race.c daemon/cluster/move/repair.c daemon/cluster/move/bandwidth.c
 CLUSTER_SIM_OBJ := $(CLUSTER_SIM_SRC:%.c=$(BUILD)/obj/%.o)
 $(BUILD)/obj/tests/cluster/%.o: DEPS_CFLAGS = $(call cflags_of,libxxhash)
 $(BUILD)/tests/cluster-sim: $(CLUSTER_SIM_OBJ)

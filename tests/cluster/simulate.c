@@ -1,12 +1,12 @@
 // simulate.c - `make cluster-sim`: a cluster of 1,000 members and 10 M blocks on one core. How even the loads are, what moves
 // when members join, leave, drain, crash or change their weight, how long the repair takes at a bandwidth limit, what it costs.
 //
-// All decisions are taken by the daemon's own code (daemon/cluster/placement, repair, bandwidth); world.c only keeps the
+// All decisions are taken by the daemon's own code (proto/placement, daemon/cluster/move); world.c only keeps the
 // stores. Every transfer is checked: whatever an owner lacks it is sent once, and nobody is sent anything else.
 #include "tests/bench/report.h"
 #include "tests/cluster/world.h"
 
-#include "daemon/cluster/repair.h"
+#include "daemon/cluster/move/repair.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,8 +1,8 @@
 // world.c - see world.h.
 #include "tests/cluster/world.h"
 
-#include "daemon/cluster/bandwidth.h"
-#include "daemon/cluster/repair.h"
+#include "daemon/cluster/move/bandwidth.h"
+#include "daemon/cluster/move/repair.h"
 
 #include <stdio.h>
 #include <stdlib.h>

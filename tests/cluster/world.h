@@ -6,7 +6,7 @@
 #ifndef BKV_TEST_CLUSTER_WORLD_H
 #define BKV_TEST_CLUSTER_WORLD_H
 
-#include "daemon/cluster/placement.h"
+#include "proto/placement.h"
 
 typedef struct world {
     bkv_placement_member_t *members; // [count], ascending by id

@@ -2,7 +2,7 @@
 #ifndef BKV_TEST_CLUSTER_ASKER_H
 #define BKV_TEST_CLUSTER_ASKER_H
 
-#include "daemon/cluster/etcd.h"
+#include "daemon/cluster/etcd/etcd.h"
 #include "etcd_server.h"
 
 #include <pthread.h>

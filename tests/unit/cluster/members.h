@@ -2,7 +2,7 @@
 #ifndef BKV_TEST_CLUSTER_MEMBERS_H
 #define BKV_TEST_CLUSTER_MEMBERS_H
 
-#include "daemon/cluster/placement.h"
+#include "proto/placement.h"
 
 // ThreadSanitizer makes tables twenty times slower, and has nothing to find in what one thread does: fewer rounds there.
 #ifdef __SANITIZE_THREAD__

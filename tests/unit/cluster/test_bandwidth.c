@@ -1,5 +1,5 @@
 // test_bandwidth.c - the token bucket, on a clock of the test's own.
-#include "daemon/cluster/bandwidth.h"
+#include "daemon/cluster/move/bandwidth.h"
 
 #include <criterion/criterion.h>
 

@@ -2,7 +2,7 @@
 #include "members.h"
 
 #include "cluster.pb-c.h"
-#include "daemon/cluster/member.h"
+#include "daemon/cluster/members/member.h"
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>

@@ -2,7 +2,7 @@
 #include "asker.h"
 #include "members.h"
 
-#include "daemon/cluster/membership.h"
+#include "daemon/cluster/members/membership.h"
 #include "daemon/observe/clock.h"
 #include <criterion/criterion.h>
 #include <stdio.h>

@@ -1,7 +1,7 @@
 // test_placement.c - placement against a model that decides every race in floating point, and what it promises of changes.
 #include "members.h"
 
-#include "daemon/cluster/race.h"
+#include "proto/race.h"
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdio.h>

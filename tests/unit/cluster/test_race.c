@@ -1,7 +1,7 @@
 // test_race.c - the fixed-point logarithm against libm's, and what a race promises of its numbers.
 #include "members.h"
 
-#include "daemon/cluster/race.h"
+#include "proto/race.h"
 #include <criterion/criterion.h>
 #include <math.h>
 

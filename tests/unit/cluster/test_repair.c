@@ -2,7 +2,7 @@
 // nothing moves twice, and in the end every owner has its keys.
 #include "members.h"
 
-#include "daemon/cluster/repair.h"
+#include "daemon/cluster/move/repair.h"
 #include <criterion/criterion.h>
 #include <stdlib.h>
 #include <string.h>

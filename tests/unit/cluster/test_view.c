@@ -1,7 +1,7 @@
 // test_view.c - views under readers that take and give while others are published.
 #include "members.h"
 
-#include "daemon/cluster/view.h"
+#include "daemon/cluster/members/view.h"
 
 #include <criterion/criterion.h>
 #include <pthread.h>

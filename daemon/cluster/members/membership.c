@@ -1,5 +1,5 @@
 // membership.c - creates and destroys the membership, runs the thread that makes views, and answers questions about it.
-#include "membership_internal.h"
+#include "daemon/cluster/members/internal.h"
 
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"

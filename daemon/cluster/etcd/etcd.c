@@ -1,6 +1,6 @@
 // etcd.c - creates and destroys the client, and runs its thread: completions of gRPC, posts, timers. What calls and watches do
-// with them is etcd_call.c's and etcd_watch.c's.
-#include "etcd_internal.h"
+// with them is call.c's and watch.c's.
+#include "daemon/cluster/etcd/internal.h"
 
 #include "daemon/observe/clock.h"
 #include "proto/handover.h"

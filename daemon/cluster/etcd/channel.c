@@ -1,5 +1,5 @@
-// etcd_channel.c - checks the options, reads the TLS files, makes a channel for each endpoint.
-#include "etcd_internal.h"
+// channel.c - checks the options, reads the TLS files, makes a channel for each endpoint.
+#include "daemon/cluster/etcd/internal.h"
 
 #include <ctype.h>
 #include <errno.h>
@@ -15,7 +15,7 @@
 #define PEM_FILE_MAX (1 << 20)
 #define USER_MAX     256
 
-// A listing comes in pages (etcd_watch.c); nothing that we ask for is near this, unless somebody else writes under our prefix.
+// A listing comes in pages (watch.c); nothing that we ask for is near this, unless somebody else writes under our prefix.
 #define RECEIVE_MAX (8 << 20)
 
 // An etcd that was started again is found within half a second. CONNECT bounds one try, handshakes included.
@@ -201,7 +201,7 @@ static grpc_channel *make_channel(const char *endpoint, const char *tls_name, gr
         int_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0), // $http_proxy would apply to 127.0.0.1 as well
         int_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
         int_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1),
-        int_arg(GRPC_ARG_ENABLE_RETRIES, 0), // etcd_call.c repeats, elsewhere
+        int_arg(GRPC_ARG_ENABLE_RETRIES, 0), // call.c repeats, elsewhere
         int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RECEIVE_MAX),
         int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0),
         int_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, RECONNECT_FIRST_MS),

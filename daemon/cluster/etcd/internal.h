@@ -1,13 +1,13 @@
-// etcd_internal.h - what the client's files share; nobody else includes it.
+// internal.h - what the client's files share; nobody else includes it.
 //
-// Files: etcd.c (create, destroy, the thread, posts, timers), etcd_channel.c (options, TLS, channels), etcd_call.c (a call:
-// attempts, failover, the login), etcd_kv.c (requests and replies), etcd_watch.c (listing, stream, resuming).
+// Files: etcd.c (create, destroy, the thread, posts, timers), channel.c (options, TLS, channels), call.c (a call:
+// attempts, failover, the login), kv.c (requests and replies), watch.c (listing, stream, resuming).
 //
 // The lock guards what posts and the end need (marked below) and is a leaf. All else is the thread's alone.
 #ifndef BKV_ETCD_INTERNAL_H
 #define BKV_ETCD_INTERNAL_H
 
-#include "etcd.h"
+#include "daemon/cluster/etcd/etcd.h"
 
 #include <grpc/grpc.h>
 #include <grpc/grpc_security.h>
@@ -80,11 +80,11 @@ ProtobufCMessage *bkv_etcd_unpack(const ProtobufCMessageDescriptor *type, grpc_b
 // An endpoint has failed a call or a stream: if it is the one in use, the next one is from now on, and watches move there.
 void bkv_etcd_endpoint_failed(bkv_etcd_t *etcd, uint32_t endpoint);
 
-// ---- etcd_channel.c ----
+// ---- channel.c ----
 
 bkv_status_t bkv_etcd_connect(bkv_etcd_t *etcd, const bkv_etcd_options_t *options, bkv_error_t *err);
 
-// ---- etcd_call.c ----
+// ---- call.c ----
 
 // An operation: where it goes, and how its response becomes a reply. `finish` calls done, with the reply or, if the response
 // makes none, with an error; response is NULL where error is one already.
@@ -122,13 +122,13 @@ void bkv_etcd_calls_cancel(bkv_etcd_t *etcd);
 typedef enum bkv_etcd_verdict { BKV_ETCD_FINAL, BKV_ETCD_RETRY, BKV_ETCD_LOGIN } bkv_etcd_verdict_t;
 bkv_etcd_verdict_t bkv_etcd_judge(grpc_status_code code, grpc_slice details, bkv_error_t *error);
 
-// ---- etcd_kv.c ----
+// ---- kv.c ----
 
 // The first key that is none with this prefix: its last byte, plus one. A prefix of 0xff alone has none; "\0" then means "to
 // the end". Returns its length.
 size_t bkv_etcd_prefix_end(bkv_etcd_text_t prefix, uint8_t end[BKV_ETCD_KEY_MAX]);
 
-// ---- etcd_watch.c ----
+// ---- watch.c ----
 
 void bkv_etcd_watches_move(bkv_etcd_t *etcd, uint32_t endpoint); // away from it
 void bkv_etcd_watches_end(bkv_etcd_t *etcd);

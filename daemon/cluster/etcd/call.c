@@ -1,9 +1,9 @@
-// etcd_call.c - one call, from its start to its end, over as many attempts as it takes: which endpoint, when again, with which
-// token. What is in the messages is etcd_kv.c's.
+// call.c - one call, from its start to its end, over as many attempts as it takes: which endpoint, when again, with which
+// token. What is in the messages is kv.c's.
 //
 // An attempt may outlive its call: where a peer does not read, gRPC keeps a message that is half-way into the socket for as
 // long as the socket blocks, deadline or not. An attempt therefore owns all that gRPC has been given.
-#include "etcd_internal.h"
+#include "daemon/cluster/etcd/internal.h"
 
 #include "daemon/observe/clock.h"
 #include "etcd.pb-c.h"

@@ -1,5 +1,5 @@
 // race.c - the fixed-point logarithm of race.h.
-#include "race.h"
+#include "proto/race.h"
 
 #define ONE   63                  // 1.0 is 1 << ONE
 #define LOG2E 0xb8aa3b295c17f0bcu // log2(e) times 2^63

@@ -1,4 +1,4 @@
-// etcd_watch.c - keeps a watcher informed: a listing in pages, then a stream of changes from the revision of the listing on.
+// watch.c - keeps a watcher informed: a listing in pages, then a stream of changes from the revision of the listing on.
 //
 //     listing -> streaming -> (stream lost) pause -> streaming from the last revision seen
 //        ^                        |
@@ -7,7 +7,7 @@
 // A stream that brings nothing may be quiet or dead: every now and then etcd is asked for its progress, and one that does not
 // answer is left for the next endpoint. Progress is not taken for a revision to resume from: releases of etcd announce it
 // before events that come before it.
-#include "etcd_internal.h"
+#include "daemon/cluster/etcd/internal.h"
 
 #include "daemon/observe/clock.h"
 #include "etcd.pb-c.h"

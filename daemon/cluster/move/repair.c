@@ -1,5 +1,5 @@
 // repair.c - see repair.h.
-#include "repair.h"
+#include "daemon/cluster/move/repair.h"
 
 #include <assert.h>
 #include <stdlib.h>

@@ -1,5 +1,5 @@
-// etcd_kv.c - the calls: what they ask for, and what of an answer is believed.
-#include "etcd_internal.h"
+// kv.c - the calls: what they ask for, and what of an answer is believed.
+#include "daemon/cluster/etcd/internal.h"
 
 #include "etcd.pb-c.h"
 

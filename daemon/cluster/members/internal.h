@@ -1,11 +1,11 @@
-// membership_internal.h - what the membership's files share; nobody else includes it.
+// internal.h - what the membership's files share; nobody else includes it.
 //
 // Files: membership.c (create, destroy, status, the thread that makes views), registration.c (the lease and this daemon's
 // record), roster.c (the others' records, from the watch), changes.c (a line of log for each change).
 #ifndef BKV_MEMBERSHIP_INTERNAL_H
 #define BKV_MEMBERSHIP_INTERNAL_H
 
-#include "membership.h"
+#include "daemon/cluster/members/membership.h"
 
 #include "daemon/observe/limit.h"
 

@@ -5,7 +5,7 @@
 #ifndef BKV_MEMBER_H
 #define BKV_MEMBER_H
 
-#include "placement.h"
+#include "proto/placement.h"
 
 #define BKV_MEMBER_ADDRESSES_MAX  4
 #define BKV_MEMBER_ADDRESS_MAX    128 // NUL included

@@ -1,5 +1,5 @@
 // view.c - see view.h.
-#include "view.h"
+#include "daemon/cluster/members/view.h"
 
 #include <assert.h>
 #include <stdlib.h>

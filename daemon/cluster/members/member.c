@@ -1,5 +1,5 @@
 // member.c - see member.h.
-#include "member.h"
+#include "daemon/cluster/members/member.h"
 
 #include "cluster.pb-c.h"
 

@@ -24,7 +24,7 @@
 #ifndef BKV_REPAIR_H
 #define BKV_REPAIR_H
 
-#include "placement.h"
+#include "proto/placement.h"
 
 // ---- one key ----
 

@@ -4,7 +4,7 @@
 //     config? -> grant -> write -> keep, keep, keep...       what the answer was decides what is asked next, and when
 //                  ^        |        |
 //                  +--------+--------+   the lease is gone, or the id is another's
-#include "membership_internal.h"
+#include "daemon/cluster/members/internal.h"
 
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"

@@ -1,5 +1,5 @@
 // changes.c - tells the log what is different between two views: a line a member.
-#include "membership_internal.h"
+#include "daemon/cluster/members/internal.h"
 
 #include "daemon/observe/log.h"
 

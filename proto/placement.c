@@ -1,7 +1,7 @@
 // placement.c - races for slots, and the table of who has won them. The arithmetic of a race is race.h's.
-#include "placement.h"
+#include "proto/placement.h"
 
-#include "race.h"
+#include "proto/race.h"
 
 #include <assert.h>
 #include <stdlib.h>

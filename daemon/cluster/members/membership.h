@@ -25,8 +25,8 @@
 #ifndef BKV_MEMBERSHIP_H
 #define BKV_MEMBERSHIP_H
 
-#include "etcd.h"
-#include "view.h"
+#include "daemon/cluster/etcd/etcd.h"
+#include "daemon/cluster/members/view.h"
 
 typedef struct bkv_membership bkv_membership_t;
 

@@ -1,5 +1,5 @@
 // roster.c - takes in what the watch sees: keeps the list of all members, and hands it to the publisher whenever it is whole.
-#include "membership_internal.h"
+#include "daemon/cluster/members/internal.h"
 
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"

@@ -7,7 +7,7 @@
 #ifndef BKV_VIEW_H
 #define BKV_VIEW_H
 
-#include "member.h"
+#include "daemon/cluster/members/member.h"
 
 #include <stdatomic.h>
 

@@ -1,5 +1,5 @@
 // bandwidth.c - see bandwidth.h.
-#include "bandwidth.h"
+#include "daemon/cluster/move/bandwidth.h"
 
 #define NS_PER_S 1000000000u
 
