@@ -71,6 +71,14 @@ typedef struct bkv_spec_id {
     uint8_t bytes[BKV_SPEC_ID_BYTES];
 } bkv_spec_id_t;
 
+// What names a record among those of all specs; 48 bytes without a gap, as they also go from daemon to daemon.
+typedef struct bkv_name {
+    bkv_spec_id_t spec_id;
+    bkv_key_t key;
+} bkv_name_t;
+
+#define BKV_NAME_BYTES (BKV_SPEC_ID_BYTES + BKV_KEY_BYTES)
+
 typedef enum bkv_dtype { BKV_BF16 = 1, BKV_FP16 = 2, BKV_FP32 = 3 } bkv_dtype_t;
 
 typedef enum bkv_codec { BKV_CODEC_RAW = 1, BKV_CODEC_DENSE8 = 2, BKV_CODEC_DENSE4 = 3, BKV_CODEC_BALANCE = 4 } bkv_codec_t;

@@ -51,6 +51,16 @@ typedef struct bkv_tag {
     X(DROP, "/balancekv.v1.BalanceKV/Drop", bkv_handle_drop, false, false)                                                     \
     X(ATTACH, "/balancekv.v1.BalanceKV/Attach", bkv_handle_attach, false, false)                                               \
     X(DETACH, "/balancekv.v1.BalanceKV/Detach", bkv_handle_detach, false, false)                                               \
+    X(CLUSTER, "/balancekv.v1.BalanceKV/Cluster", bkv_handle_cluster, false, true)                                             \
+    X(WHERE, "/balancekv.v1.BalanceKV/Where", bkv_handle_where, false, true)                                                   \
+    X(DRAIN, "/balancekv.v1.BalanceKV/Drain", bkv_handle_drain, false, true)                                                   \
+    X(PEER_HAVE, "/balancekv.cluster.v1.Peer/Have", bkv_handle_peer_have, false, true)                                         \
+    X(PEER_FETCH, "/balancekv.cluster.v1.Peer/Fetch", bkv_handle_peer_fetch, false, false)                                     \
+    X(PEER_STORE, "/balancekv.cluster.v1.Peer/Store", bkv_handle_peer_store, true, false)                                      \
+    X(PEER_FORGET, "/balancekv.cluster.v1.Peer/Forget", bkv_handle_peer_forget, false, false)                                  \
+    X(PEER_DRAIN, "/balancekv.cluster.v1.Peer/Drain", bkv_handle_peer_drain, false, true)                                      \
+    X(PEER_LINK, "/balancekv.cluster.v1.Peer/Link", bkv_handle_peer_link, false, false)                                        \
+    X(PEER_LOCATE, "/balancekv.cluster.v1.Peer/Locate", bkv_handle_peer_locate, false, false)                                  \
     X(STATS, "/balancekv.v1.BalanceKV/Stats", bkv_handle_stats, false, true)                                                   \
     X(HEALTH_CHECK, "/grpc.health.v1.Health/Check", bkv_handle_health_check, false, true)                                      \
     X(HEALTH_WATCH, "/grpc.health.v1.Health/Watch", bkv_handle_health_watch, false, true)

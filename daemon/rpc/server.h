@@ -5,6 +5,7 @@
 #ifndef BKV_SERVER_H
 #define BKV_SERVER_H
 
+#include "daemon/cluster/cluster.h"
 #include "daemon/observe/metrics.h"
 #include "daemon/pipeline/pipeline.h"
 #include "daemon/transport/transport.h"
@@ -15,6 +16,8 @@ typedef struct bkv_server_config {
     bkv_pipeline_t *pipeline; // outlive the server
     bkv_store_t *store;
     bkv_transports_t *transports;       // outlive the server; NULL: everything goes inline
+    bkv_cluster_t *cluster;             // outlives the server; NULL: this daemon runs alone
+    const char *peer_name;              // DNS name in the certificates of the cluster's daemons, who alone may use Peer
     const bkv_metric_source_t *sources; // for Stats; the server adds its own
     size_t source_count;
     const char *version, *backend;

@@ -46,6 +46,8 @@ typedef struct bkv_store_config {
     X(corrupt_total, true, "records dropped because their checksum failed")                                                    \
     X(full_total, true, "reservations refused for lack of room")                                                               \
     X(recovered_total, true, "records taken over from an earlier process")                                                     \
+    X(adopted_total, true, "records taken over from other daemons of the cluster")                                             \
+    X(copies, false, "records resident that other daemons own")                                                                \
     X(raw_bytes_total, true, "bytes of the blocks as put, before compression")                                                 \
     X(stored_bytes_total, true, "bytes of the records made from them")                                                         \
     X(entries, false, "records resident")                                                                                      \
@@ -124,6 +126,30 @@ bkv_status_t bkv_store_publish(bkv_store_t *store, bkv_slot_t *slot, uint64_t tt
 // BKV_OK, the older one on ALREADY_EXISTS, whose checksum is then the caller's to verify. BUSY: too many pins on the older one.
 bkv_status_t bkv_store_publish_pinned(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes,
                                       uint64_t now_ms, bkv_pin_t *pin, bkv_error_t *err);
+
+// Publishes a record that another daemon of the cluster has made: as publish (pin NULL) or publish_pinned, but not counted as a
+// block that was put. The caller has validated it and verified its checksum. copy: see bkv_store_set_copy.
+bkv_status_t bkv_store_adopt(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, bool copy, uint64_t now_ms, bkv_pin_t *pin,
+                             bkv_error_t *err);
+
+// Says whether a resident record is but a copy of what other daemons own. Copies make room before all that is not, and are not
+// listed. A record is none until it is said to be, also when it was taken over from an earlier process. Returns whether it is
+// resident.
+bool bkv_store_set_copy(bkv_store_t *store, const bkv_name_t *name, bool copy, uint64_t now_ms);
+
+// What is left of a pinned record's time to live, in ms, at least 1; 0: it has no end.
+uint64_t bkv_store_ttl(const bkv_store_t *store, const bkv_pin_t *pin, uint64_t now_ms);
+
+// The records that are no copies, in pieces and in an order of the store's own: fills at most `capacity` items with those at
+// *cursor and behind it and moves *cursor past them; looks at no more than 16 times as many entries, so that a 0 with *more set
+// means: go on. A record that is resident from before cursor 0 until the end is listed, once; one that comes or goes meanwhile
+// may be. Takes no lock for long.
+typedef struct bkv_store_item {
+    bkv_name_t name;
+    uint64_t bytes; // of the record
+} bkv_store_item_t;
+size_t bkv_store_list(bkv_store_t *store, uint64_t *cursor, bkv_store_item_t *items, size_t capacity, uint64_t now_ms,
+                      bool *more);
 
 // Gives a slot back unpublished.
 void bkv_store_abort(bkv_store_t *store, bkv_slot_t *slot);

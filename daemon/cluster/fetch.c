@@ -1,0 +1,8 @@
+// fetch.c - (contract only so far)
+#include "daemon/cluster/internal.h"
+
+void bkv_cluster_fetch(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms,
+                       bkv_found_t *found, bkv_cluster_done_t done, void *user) {
+    (void)cluster, (void)names, (void)count, (void)deadline_ms, (void)found;
+    done(user);
+}

@@ -1,0 +1,40 @@
+// internal.h - what the cluster's own files share; nobody else includes it.
+#ifndef BKV_CLUSTER_INTERNAL_H
+#define BKV_CLUSTER_INTERNAL_H
+
+#include "daemon/cluster/cluster.h"
+#include "daemon/cluster/hot.h"
+
+#include <stdatomic.h>
+
+typedef struct bkv_cluster_counters {
+#define X(name, is_counter, help) _Atomic uint64_t name;
+    BKV_CLUSTER_METRICS(X)
+#undef X
+} bkv_cluster_counters_t;
+
+struct bkv_cluster {
+    bkv_store_t *store;
+    bkv_etcd_t *etcd;
+    bkv_membership_t *membership;
+    bkv_peers_t *peers;
+    _Atomic(bkv_mover_t *) mover; // NULL until create is through: the membership's callback may come before
+    bkv_hot_t hot;
+    bkv_cluster_counters_t counters;
+    uint32_t peer_timeout_ms;
+    _Atomic uint64_t busy; // requests under way, which destroy waits for
+    _Atomic bool ending;
+    char *name;
+    bkv_member_t self;
+    uint32_t lease_s, replicas;
+};
+
+// Around each request: from its start to the return of its `done`.
+void bkv_cluster_hold(bkv_cluster_t *cluster);
+void bkv_cluster_release(bkv_cluster_t *cluster);
+
+static inline void bkv_cluster_count(_Atomic uint64_t *counter, uint64_t by) {
+    atomic_fetch_add_explicit(counter, by, memory_order_relaxed);
+}
+
+#endif

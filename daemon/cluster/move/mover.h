@@ -1,0 +1,68 @@
+// mover.h - brings every record to its owners when the members have changed: executes the plans of repair.h.
+//
+// One thread. It waits until a view has stayed the same for delay_ms (a daemon that is restarted is back by then, and nothing
+// need be moved at all), then goes through the store: asks each target which records it lacks, sends those, within a bandwidth.
+// When a pass was clean it is done until the next change, and what the plan says is not this daemon's any more becomes a copy
+// (bkv_store_set_copy). A pass in which something failed is followed by another, after a pause.
+//
+// What it remembers is the view under which all was last in its place, `origin`: until the next repair is done, readers ask its
+// members too (a block may not have reached its new owners yet).
+#ifndef BKV_MOVER_H
+#define BKV_MOVER_H
+
+#include "daemon/cluster/members/membership.h"
+#include "daemon/cluster/peer/peers.h"
+
+typedef struct bkv_mover bkv_mover_t;
+
+typedef struct bkv_mover_config {
+    bkv_store_t *store; // these outlive the mover
+    bkv_peers_t *peers;
+    bkv_membership_t *membership;
+    uint64_t delay_ms;
+    uint64_t rate; // bytes a second; 0: no limit
+} bkv_mover_config_t;
+
+typedef enum bkv_mover_state { BKV_MOVER_IDLE, BKV_MOVER_WAITING, BKV_MOVER_MOVING } bkv_mover_state_t;
+
+typedef struct bkv_mover_progress {
+    bkv_mover_state_t state;
+    uint64_t left_keys, left_bytes;   // estimates: of this pass, what is planned and not yet sent
+    uint64_t moved_keys, moved_bytes; // since the last drain began, or the start
+    bool handed_over;                 // this member drains, and all that it held is with its present owners
+} bkv_mover_progress_t;
+
+// X(name, is_counter, help)
+#define BKV_MOVER_METRICS(X)                                                                                                   \
+    X(repair_moving, false, "1: records are being brought to their owners")                                                    \
+    X(repair_left_bytes, false, "bytes that are still to be sent, an estimate")                                                \
+    X(repair_passes_total, true, "times that the store was gone through")                                                      \
+    X(repair_sent_total, true, "records sent to their owners by repair")                                                       \
+    X(repair_sent_bytes_total, true, "their bytes")                                                                            \
+    X(repair_failed_total, true, "of its transfers, those that failed and were tried again")
+
+typedef struct bkv_mover_metrics {
+#define X(name, is_counter, help) uint64_t name;
+    BKV_MOVER_METRICS(X)
+#undef X
+} bkv_mover_metrics_t;
+
+bkv_status_t bkv_mover_create(const bkv_mover_config_t *config, bkv_mover_t **mover, bkv_error_t *err);
+void bkv_mover_destroy(bkv_mover_t *mover); // stops in the middle. NULL: nothing
+
+// From here on thread-safe, and none of them waits for anything under way.
+
+void bkv_mover_view_changed(bkv_mover_t *mover); // the membership's callback
+
+// Something is not where it belongs, a Put could not reach all owners: a pass is due, also without a change of the view.
+void bkv_mover_again(bkv_mover_t *mover);
+
+// The view that readers should ask too, to be given back (bkv_view_give); NULL: the present one says it all.
+const bkv_view_t *bkv_mover_origin(bkv_mover_t *mover);
+
+void bkv_mover_set_limits(bkv_mover_t *mover, uint64_t delay_ms, uint64_t rate); // SIGHUP
+
+void bkv_mover_get_progress(bkv_mover_t *mover, bkv_mover_progress_t *progress);
+void bkv_mover_get_metrics(bkv_mover_t *mover, bkv_mover_metrics_t *metrics);
+
+#endif
