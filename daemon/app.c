@@ -1,7 +1,8 @@
-// app.c - turns a configuration into a running store, pipeline, transports and server, and back. The event loop is loop.c.
+// app.c - turns a configuration into a running store, pipeline, transports, cluster and server, and back. The event loop is loop.c.
 #include "daemon/app.h"
 
 #include "daemon/config_check.h"
+#include "daemon/join.h"
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"
 #include "daemon/systemd.h"
@@ -11,6 +12,8 @@
 #include <string.h>
 #include <sys/random.h>
 #include <unistd.h>
+
+#define LEAVE_MS 1000 // for etcd to hear that this daemon goes; otherwise the lease tells it
 
 static const char *size_text(uint64_t bytes, char out[BKV_VALUE_TEXT]) {
     bkv_value_format_size(bytes, out);
@@ -150,13 +153,15 @@ static bkv_status_t start_server(bkv_app_t *app, bkv_error_t *err) {
     if (status != BKV_OK) {
         return status;
     }
-    bkv_sources_init(app->store, app->pipeline, app->transports, app->sources);
+    size_t source_count = bkv_sources_init(app->store, app->pipeline, app->transports, app->cluster, app->sources);
     const bkv_server_config_t server = {
         .pipeline = app->pipeline,
         .store = app->store,
         .transports = app->transports,
+        .cluster = app->cluster,
+        .peer_name = config->cluster_peer_name,
         .sources = app->sources,
-        .source_count = BKV_SOURCE_COUNT,
+        .source_count = source_count,
         .version = BKV_VERSION,
         .backend = app->backend->name,
         .boot_epoch = epoch,
@@ -203,7 +208,13 @@ bkv_status_t bkv_app_start(bkv_app_t *app, const bkv_args_t *args, bkv_config_t 
         status = start_transports(app, err);
     }
     if (status == BKV_OK) {
+        status = bkv_join_create(config, app->store, &app->cluster, err);
+    }
+    if (status == BKV_OK) {
         status = start_server(app, err);
+    }
+    if (status == BKV_OK && app->cluster != NULL) {
+        status = bkv_join_announce(config, app->cluster, app->transports, bkv_server_port(app->server), err);
     }
     if (status != BKV_OK) {
         bkv_config_locate(config, err);
@@ -215,9 +226,13 @@ bkv_status_t bkv_app_start(bkv_app_t *app, const bkv_args_t *args, bkv_config_t 
 }
 
 void bkv_app_stop(bkv_app_t *app) {
+    if (app->cluster != NULL) {
+        bkv_cluster_leave(app->cluster, LEAVE_MS);
+    }
     if (app->server != NULL) {
         bkv_server_stop(app->server);
     }
+    bkv_cluster_destroy(app->cluster);
     bkv_transports_destroy(app->transports);
     bkv_pipeline_destroy(app->pipeline);
     if (app->store != NULL) {
@@ -251,6 +266,10 @@ void bkv_app_reload(bkv_app_t *app) {
     bkv_server_set_op_timeout(app->server, app->config->limits_op_timeout);
     bkv_pipeline_set_default_ttl(app->pipeline, app->config->memory_ttl);
     bkv_store_set_default_quota(app->store, app->config->memory_tenant_quota);
+    if (app->cluster != NULL) {
+        bkv_cluster_set_limits(app->cluster, app->config->cluster_repair_delay, app->config->cluster_repair_rate,
+                               app->config->cluster_hot_copies);
+    }
     for (uint32_t i = 0; i < next->tenant_count; i++) {
         if (!has_tenant(app->config, next->tenants[i].name)) {
             set_quota(app, &next->tenants[i], BKV_QUOTA_DEFAULT);

@@ -1,4 +1,4 @@
-// app.h - the daemon put together: store, pipeline, transports, server, and the loop that owns signals and timers.
+// app.h - the daemon put together: store, pipeline, transports, cluster, server, and the loop that owns signals and timers.
 #ifndef BKV_APP_H
 #define BKV_APP_H
 
@@ -14,6 +14,7 @@ typedef struct bkv_app {
     bkv_store_t *store;
     bkv_pipeline_t *pipeline;
     bkv_transports_t *transports;
+    bkv_cluster_t *cluster; // NULL: this daemon runs alone
     bkv_server_t *server;
     bkv_metric_source_t sources[BKV_SOURCE_COUNT];
 } bkv_app_t;

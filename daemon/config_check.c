@@ -4,6 +4,7 @@
 #include "daemon/value.h"
 #include "kernels/codec.h"
 #include "proto/fd_socket.h"
+#include "proto/placement.h"
 
 #include <stdarg.h>
 #include <stdlib.h>
@@ -72,6 +73,13 @@ static const struct {
     {BKV_OPT_transport_verbs_sessions, false, 1, 1 << 16},
     {BKV_OPT_transport_max_sessions, false, 1, 1 << 20},
     {BKV_OPT_transport_idle, false, 1, 86400000},
+    {BKV_OPT_cluster_replicas, false, 1, BKV_REPLICAS_MAX},
+    {BKV_OPT_cluster_weight, true, 1, BKV_WEIGHT_MAX},
+    {BKV_OPT_cluster_lease, false, 1000, 3600000},
+    {BKV_OPT_cluster_peer_timeout, false, 10, 60000},
+    {BKV_OPT_cluster_repair_delay, true, 1, 86400000},
+    {BKV_OPT_cluster_repair_rate, true, UINT64_C(64) << 10, UINT64_C(1) << 40},
+    {BKV_OPT_cluster_hot_copies, true, 1, 255},
 };
 
 static bkv_status_t check_range(const bkv_config_t *config, size_t i, bkv_error_t *err) {
@@ -197,6 +205,39 @@ static bkv_status_t check_transport(const bkv_config_t *config, bkv_error_t *err
     return BKV_OK;
 }
 
+// An address that others cannot use: one that stands for all, or a port that is not chosen yet with nothing to choose it for.
+static bool is_wildcard(const char *address) {
+    return strncmp(address, "0.0.0.0:", 8) == 0 || strncmp(address, "[::]:", 5) == 0;
+}
+
+static bkv_status_t check_cluster(const bkv_config_t *config, bkv_error_t *err) {
+    const char *advertise = config->cluster_advertise;
+    if (config->cluster_etcd[0] == '\0') {
+        return BKV_OK;
+    }
+    if (config->listen_tcp[0] == '\0') {
+        return bkv_config_refuse(config, BKV_OPT_listen_tcp, err, "empty: the other daemons of the cluster come through it");
+    }
+    if (advertise[0] != '\0' && !is_address(advertise)) {
+        return bkv_config_refuse(config, BKV_OPT_cluster_advertise, err, "\"%.80s\" is not host:port", advertise);
+    }
+    if (is_wildcard(advertise[0] != '\0' ? advertise : config->listen_tcp)) {
+        return bkv_config_refuse(config, BKV_OPT_cluster_advertise, err,
+                                 "needed: %.80s says not where others reach this daemon", config->listen_tcp);
+    }
+    if (config->listen_tls_cert[0] != '\0' && config->listen_tls_client_ca[0] == '\0') {
+        return bkv_config_refuse(config, BKV_OPT_listen_tls_client_ca, err,
+                                 "needed in a cluster with TLS: by their certificates daemons know each other");
+    }
+    if (config->listen_tls_cert[0] != '\0' && config->cluster_peer_name[0] == '\0') {
+        return bkv_config_refuse(config, BKV_OPT_cluster_peer_name, err, "empty: it is what tells daemons from their clients");
+    }
+    if ((config->cluster_etcd_user[0] == '\0') != (config->cluster_etcd_password_file[0] == '\0')) {
+        return bkv_config_refuse(config, BKV_OPT_cluster_etcd_user, err, "goes together with etcd_password_file");
+    }
+    return BKV_OK;
+}
+
 static bkv_status_t check_words(const bkv_config_t *config, bkv_error_t *err) {
     static const char *const targets[] = {"auto", "journald", "text", "json", NULL};
     static const char *const levels[] = {"error", "warn", "info", "debug", NULL};
@@ -228,6 +269,9 @@ bkv_status_t bkv_config_check(const bkv_config_t *config, bkv_error_t *err) {
     }
     if (status == BKV_OK) {
         status = check_transport(config, err);
+    }
+    if (status == BKV_OK) {
+        status = check_cluster(config, err);
     }
     if (status == BKV_OK && config->memory_slab > config->memory_arena) {
         status = bkv_config_refuse(config, BKV_OPT_memory_slab, err, "is larger than the arena");

@@ -105,6 +105,9 @@ static void begin_drain(loop_t *loop, int signal_number) {
     loop->drain_until_ms = bkv_now_ms() + loop->app->config->limits_drain_timeout;
     bkv_systemd_stopping();
     report_status(loop);
+    if (loop->app->cluster != NULL) {
+        bkv_cluster_leave(loop->app->cluster, 0); // from now on other daemons go round this one; nobody waits for it here
+    }
     bkv_server_drain(loop->app->server); // the pipeline stays open: calls in flight may begin further blocks
     uv_timer_start(&loop->drain, on_drain_poll, 0, DRAIN_POLL_MS);
 }

@@ -42,10 +42,15 @@ static void collect_process(void *owner, bkv_metric_emit_t emit, void *sink) {
     fclose(statm);
 }
 
-void bkv_sources_init(bkv_store_t *store, bkv_pipeline_t *pipeline, bkv_transports_t *transports,
-                      bkv_metric_source_t sources[BKV_SOURCE_COUNT]) {
-    sources[0] = (bkv_metric_source_t){collect_store, store};
-    sources[1] = (bkv_metric_source_t){collect_pipeline, pipeline};
-    sources[2] = (bkv_metric_source_t){collect_transports, transports};
-    sources[3] = (bkv_metric_source_t){collect_process, NULL};
+size_t bkv_sources_init(bkv_store_t *store, bkv_pipeline_t *pipeline, bkv_transports_t *transports, bkv_cluster_t *cluster,
+                        bkv_metric_source_t sources[BKV_SOURCE_COUNT]) {
+    size_t count = 0;
+    sources[count++] = (bkv_metric_source_t){collect_store, store};
+    sources[count++] = (bkv_metric_source_t){collect_pipeline, pipeline};
+    sources[count++] = (bkv_metric_source_t){collect_transports, transports};
+    if (cluster != NULL) {
+        sources[count++] = (bkv_metric_source_t){bkv_cluster_collect, cluster};
+    }
+    sources[count++] = (bkv_metric_source_t){collect_process, NULL};
+    return count;
 }

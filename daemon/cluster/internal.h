@@ -5,6 +5,7 @@
 #include "daemon/cluster/cluster.h"
 #include "daemon/cluster/hot.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 
 typedef struct bkv_cluster_counters {
@@ -18,15 +19,15 @@ struct bkv_cluster {
     bkv_etcd_t *etcd;
     bkv_membership_t *membership;
     bkv_peers_t *peers;
-    _Atomic(bkv_mover_t *) mover; // NULL until create is through: the membership's callback may come before
+    bkv_mover_t *mover;   // [lock] for the membership's callback, which may come before there is one; requests find it there
+    bool ending;          // [lock]
+    pthread_mutex_t lock; // a leaf but for those of the mover and the peers
     bkv_hot_t hot;
     bkv_cluster_counters_t counters;
     uint32_t peer_timeout_ms;
     _Atomic uint64_t busy; // requests under way, which destroy waits for
-    _Atomic bool ending;
     char *name;
-    bkv_member_t self;
-    uint32_t lease_s, replicas;
+    char id[BKV_MEMBER_NAME_MAX];
 };
 
 // Around each request: from its start to the return of its `done`.

@@ -1,4 +1,6 @@
-// health.c - grpc.health.v1: Check answers once, Watch keeps the stream and says when it changes. Serving until the drain.
+// health.c - grpc.health.v1: Check answers once, Watch keeps the stream and says when it changes. Serving until the drain. The
+// service "balancekv.cluster" says besides whether this daemon is a member in good standing: one that is cut off from etcd
+// serves, but others will soon take it for gone.
 //
 // A Watch has no deadline and a drain does not wait for it. It is the one call with two batches in flight: its close is asked
 // for at once, because nothing else would tell that an idle watcher has gone. What they share is under the server's lock.
@@ -10,6 +12,7 @@
 #include <string.h>
 
 #define SERVICE "balancekv.v1.BalanceKV"
+#define CLUSTER "balancekv.cluster"
 
 typedef Grpc__Health__V1__HealthCheckResponse__ServingStatus serving_t;
 #define SERVING         GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING
@@ -18,17 +21,22 @@ typedef Grpc__Health__V1__HealthCheckResponse__ServingStatus serving_t;
 
 typedef struct watch {
     bkv_tag_t close_tag;
-    bool known; // the service
+    bool known, cluster; // the service
     bool sending, closed;
     serving_t told; // what the watcher was told last
 } watch_t;
 
-static serving_t serving(const bkv_server_t *server) {
-    return atomic_load(&server->draining) ? NOT_SERVING : SERVING;
+static serving_t serving(const bkv_server_t *server, bool cluster) {
+    bool is = !atomic_load(&server->draining) && (!cluster || bkv_cluster_connected(server->config.cluster));
+    return is ? SERVING : NOT_SERVING;
 }
 
-static bool service_known(const char *service) {
-    return service[0] == '\0' || strcmp(service, SERVICE) == 0;
+static bool is_cluster(const bkv_server_t *server, const char *service) {
+    return server->config.cluster != NULL && strcmp(service, CLUSTER) == 0;
+}
+
+static bool service_known(const bkv_server_t *server, const char *service) {
+    return service[0] == '\0' || strcmp(service, SERVICE) == 0 || is_cluster(server, service);
 }
 
 static const Grpc__Health__V1__HealthCheckRequest *health_request(bkv_call_t *call, bkv_bump_t *bump) {
@@ -41,14 +49,14 @@ void bkv_handle_health_check(bkv_call_t *call, bkv_bump_t *bump) {
     if (request == NULL) {
         return;
     }
-    if (!service_known(request->service)) {
+    if (!service_known(call->server, request->service)) {
         bkv_error_t error;
         bkv_fail(&error, BKV_NOT_FOUND, "service: %.100s is not one of this daemon's", request->service);
         bkv_call_fail(call, &error);
         return;
     }
     Grpc__Health__V1__HealthCheckResponse reply = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
-    reply.status = serving(call->server);
+    reply.status = serving(call->server, is_cluster(call->server, request->service));
     bkv_call_reply(call, &reply.base);
 }
 
@@ -93,7 +101,7 @@ static void tell(bkv_call_t *call) {
 
 static serving_t watched(const bkv_call_t *call) {
     const watch_t *watch = call->body;
-    return watch->known ? serving(call->server) : SERVICE_UNKNOWN;
+    return watch->known ? serving(call->server, watch->cluster) : SERVICE_UNKNOWN;
 }
 
 static void refresh(bkv_call_t *call) {
@@ -121,7 +129,8 @@ void bkv_handle_health_watch(bkv_call_t *call, bkv_bump_t *bump) {
     call->body = watch;
     call->body_free = free;
     watch->close_tag = (bkv_tag_t){on_closed, call};
-    watch->known = service_known(request->service);
+    watch->known = service_known(call->server, request->service);
+    watch->cluster = is_cluster(call->server, request->service);
     watch->sending = true; // so the call stays until the first news is out
     watch->told = watched(call);
     pthread_mutex_lock(&call->server->lock); // the sweep looks from now on

@@ -15,6 +15,7 @@
 
 // The etcd thread's. What this daemon has in etcd, as far as it knows.
 typedef struct bkv_registration {
+    bool held;           // nothing is registered yet: bkv_membership_announce
     bool asking, kicked; // a question is on its way; after its answer, ask the next one at once
     bool configured;     // `cluster` is what etcd says
     bool registered;     // the record is there, under `lease`

@@ -256,6 +256,7 @@ bkv_status_t bkv_membership_create(const bkv_membership_config_t *config, bkv_me
     atomic_init(&made->refs, 1);
     made->etcd = config->etcd;
     made->self = config->self;
+    made->registration.held = config->later;
     memcpy(made->id, config->self.place.id, sizeof(made->id));
     make_keys(made, config->cluster);
     made->ttl_s = config->ttl_s;
@@ -339,6 +340,31 @@ static void on_update(void *user) {
     membership->registration.wanted++;
     bkv_registration_kick(membership);
     bkv_membership_unref(membership);
+}
+
+static void on_announce(void *user) {
+    bkv_membership_t *membership = user;
+    membership->registration.held = false;
+    on_update(membership);
+}
+
+bkv_status_t bkv_membership_announce(bkv_membership_t *membership, const bkv_member_t *self, bkv_error_t *err) {
+    pthread_mutex_lock(&membership->lock);
+    bkv_member_t next = membership->self;
+    next.address_count = self->address_count;
+    next.transport_count = self->transport_count;
+    memcpy(next.addresses, self->addresses, sizeof(next.addresses));
+    memcpy(next.transports, self->transports, sizeof(next.transports));
+    bkv_status_t status = bkv_member_check(&next, err);
+    if (status == BKV_OK) {
+        membership->self = next;
+    }
+    pthread_mutex_unlock(&membership->lock);
+    if (status != BKV_OK) {
+        return status;
+    }
+    status = post(membership, on_announce);
+    return status == BKV_OK ? BKV_OK : bkv_fail(err, status, "cluster: the etcd client takes no more");
 }
 
 bkv_status_t bkv_membership_set_draining(bkv_membership_t *membership, bool draining) {

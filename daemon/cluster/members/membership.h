@@ -47,6 +47,7 @@ typedef struct bkv_membership_config {
     bkv_member_t self;   // as it should be registered; epoch is chosen here. An empty id: only watches, never joins
     uint32_t ttl_s;      // 1..3600
     uint32_t replicas;   // if this daemon is the first
+    bool later;          // only watches, until bkv_membership_announce
 
     // Called on the membership's thread, and must not call back into create, leave or destroy. Optional. `was` and `now` are
     // good for the call; who wants to keep one takes the present one by bkv_membership_view.
@@ -86,6 +87,10 @@ void bkv_membership_destroy(bkv_membership_t *membership);
 
 // Deletes this daemon's record, so that others see it at once; the view is still kept up. Waits for at most timeout_ms.
 bkv_status_t bkv_membership_leave(bkv_membership_t *membership, uint32_t timeout_ms, bkv_error_t *err);
+
+// With `later`: registers from now on, with these addresses and transports of `self` (its other fields stay as they were).
+// INVALID_ARGUMENT names the field.
+bkv_status_t bkv_membership_announce(bkv_membership_t *membership, const bkv_member_t *self, bkv_error_t *err);
 
 // Changes the record as soon as etcd can be reached; for as long as it cannot, the last change counts. Any thread.
 bkv_status_t bkv_membership_set_draining(bkv_membership_t *membership, bool draining);

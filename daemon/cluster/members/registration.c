@@ -324,7 +324,7 @@ static bkv_status_t ask(bkv_membership_t *membership, question_t question, uint3
 static void ask_next(void *user) {
     bkv_membership_t *membership = user;
     bkv_registration_t *registration = &membership->registration;
-    if (registration->asking || registration->left || membership->dead) {
+    if (registration->asking || registration->left || registration->held || membership->dead) {
         return;
     }
     question_t question = question_next(registration);

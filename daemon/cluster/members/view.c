@@ -88,6 +88,7 @@ bkv_status_t bkv_views_publish(bkv_views_t *views, const bkv_view_config_t *conf
     view->count = config->count;
     view->placement = placement;
     view->self = bkv_placement_find(placement, config->self);
+    view->seed = config->cluster.seed;
     atomic_store(&view->used, true);
     atomic_store(&view->refs, 1); // the pool's own, until the next one is published
     atomic_store(&views->current, view);

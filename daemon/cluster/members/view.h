@@ -19,6 +19,7 @@ typedef struct bkv_view {
     const bkv_member_t *members; // [count], ascending by id; the order of placement's members
     uint32_t count;
     uint16_t self;                    // this daemon; BKV_NO_MEMBER: not in it
+    uint64_t seed;                    // of the placement
     const bkv_placement_t *placement; // of these members
 
     // The pool's.
