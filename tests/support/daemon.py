@@ -84,10 +84,12 @@ class Notify:
 class Daemon:
     """One daemon process after another in one folder: start(), stop(), start() again.
 
-    Options are the daemon's own, by name: Daemon(arena="64M", op_timeout="2s"). The log is JSON, one line per event."""
+    Options are the daemon's own, by name: Daemon(arena="64M", op_timeout="2s"). parent: where its folder is made. prefix: words
+    before its command, such as those that enter a network namespace. The log is JSON, one line per event."""
 
-    def __init__(self, config=None, environment=None, **options):
-        self.folder = tempfile.mkdtemp(prefix="bkv-", dir=memory_folder())
+    def __init__(self, config=None, environment=None, parent=None, prefix=(), **options):
+        self.folder = tempfile.mkdtemp(prefix="bkv-", dir=parent or memory_folder())
+        self.prefix = list(prefix)
         self.socket = os.path.join(self.folder, "d.sock")
         self.target = "unix:" + self.socket
         self.options = {"socket": self.socket, "tcp": "127.0.0.1:0", "arena": "256M", "staging": "128M", "threads": "2",
@@ -100,7 +102,7 @@ class Daemon:
     def command(self, **extra):
         merged = {**self.options, **extra}
         names = {"log_target": "target", "log_level": "level"}
-        words = [built("bin", "balancekvd")]
+        words = self.prefix + [built("bin", "balancekvd")]
         if self.config is not None:
             words += ["--config", self.config]
         for name, value in merged.items():
