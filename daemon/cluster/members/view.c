@@ -28,6 +28,11 @@ const bkv_view_t *bkv_view_take(bkv_views_t *views) {
     }
 }
 
+const bkv_view_t *bkv_view_hold(const bkv_view_t *held) {
+    atomic_fetch_add(&((bkv_view_t *)held)->refs, 1);
+    return held;
+}
+
 void bkv_view_give(const bkv_view_t *given) {
     bkv_view_t *view = (bkv_view_t *)given;
     if (atomic_fetch_sub(&view->refs, 1) == 1) {

@@ -39,7 +39,8 @@ void bkv_views_deinit(bkv_views_t *views);
 
 // Thread-safe, no lock, no allocation: the present view, to be given back soon.
 const bkv_view_t *bkv_view_take(bkv_views_t *views);
-void bkv_view_give(const bkv_view_t *view); // frees its contents where it was the last
+const bkv_view_t *bkv_view_hold(const bkv_view_t *view); // once more, by who has it already
+void bkv_view_give(const bkv_view_t *view);              // frees its contents where it was the last
 
 typedef struct bkv_view_config {
     const bkv_member_t *members; // ascending by id; copied
