@@ -12,7 +12,8 @@
 bkv_status_t bkv_evict_init(bkv_evict_t *evict, uint32_t entries, bkv_error_t *err) {
     *evict = (bkv_evict_t){0};
     for (uint32_t i = 0; i < BKV_CLASSES_MAX; i++) {
-        bkv_sieve_init(&evict->classes[i].queue);
+        bkv_sieve_init(&evict->classes[i].owned);
+        bkv_sieve_init(&evict->classes[i].copies);
     }
     evict->by_class = calloc(entries, sizeof(*evict->by_class));
     evict->by_tenant = calloc(entries, sizeof(*evict->by_tenant));
@@ -30,16 +31,30 @@ void bkv_evict_deinit(bkv_evict_t *evict) {
     evict->by_tenant = NULL;
 }
 
+static bool is_copy(const bkv_entry_t *entry) {
+    return entry->flags & BKV_ENTRY_COPY;
+}
+
+static bkv_sieve_t *class_queue(bkv_store_t *store, const bkv_entry_t *entry) {
+    bkv_evict_class_t *c = &store->evict.classes[entry->size_class];
+    return is_copy(entry) ? &c->copies : &c->owned;
+}
+
+static bkv_sieve_t *tenant_queue(bkv_store_t *store, const bkv_entry_t *entry) {
+    bkv_tenant_t *t = &store->tenants.slot[entry->tenant];
+    return is_copy(entry) ? &t->copies : &t->owned;
+}
+
 void bkv_evict_enter(bkv_store_t *store, uint32_t entry) {
     const bkv_entry_t *e = &store->index.entries[entry];
-    bkv_sieve_push(&store->evict.classes[e->size_class].queue, store->evict.by_class, entry);
-    bkv_sieve_push(&store->tenants.slot[e->tenant].queue, store->evict.by_tenant, entry);
+    bkv_sieve_push(class_queue(store, e), store->evict.by_class, entry);
+    bkv_sieve_push(tenant_queue(store, e), store->evict.by_tenant, entry);
 }
 
 void bkv_evict_leave(bkv_store_t *store, uint32_t entry) {
     const bkv_entry_t *e = &store->index.entries[entry];
-    bkv_sieve_remove(&store->evict.classes[e->size_class].queue, store->evict.by_class, entry);
-    bkv_sieve_remove(&store->tenants.slot[e->tenant].queue, store->evict.by_tenant, entry);
+    bkv_sieve_remove(class_queue(store, e), store->evict.by_class, entry);
+    bkv_sieve_remove(tenant_queue(store, e), store->evict.by_tenant, entry);
 }
 
 // [shard] Nobody reads it and nobody was promised it.
@@ -62,7 +77,7 @@ static bool evict_from(bkv_store_t *store, bkv_sieve_t *queue, const bkv_sieve_l
         bool expired = bkv_entry_expired(e, now_ms);
         if (may_leave(e) && (expired || !(e->flags & BKV_ENTRY_VISITED) || left <= queue->count)) {
             if (cause == BKV_LEAVE_CAPACITY) {
-                store->evict.classes[e->size_class].victim_age = age_of(store, e);
+                store->evict.classes[e->size_class].victim_age = is_copy(e) ? UINT32_MAX : age_of(store, e);
             }
             bkv_store_leave(store, shard, entry, expired ? BKV_LEAVE_EXPIRED : cause);
             pthread_mutex_unlock(&shard->lock);
@@ -75,15 +90,20 @@ static bool evict_from(bkv_store_t *store, bkv_sieve_t *queue, const bkv_sieve_l
     return false;
 }
 
-static bool evict_from_class(bkv_store_t *store, uint32_t size_class, uint64_t now_ms) {
-    return evict_from(store, &store->evict.classes[size_class].queue, store->evict.by_class, BKV_LEAVE_CAPACITY, now_ms);
+static bool evict_copy(bkv_store_t *store, uint32_t size_class, uint64_t now_ms) {
+    return evict_from(store, &store->evict.classes[size_class].copies, store->evict.by_class, BKV_LEAVE_CAPACITY, now_ms);
 }
 
-// Looks at slot `index` of a slab. false: something is in it that has to stay. *age: of its record, if there is one.
-static bool slot_may_leave(bkv_store_t *store, uint32_t slab, uint32_t index, bool *taken, uint32_t *age) {
+static bool evict_owned(bkv_store_t *store, uint32_t size_class, uint64_t now_ms) {
+    return evict_from(store, &store->evict.classes[size_class].owned, store->evict.by_class, BKV_LEAVE_CAPACITY, now_ms);
+}
+
+// Looks at slot `index` of a slab. false: something is in it that has to stay. *counts: there is a record in it, and no copy;
+// *age: its age.
+static bool slot_may_leave(bkv_store_t *store, uint32_t slab, uint32_t index, bool *counts, uint32_t *age) {
     uint32_t entry;
-    *taken = bkv_slabs_owner(&store->slabs, slab, index, &entry);
-    if (!*taken) {
+    *counts = false;
+    if (!bkv_slabs_owner(&store->slabs, slab, index, &entry)) {
         return true;
     }
     if (entry == BKV_OWNER_FILLING) {
@@ -91,6 +111,7 @@ static bool slot_may_leave(bkv_store_t *store, uint32_t slab, uint32_t index, bo
     }
     bkv_shard_t *shard = bkv_index_lock_entry(&store->index, entry);
     bool may = may_leave(&store->index.entries[entry]);
+    *counts = !is_copy(&store->index.entries[entry]);
     *age = age_of(store, &store->index.entries[entry]);
     pthread_mutex_unlock(&shard->lock);
     return may;
@@ -107,23 +128,23 @@ static bool slab_age(bkv_store_t *store, uint32_t slab, uint32_t *age) {
     uint64_t sum = 0;
     uint32_t count = 0;
     for (uint32_t i = 0; i < slots; i += step) {
-        bool taken;
+        bool counts;
         uint32_t slot_age;
-        if (!slot_may_leave(store, slab, i, &taken, &slot_age)) {
+        if (!slot_may_leave(store, slab, i, &counts, &slot_age)) {
             return false;
         }
-        sum += taken ? slot_age : 0;
-        count += taken ? 1 : 0;
+        sum += counts ? slot_age : 0;
+        count += counts ? 1 : 0;
     }
-    *age = count > 0 ? (uint32_t)(sum / count) : UINT32_MAX; // nothing seen: nearly empty, the best to take
+    *age = count > 0 ? (uint32_t)(sum / count) : UINT32_MAX; // nothing of worth seen: the best to take
     return true;
 }
 
 static bool slab_may_leave(bkv_store_t *store, uint32_t slab) {
     for (uint32_t i = 0; i < slots_of(store, slab); i++) {
-        bool taken;
+        bool counts;
         uint32_t age;
-        if (!slot_may_leave(store, slab, i, &taken, &age)) {
+        if (!slot_may_leave(store, slab, i, &counts, &age)) {
             return false;
         }
     }
@@ -153,6 +174,11 @@ static bool empty_slab(bkv_store_t *store, uint32_t slab, uint64_t now_ms) {
     return store->slabs.slab[slab].size_class == BKV_NO_CLASS;
 }
 
+static uint32_t next_victim(const bkv_evict_class_t *size_class) {
+    uint32_t copy = bkv_sieve_hand(&size_class->copies);
+    return copy != BKV_SIEVE_END ? copy : bkv_sieve_hand(&size_class->owned);
+}
+
 // Frees the slab of another class that is colder than what this class evicts; see evict.h.
 static bool take_colder_slab(bkv_store_t *store, uint32_t size_class, uint64_t now_ms) {
     bkv_evict_class_t *own = &store->evict.classes[size_class];
@@ -164,7 +190,7 @@ static bool take_colder_slab(bkv_store_t *store, uint32_t size_class, uint64_t n
     uint32_t coldest = BKV_NO_SLAB;
     uint32_t coldest_age = own->victim_age;
     for (uint32_t c = 0; c < store->slabs.class_count; c++) {
-        uint32_t victim = bkv_sieve_hand(&store->evict.classes[c].queue);
+        uint32_t victim = next_victim(&store->evict.classes[c]);
         if (c == size_class || victim == BKV_SIEVE_END) {
             continue;
         }
@@ -207,7 +233,7 @@ bool bkv_evict_slot(bkv_store_t *store, uint32_t tenant, uint32_t size_class, ui
     if (take_colder_slab(store, size_class, now_ms) && bkv_store_take_slot(store, tenant, size_class, page)) {
         return true;
     }
-    if (evict_from_class(store, size_class, now_ms)) {
+    if (evict_copy(store, size_class, now_ms) || evict_owned(store, size_class, now_ms)) {
         store->evict.classes[size_class].evictions++;
         return bkv_store_take_slot(store, tenant, size_class, page);
     }
@@ -254,7 +280,8 @@ bool bkv_evict_for_quota(bkv_store_t *store, uint32_t tenant, uint64_t bytes, ui
     bkv_tenant_t *t = &store->tenants.slot[tenant];
     uint64_t quota = bkv_tenants_quota(&store->tenants, tenant);
     while (t->used + bytes > quota) {
-        if (!evict_from(store, &t->queue, store->evict.by_tenant, BKV_LEAVE_QUOTA, now_ms)) {
+        if (!evict_from(store, &t->copies, store->evict.by_tenant, BKV_LEAVE_QUOTA, now_ms) &&
+            !evict_from(store, &t->owned, store->evict.by_tenant, BKV_LEAVE_QUOTA, now_ms)) {
             return false;
         }
     }
@@ -262,13 +289,14 @@ bool bkv_evict_for_quota(bkv_store_t *store, uint32_t tenant, uint64_t bytes, ui
 }
 
 bool bkv_evict_entry(bkv_store_t *store, uint32_t size_class, uint64_t now_ms) {
-    if (evict_from_class(store, size_class, now_ms)) {
-        return true;
+    const uint32_t classes = store->slabs.class_count;
+    bool evicted = evict_copy(store, size_class, now_ms);
+    for (uint32_t c = 0; !evicted && c < classes; c++) {
+        evicted = evict_copy(store, c, now_ms);
     }
-    for (uint32_t c = 0; c < store->slabs.class_count; c++) {
-        if (evict_from_class(store, c, now_ms)) {
-            return true;
-        }
+    evicted = evicted || evict_owned(store, size_class, now_ms);
+    for (uint32_t c = 0; !evicted && c < classes; c++) {
+        evicted = evict_owned(store, c, now_ms);
     }
-    return false;
+    return evicted;
 }

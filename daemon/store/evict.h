@@ -7,6 +7,9 @@
 // makes nothing older. A live class's slab is on average half as old as its victim, so that two busy classes do not swap
 // slabs back and forth.
 //
+// Copies of what other daemons own are worth less than all else. They have queues of their own, out of which victims are taken
+// first, and a slab is as old as what else is in it. Which of them stay is SIEVE's choice too.
+//
 // Taking a slab evicts all that is in it under one hold of the space lock: about a microsecond per record, during which puts wait
 // and gets do not. It happens as often as classes shift, not as often as records are put.
 //
@@ -20,21 +23,22 @@
 typedef struct bkv_store bkv_store_t;
 
 typedef struct bkv_evict_class {
-    bkv_sieve_t queue;
+    bkv_sieve_t owned, copies;
     uint32_t evictions;  // since it last compared itself with the other classes
     uint32_t victim_age; // in publishes, of what it evicted last
 } bkv_evict_class_t;
 
 typedef struct bkv_evict {
     bkv_evict_class_t classes[BKV_CLASSES_MAX];
-    bkv_sieve_link_t *by_class, *by_tenant; // [entries]: the queues of a class, of a tenant
+    bkv_sieve_link_t *by_class, *by_tenant; // [entries]: the queues of a class, of a tenant; an entry is in one of each
     uint32_t cursor;                        // slab that the next search of all slabs begins with
 } bkv_evict_t;
 
 bkv_status_t bkv_evict_init(bkv_evict_t *evict, uint32_t entries, bkv_error_t *err);
 void bkv_evict_deinit(bkv_evict_t *evict);
 
-// An entry joins or leaves the queues of its class and of its tenant.
+// An entry joins or leaves the queues of its class and of its tenant: those for copies if it is flagged as one. The flag must
+// not change in between.
 void bkv_evict_enter(bkv_store_t *store, uint32_t entry);
 void bkv_evict_leave(bkv_store_t *store, uint32_t entry);
 
@@ -51,7 +55,7 @@ bool bkv_evict_any_slot(bkv_store_t *store, uint32_t tenant, uint32_t size_class
 // Evicts the tenant's own records until `bytes` more are within its quota. false: the rest are pinned, leased or being filled.
 bool bkv_evict_for_quota(bkv_store_t *store, uint32_t tenant, uint64_t bytes, uint64_t now_ms);
 
-// Evicts one record so that there is a free entry, from this class if possible.
+// Evicts one record so that there is a free entry, a copy if possible, and from this class if possible.
 bool bkv_evict_entry(bkv_store_t *store, uint32_t size_class, uint64_t now_ms);
 
 #endif

@@ -22,6 +22,7 @@
 #define BKV_ENTRY_LINKED  0x01u // findable; all others are free, or gone but for pins and leases
 #define BKV_ENTRY_VISITED 0x02u // pinned since the eviction hand last came by (evict.h)
 #define BKV_ENTRY_EMPTY   0x04u // gone, and its slot given back; only leases still name it
+#define BKV_ENTRY_COPY    0x08u // other daemons own it (store.h); does not change but under both locks
 
 typedef struct bkv_entry {
     bkv_key_t key;

@@ -1,8 +1,8 @@
 // internal.h - what the store's own files share: the store itself, its locks, and how a record leaves.
 //
-// Files: store.c (create, destroy, quotas, tick, metrics), write.c (reserve, publish, abort), read.c (pin, unpin, contains, peek,
-// drop, leases), evict.c (making room), leave.c (the ways out of the store, below), recover.c (a predecessor's arena), over the
-// structures arena, slab, index, sieve, tenant and lease.
+// Files: store.c (create, destroy, quotas, tick, metrics), write.c (reserve, publish, adopt, abort), read.c (pin, unpin,
+// contains, peek, drop, leases), copy.c (copies, and lists of what is none), evict.c (making room), leave.c (the ways out of
+// the store, below), recover.c (a predecessor's arena), over the structures arena, slab, index, sieve, tenant and lease.
 //
 // Locks. `space` guards slabs, queues, tenants, leases, the pool of entries and `counts`; a shard's lock guards what index.h
 // says. Order: space, then one shard. A pin and an unpin take one shard's lock only, but for the last unpin of a record that
@@ -51,6 +51,9 @@ typedef enum bkv_leave_cause {
 // [space, the entry's shard] Takes a linked entry out. It must not be touched afterwards unless the caller holds a pin on it.
 void bkv_store_leave(bkv_store_t *store, bkv_shard_t *shard, uint32_t entry, bkv_leave_cause_t cause);
 
+// [space, the entry's shard] Says whether a linked entry is a copy.
+void bkv_store_mark_copy(bkv_store_t *store, uint32_t entry, bool copy);
+
 // [space] Gives back the slot of a gone entry whose last pin has been taken off.
 void bkv_store_last_unpin(bkv_store_t *store, uint32_t entry);
 
@@ -65,7 +68,7 @@ void bkv_store_adopt_slot(bkv_store_t *store, uint32_t tenant, uint32_t slab, ui
 void bkv_store_give_slot(bkv_store_t *store, uint32_t tenant, uint32_t page);
 
 // [space] Makes the record in a slot an entry: everything but the arena's LIVE, which the caller has set. `entry` is fresh from
-// the pool with key, page, length, expires_ms and tenant set.
+// the pool with key, page, length, expires_ms and tenant set, and COPY if it is one.
 void bkv_store_enter(bkv_store_t *store, uint32_t entry);
 
 // [shard] Pins a linked entry, which counts as a use. BUSY: too many pins on it.

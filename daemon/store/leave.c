@@ -85,6 +85,7 @@ void bkv_store_enter(bkv_store_t *store, uint32_t entry) {
     bkv_slabs_set_owner(&store->slabs, e->page, entry);
     bkv_evict_enter(store, entry);
     store->counts.entries++;
+    store->counts.copies += e->flags & BKV_ENTRY_COPY ? 1 : 0;
     store->counts.resident_bytes += bkv_entry_length(e);
     uint64_t hash = bkv_index_hash_key(&store->index, &e->key);
     bkv_shard_t *shard = bkv_index_shard(&store->index, hash);
@@ -111,11 +112,29 @@ void bkv_store_leave(bkv_store_t *store, bkv_shard_t *shard, uint32_t entry, bkv
     bkv_index_unlink(&store->index, shard, bkv_index_hash_key(&store->index, &e->key), entry);
     bkv_evict_leave(store, entry);
     store->counts.entries--;
+    store->counts.copies -= e->flags & BKV_ENTRY_COPY ? 1 : 0;
     store->counts.resident_bytes -= bkv_entry_length(e);
     (*counter_of(&store->counts, cause))++;
     if (e->pins == 0) {
         release(store, entry);
     }
+}
+
+void bkv_store_mark_copy(bkv_store_t *store, uint32_t entry, bool copy) {
+    bkv_entry_t *e = &store->index.entries[entry];
+    assert(e->flags & BKV_ENTRY_LINKED);
+    if (copy == ((e->flags & BKV_ENTRY_COPY) != 0)) {
+        return;
+    }
+    bkv_evict_leave(store, entry);
+    if (copy) { // whatever it was used for, that was before
+        e->flags = (uint8_t)((e->flags | BKV_ENTRY_COPY) & ~BKV_ENTRY_VISITED);
+        store->counts.copies++;
+    } else {
+        e->flags &= (uint8_t)~BKV_ENTRY_COPY;
+        store->counts.copies--;
+    }
+    bkv_evict_enter(store, entry);
 }
 
 void bkv_store_last_unpin(bkv_store_t *store, uint32_t entry) {

@@ -43,7 +43,8 @@ uint32_t bkv_tenants_get(bkv_tenants_t *tenants, uint64_t tag, uint64_t hash) {
         return BKV_NO_TENANT;
     }
     tenants->slot[slot] = (bkv_tenant_t){.tag = tag, .next = *bucket};
-    bkv_sieve_init(&tenants->slot[slot].queue);
+    bkv_sieve_init(&tenants->slot[slot].owned);
+    bkv_sieve_init(&tenants->slot[slot].copies);
     *bucket = slot;
     return slot;
 }
@@ -53,7 +54,7 @@ void bkv_tenants_put(bkv_tenants_t *tenants, uint32_t slot, uint64_t hash) {
     if (tenant->used > 0 || tenant->busy > 0 || tenant->own_quota) {
         return;
     }
-    assert(tenant->queue.count == 0);
+    assert(tenant->owned.count == 0 && tenant->copies.count == 0);
     uint32_t *link = bucket_of(tenants, hash);
     while (*link != slot) {
         assert(*link != BKV_NO_TENANT);

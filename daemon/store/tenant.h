@@ -1,7 +1,7 @@
-// tenant.h - who may hold how much: a bounded table from tenant tag to quota, bytes of slots in use, and queue of entries.
+// tenant.h - who may hold how much: a bounded table from tenant tag to quota, bytes of slots in use, and queues of entries.
 //
 // A tenant at its quota gives up records of its own. Finding those among everybody's would mean walking over the others', so
-// each tenant has a SIEVE queue of its own besides the one of the size class (evict.c keeps both).
+// each tenant has SIEVE queues of its own besides those of the size class (evict.c keeps them all).
 // A slot of the table is given to another tenant once its bytes are 0 and no quota of its own was set.
 //
 // Not thread-safe: the caller holds the store's space lock.
@@ -21,7 +21,7 @@ typedef struct bkv_tenant {
     uint64_t tag;   // as in record headers
     uint64_t quota; // bytes of slots, where own_quota; 0: no limit
     uint64_t used;  // bytes of slots, reserved ones included
-    bkv_sieve_t queue;
+    bkv_sieve_t owned, copies;
     uint32_t next; // of its chain, or of the free ones
     uint16_t busy; // callers that hold its slot of the table across evictions
     bool own_quota;

@@ -1,4 +1,4 @@
-// write.c - reserve, fill (the caller's), publish or abort.
+// write.c - reserve, fill (the caller's), publish, adopt or abort.
 #include "internal.h"
 
 #include <assert.h>
@@ -7,6 +7,12 @@
 #define EXCHANGE_STEPS 2 // size classes that a record must be smaller than its slot to be moved: about a quarter
 
 typedef unsigned long long ull;
+
+// What is said of a record beside what its header says.
+typedef struct bkv_terms {
+    uint64_t ttl_ms, raw_bytes;
+    bool copy, adopted;
+} bkv_terms_t;
 
 static bkv_status_t reserve_for(bkv_store_t *store, uint32_t tenant, uint32_t size_class, uint64_t now_ms, bkv_slot_t *slot,
                                 bkv_error_t *err) {
@@ -100,8 +106,9 @@ static void exchange(bkv_store_t *store, bkv_slot_t *slot, uint64_t length, uint
 }
 
 // [space] ALREADY_EXISTS: there is a record of this key and spec, pinned now if that is wanted; one whose time is over makes way.
-static bkv_status_t meet_older(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
-                               bkv_pin_t *pin, bkv_error_t *err) {
+// Who brings no mere copy makes the older one more than that too.
+static bkv_status_t meet_older(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, bool copy,
+                               uint64_t now_ms, bkv_pin_t *pin, bkv_error_t *err) {
     uint64_t hash = bkv_index_hash_key(&store->index, key);
     bkv_shard_t *shard = bkv_index_shard(&store->index, hash);
     pthread_mutex_lock(&shard->lock);
@@ -113,6 +120,9 @@ static bkv_status_t meet_older(bkv_store_t *store, const bkv_spec_id_t *spec_id,
     bkv_status_t status = BKV_OK;
     if (entry != BKV_NO_ENTRY) {
         store->counts.duplicates_total++;
+        if (!copy) {
+            bkv_store_mark_copy(store, entry, false);
+        }
         status = pin != NULL ? bkv_store_pin_entry(store, shard, entry, pin, err) : BKV_OK;
         status = status == BKV_OK ? bkv_fail(err, BKV_ALREADY_EXISTS, "key: it is resident already") : status;
     }
@@ -140,8 +150,8 @@ static uint32_t new_entry(bkv_store_t *store, uint32_t size_class, uint64_t now_
 
 // [space]
 static bkv_status_t publish(bkv_store_t *store, const bkv_slot_t *slot, const bkv_key_t *key, const bkv_spec_id_t *spec_id,
-                            uint64_t length, uint64_t expires_ms, uint64_t now_ms, bkv_pin_t *pin, bkv_error_t *err) {
-    bkv_status_t status = meet_older(store, spec_id, key, now_ms, pin, err);
+                            uint64_t length, const bkv_terms_t *terms, uint64_t now_ms, bkv_pin_t *pin, bkv_error_t *err) {
+    bkv_status_t status = meet_older(store, spec_id, key, terms->copy, now_ms, pin, err);
     if (status != BKV_OK) {
         return status;
     }
@@ -152,10 +162,11 @@ static bkv_status_t publish(bkv_store_t *store, const bkv_slot_t *slot, const bk
     }
     bkv_entry_t *e = &store->index.entries[entry];
     e->key = *key;
-    e->expires_ms = expires_ms;
+    e->expires_ms = terms->ttl_ms != 0 ? bkv_store_deadline(now_ms, terms->ttl_ms) : 0;
     e->page = slot->page;
     e->length = (uint32_t)(length / BKV_RECORD_ALIGN);
     e->tenant = (uint16_t)slot->quota;
+    e->flags = terms->copy ? BKV_ENTRY_COPY : 0;
     bkv_arena_set_state(&store->arena, slot->page, BKV_SLOT_LIVE);
     __atomic_store_n(&store->turn, store->turn + 1, __ATOMIC_RELAXED);
     bkv_store_enter(store, entry);
@@ -178,13 +189,18 @@ static bkv_status_t check(const bkv_record_header_t *header, const bkv_slot_t *s
     return BKV_OK;
 }
 
-bkv_status_t bkv_store_publish(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes, uint64_t now_ms,
-                               bkv_error_t *err) {
-    return bkv_store_publish_pinned(store, slot, ttl_ms, raw_bytes, now_ms, NULL, err);
+static void count_publish(bkv_store_t *store, const bkv_terms_t *terms, uint64_t length) {
+    if (terms->adopted) {
+        store->counts.adopted_total++;
+        return;
+    }
+    store->counts.published_total++;
+    store->counts.raw_bytes_total += terms->raw_bytes;
+    store->counts.stored_bytes_total += length;
 }
 
-bkv_status_t bkv_store_publish_pinned(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes,
-                                      uint64_t now_ms, bkv_pin_t *pin, bkv_error_t *err) {
+static bkv_status_t publish_slot(bkv_store_t *store, bkv_slot_t *slot, const bkv_terms_t *terms, uint64_t now_ms,
+                                 bkv_pin_t *pin, bkv_error_t *err) {
     _Alignas(BKV_RECORD_ALIGN) bkv_record_header_t header;
     memcpy(&header, slot->data, sizeof(header));
     bkv_status_t status = check(&header, slot, err);
@@ -199,13 +215,10 @@ bkv_status_t bkv_store_publish_pinned(bkv_store_t *store, bkv_slot_t *slot, uint
     if (!bkv_store_contains(store, &spec_id, &key, now_ms)) {
         exchange(store, slot, header.length, now_ms);
     }
-    uint64_t expires_ms = ttl_ms != 0 ? bkv_store_deadline(now_ms, ttl_ms) : 0;
     pthread_mutex_lock(&store->space);
-    status = publish(store, slot, &key, &spec_id, header.length, expires_ms, now_ms, pin, err);
+    status = publish(store, slot, &key, &spec_id, header.length, terms, now_ms, pin, err);
     if (status == BKV_OK) {
-        store->counts.published_total++;
-        store->counts.raw_bytes_total += raw_bytes;
-        store->counts.stored_bytes_total += header.length;
+        count_publish(store, terms, header.length);
         store->filling--;
         slot->data = NULL;
     } else {
@@ -213,4 +226,21 @@ bkv_status_t bkv_store_publish_pinned(bkv_store_t *store, bkv_slot_t *slot, uint
     }
     pthread_mutex_unlock(&store->space);
     return status;
+}
+
+bkv_status_t bkv_store_publish(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes, uint64_t now_ms,
+                               bkv_error_t *err) {
+    return bkv_store_publish_pinned(store, slot, ttl_ms, raw_bytes, now_ms, NULL, err);
+}
+
+bkv_status_t bkv_store_publish_pinned(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, uint64_t raw_bytes,
+                                      uint64_t now_ms, bkv_pin_t *pin, bkv_error_t *err) {
+    const bkv_terms_t terms = {.ttl_ms = ttl_ms, .raw_bytes = raw_bytes};
+    return publish_slot(store, slot, &terms, now_ms, pin, err);
+}
+
+bkv_status_t bkv_store_adopt(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, bool copy, uint64_t now_ms, bkv_pin_t *pin,
+                             bkv_error_t *err) {
+    const bkv_terms_t terms = {.ttl_ms = ttl_ms, .copy = copy, .adopted = true};
+    return publish_slot(store, slot, &terms, now_ms, pin, err);
 }

@@ -156,9 +156,10 @@ static uint64_t audit_slabs(bkv_store_t *store, uint64_t *filling) {
     return slot_bytes;
 }
 
-static uint64_t audit_queue(const bkv_sieve_t *queue, const bkv_sieve_link_t *links) {
+static uint64_t audit_queue(const bkv_store_t *store, const bkv_sieve_t *queue, const bkv_sieve_link_t *links, bool copies) {
     uint64_t n = 0;
     for (uint32_t e = queue->newest; e != BKV_SIEVE_END; e = links[e].older) {
+        cr_assert_eq((store->index.entries[e].flags & BKV_ENTRY_COPY) != 0, copies);
         n++;
     }
     cr_assert_eq(n, queue->count);
@@ -170,24 +171,28 @@ void fixture_audit(bkv_store_t *store) {
     uint64_t filling = 0;
     cr_assert_eq(audit_slabs(store, &filling), m.slot_bytes);
     cr_assert_eq(filling, store->filling);
-    uint64_t linked = 0, bytes = 0, pins = 0;
+    uint64_t linked = 0, copies = 0, bytes = 0, pins = 0;
     for (uint32_t i = 0; i < store->index.fresh; i++) {
         const bkv_entry_t *e = &store->index.entries[i];
         pins += e->pins;
         if (e->flags & BKV_ENTRY_LINKED) {
             linked++;
+            copies += e->flags & BKV_ENTRY_COPY ? 1 : 0;
             bytes += bkv_entry_length(e);
         }
     }
     cr_assert_eq(linked, m.entries);
+    cr_assert_eq(copies, m.copies);
     cr_assert_eq(bytes, m.resident_bytes);
     cr_assert_eq(pins, m.pinned);
     uint64_t by_class = 0, by_tenant = 0, used = 0;
     for (uint32_t c = 0; c < store->slabs.class_count; c++) {
-        by_class += audit_queue(&store->evict.classes[c].queue, store->evict.by_class);
+        by_class += audit_queue(store, &store->evict.classes[c].owned, store->evict.by_class, false);
+        by_class += audit_queue(store, &store->evict.classes[c].copies, store->evict.by_class, true);
     }
     for (uint32_t t = 0; t < store->tenants.fresh; t++) {
-        by_tenant += audit_queue(&store->tenants.slot[t].queue, store->evict.by_tenant);
+        by_tenant += audit_queue(store, &store->tenants.slot[t].owned, store->evict.by_tenant, false);
+        by_tenant += audit_queue(store, &store->tenants.slot[t].copies, store->evict.by_tenant, true);
         used += store->tenants.slot[t].used;
         cr_assert_eq(store->tenants.slot[t].busy, 0);
     }
@@ -196,7 +201,7 @@ void fixture_audit(bkv_store_t *store) {
     cr_assert_eq(used, m.slot_bytes);
     uint64_t gone = m.dropped_total + m.evicted_capacity_total + m.evicted_quota_total + m.evicted_slab_total +
                     m.expired_total + m.corrupt_total;
-    cr_assert_eq(m.published_total + m.recovered_total, m.entries + gone);
+    cr_assert_eq(m.published_total + m.adopted_total + m.recovered_total, m.entries + gone);
 }
 
 void fixture_path(char *path, size_t size) {

@@ -13,7 +13,7 @@ typedef struct {
     bkv_store_t *store;
     uint64_t seed;
     uint64_t *clock;
-    uint64_t wrong, published;
+    uint64_t wrong, published, adopted;
 } worker_t;
 
 static void put(worker_t *w, uint64_t number, uint64_t now) {
@@ -28,9 +28,12 @@ static void put(worker_t *w, uint64_t number, uint64_t now) {
         bkv_store_abort(w->store, &slot);
         return;
     }
-    bkv_status_t status = bkv_store_publish(w->store, &slot, number % 4 * 50, length, now, NULL);
+    bool adopt = fixture_random(&w->seed) % 4 == 0;
+    bkv_status_t status = adopt ? bkv_store_adopt(w->store, &slot, number % 4 * 50, number % 2, now, NULL, NULL)
+                                : bkv_store_publish(w->store, &slot, number % 4 * 50, length, now, NULL);
     w->wrong += status != BKV_OK && status != BKV_ALREADY_EXISTS && status != BKV_RESOURCE_EXHAUSTED;
-    w->published += status == BKV_OK;
+    w->published += status == BKV_OK && !adopt;
+    w->adopted += status == BKV_OK && adopt;
 }
 
 static void get(worker_t *w, uint64_t number, uint64_t now) {
@@ -46,6 +49,15 @@ static void get(worker_t *w, uint64_t number, uint64_t now) {
         bkv_store_unpin(w->store, &pin);
     }
     w->wrong += status != BKV_OK && status != BKV_NOT_FOUND;
+}
+
+static void copy(worker_t *w, uint64_t number, uint64_t now) {
+    bkv_name_t name = {.spec_id = fixture_spec, .key = fixture_key(number)};
+    bkv_store_item_t items[20];
+    uint64_t cursor = 0;
+    bool more;
+    bkv_store_set_copy(w->store, &name, number % 2, now);
+    bkv_store_list(w->store, &cursor, items, 20, now, &more);
 }
 
 static void *work(void *arg) {
@@ -66,6 +78,7 @@ static void *work(void *arg) {
             break;
         case 2:
             bkv_store_contains(w->store, &fixture_spec, keys, now);
+            copy(w, number, now);
             break;
         case 3:
             bkv_store_set_quota(w->store, number % 3, MIB + number * 4096, NULL);
@@ -98,15 +111,17 @@ Test(store_stress, threads, .timeout = 240) {
         workers[i] = (worker_t){.store = store, .seed = i + 7, .clock = &now};
         cr_assert_eq(pthread_create(&threads[i], NULL, work, &workers[i]), 0);
     }
-    uint64_t published = 0;
+    uint64_t published = 0, adopted = 0;
     for (int i = 0; i < THREADS; i++) {
         pthread_join(threads[i], NULL);
         cr_assert_eq(workers[i].wrong, 0);
         published += workers[i].published;
+        adopted += workers[i].adopted;
     }
     fixture_audit(store);
     bkv_store_metrics_t m = fixture_metrics(store);
     cr_assert_eq(m.published_total, published);
+    cr_assert_eq(m.adopted_total, adopted);
     cr_assert_eq(m.pinned, 0);
     cr_assert_eq(m.corrupt_total, 0);
     cr_assert(m.evicted_capacity_total + m.evicted_slab_total > 0 && m.expired_total > 0 && m.dropped_total > 0);
