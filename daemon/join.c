@@ -190,5 +190,9 @@ bkv_status_t bkv_join_announce(const bkv_config_t *config, bkv_cluster_t *cluste
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "cluster.advertise: longer than %zu bytes", sizeof(address) - 1);
     }
     bkv_log(BKV_LOG_INFO, 0, "cluster: joining %s, reached at %s", config->cluster_cluster_name, address);
+    if (strncmp(address, "127.", 4) == 0 || strncmp(address, "[::1]:", 6) == 0 || strncmp(address, "localhost:", 10) == 0) {
+        bkv_log(BKV_LOG_WARN, 0, "cluster: daemons of other hosts cannot reach %s: set listen.tcp or cluster.advertise",
+                address);
+    }
     return bkv_cluster_join(cluster, address, names, count, err);
 }
