@@ -1,18 +1,13 @@
 // target.c - checks endpoint and TLS options, and makes channels. Calls over them are call.c's.
 #include "target.h"
 
+#include "proto/pem.h"
+
 #include <ctype.h>
-#include <errno.h>
 #include <grpc/grpc_security.h>
-#include <openssl/err.h>
-#include <openssl/pem.h>
-#include <openssl/x509.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/un.h>
-
-#define PEM_FILE_MAX (1 << 20)
 
 // Largest message taken from a daemon: its own default bound is 80 MiB, records come in far smaller chunks.
 #define RECEIVE_MAX (128 << 20)
@@ -77,71 +72,6 @@ static bkv_status_t check_endpoint(const char *endpoint, bool *is_unix, bkv_erro
 
 // ---- TLS ----
 
-// The whole file, NUL-terminated; the caller frees it.
-static bkv_status_t read_pem(const char *option, const char *path, char **text, bkv_error_t *err) {
-    FILE *file = fopen(path, "re");
-    if (file == NULL) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: %s: %s", option, path, strerror(errno));
-    }
-    char *bytes = malloc(PEM_FILE_MAX);
-    size_t length = bytes != NULL ? fread(bytes, 1, PEM_FILE_MAX, file) : 0;
-    bool failed = ferror(file) != 0;
-    fclose(file);
-    if (bytes == NULL || failed || length == PEM_FILE_MAX) {
-        free(bytes);
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: %s: %s", option, path,
-                        length == PEM_FILE_MAX ? "larger than any PEM file" : "cannot be read");
-    }
-    bytes[length] = '\0';
-    *text = bytes;
-    return BKV_OK;
-}
-
-// Never ask a terminal for a key's password.
-static int no_password(char *buffer, int size, int writing, void *user) {
-    (void)buffer, (void)size, (void)writing, (void)user;
-    return 0;
-}
-
-static X509 *parse_certificate(const char *pem) {
-    BIO *bio = BIO_new_mem_buf(pem, -1);
-    X509 *certificate = bio != NULL ? PEM_read_bio_X509(bio, NULL, no_password, NULL) : NULL;
-    BIO_free(bio);
-    ERR_clear_error();
-    return certificate;
-}
-
-static EVP_PKEY *parse_key(const char *pem) {
-    BIO *bio = BIO_new_mem_buf(pem, -1);
-    EVP_PKEY *key = bio != NULL ? PEM_read_bio_PrivateKey(bio, NULL, no_password, NULL) : NULL;
-    BIO_free(bio);
-    ERR_clear_error();
-    return key;
-}
-
-// gRPC notices bad PEM only when it connects, and then only in its log; say it here.
-static bkv_status_t check_pems(const bkv_client_options_t *options, const char *ca, const char *cert, const char *key,
-                               bkv_error_t *err) {
-    X509 *authority = parse_certificate(ca);
-    X509 *certificate = cert != NULL ? parse_certificate(cert) : NULL;
-    EVP_PKEY *secret = key != NULL ? parse_key(key) : NULL;
-    bkv_status_t status = BKV_OK;
-    if (authority == NULL) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_ca: %s: no PEM certificate in it", options->tls_ca);
-    } else if (cert != NULL && certificate == NULL) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_cert: %s: no PEM certificate in it", options->tls_cert);
-    } else if (key != NULL && secret == NULL) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_key: %s: no unencrypted PEM private key in it", options->tls_key);
-    } else if (certificate != NULL && X509_check_private_key(certificate, secret) != 1) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_key: %s: not the key of tls_cert", options->tls_key);
-    }
-    ERR_clear_error();
-    X509_free(authority);
-    X509_free(certificate);
-    EVP_PKEY_free(secret);
-    return status;
-}
-
 static bkv_status_t check_tls_options(const bkv_client_options_t *options, bool is_unix, bkv_error_t *err) {
     if (set(options->tls_cert) != set(options->tls_key)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: missing; a client certificate needs both tls_cert and tls_key",
@@ -158,28 +88,13 @@ static bkv_status_t check_tls_options(const bkv_client_options_t *options, bool 
 
 static bkv_status_t make_credentials(const bkv_client_options_t *options, grpc_channel_credentials **credentials,
                                      bkv_error_t *err) {
-    char *ca = NULL, *cert = NULL, *key = NULL;
-    bkv_status_t status = read_pem("tls_ca", options->tls_ca, &ca, err);
-    if (status == BKV_OK && set(options->tls_cert)) {
-        status = read_pem("tls_cert", options->tls_cert, &cert, err);
-    }
-    if (status == BKV_OK && set(options->tls_key)) {
-        status = read_pem("tls_key", options->tls_key, &key, err);
-    }
-    if (status == BKV_OK) {
-        status = check_pems(options, ca, cert, key, err);
-    }
-    if (status == BKV_OK) {
-        grpc_ssl_pem_key_cert_pair pair = {.private_key = key, .cert_chain = cert};
-        *credentials = grpc_ssl_credentials_create_ex(ca, cert != NULL ? &pair : NULL, NULL, NULL);
-    }
-    free(ca);
-    free(cert);
-    if (key != NULL) {
-        explicit_bzero(key, strlen(key));
-        free(key);
-    }
-    return status;
+    const bkv_pem_files_t files = {.ca = options->tls_ca,
+                                   .cert = options->tls_cert,
+                                   .key = options->tls_key,
+                                   .ca_option = "tls_ca",
+                                   .cert_option = "tls_cert",
+                                   .key_option = "tls_key"};
+    return bkv_pem_credentials(&files, credentials, err);
 }
 
 // ---- target ----
@@ -204,10 +119,8 @@ bkv_status_t bkv_client_target_init(bkv_client_target_t *target, const bkv_clien
     if (status == BKV_OK) {
         status = check_tls_options(options, is_unix, err);
     }
-    if (status == BKV_OK && set(options->tls_ca)) {
+    if (status == BKV_OK) {
         status = make_credentials(options, &target->credentials, err);
-    } else if (status == BKV_OK) {
-        target->credentials = grpc_insecure_credentials_create();
     }
     if (status != BKV_OK) {
         return status;

@@ -1,4 +1,4 @@
-# proto/: protobuf-c code made from the .proto files, never committed, and what both ends share: RDMA, placement.
+# proto/: protobuf-c code made from the .proto files, never committed, and what both ends share: RDMA, placement, TLS files.
 PROTO_SRC := $(wildcard proto/*.proto)
 PROTO_GEN := $(PROTO_SRC:proto/%.proto=$(BUILD)/proto/%.pb-c.c)
 BOTH_SRC := $(wildcard proto/*.c)
@@ -6,7 +6,7 @@ BOTH_OBJ := $(BOTH_SRC:%.c=$(BUILD)/obj/%.o)
 PROTO_OBJ := $(PROTO_GEN:.c=.o) $(BOTH_OBJ)
 PROTO_HDR := $(PROTO_GEN:.c=.h)
 
-$(BOTH_OBJ): DEPS_CFLAGS = $(call cflags_of,libibverbs libxxhash)
+$(BOTH_OBJ): DEPS_CFLAGS = $(call cflags_of,grpc libcrypto libibverbs libxxhash)
 
 $(BUILD)/proto/%.pb-c.c $(BUILD)/proto/%.pb-c.h &: proto/%.proto
 	@mkdir -p $(@D)

@@ -4,13 +4,12 @@
 #include "daemon/rpc/listen.h"
 
 #include "daemon/transport/unix_path.h"
+#include "proto/pem.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
 #include <grpc/grpc_security.h>
 #include <netdb.h>
-#include <openssl/pem.h>
-#include <openssl/x509.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,8 +18,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define PEM_FILE_MAX (1 << 20)
-#define HOST_MAX     256
+#define HOST_MAX 256
 
 // ---- unix ----
 
@@ -64,86 +62,8 @@ bkv_status_t bkv_listen_unix(grpc_server *server, const bkv_server_config_t *con
 
 // ---- TLS ----
 
-static bkv_status_t read_file(const char *option, const char *path, char **text, bkv_error_t *err) {
-    FILE *file = fopen(path, "re");
-    if (file == NULL) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "listen.%s: cannot read %s: %s", option, path, strerror(errno));
-    }
-    char *buffer = calloc(1, PEM_FILE_MAX + 1);
-    size_t length = buffer == NULL ? 0 : fread(buffer, 1, PEM_FILE_MAX, file);
-    bool whole = buffer != NULL && !ferror(file) && length > 0 && length < PEM_FILE_MAX;
-    fclose(file);
-    if (!whole) {
-        free(buffer);
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "listen.%s: %s is empty, unreadable or larger than %d bytes", option, path,
-                        PEM_FILE_MAX);
-    }
-    *text = buffer;
-    return BKV_OK;
-}
-
-typedef struct tls_files {
-    char *cert, *key, *client_ca; // PEM text; client_ca NULL: none
-} tls_files_t;
-
-static void tls_free(tls_files_t *files) {
-    free(files->cert);
-    if (files->key != NULL) {
-        OPENSSL_cleanse(files->key, strlen(files->key));
-    }
-    free(files->key);
-    free(files->client_ca);
-}
-
-static X509 *parse_cert(const char *pem) {
-    BIO *bio = BIO_new_mem_buf(pem, -1);
-    X509 *cert = bio == NULL ? NULL : PEM_read_bio_X509(bio, NULL, NULL, NULL);
-    BIO_free(bio);
-    return cert;
-}
-
-static int no_passphrase(char *buffer, int room, int writing, void *user) {
-    (void)buffer, (void)room, (void)writing, (void)user;
-    return -1;
-}
-
-// gRPC would notice only at the first handshake.
-static bkv_status_t tls_check(const bkv_server_config_t *config, const tls_files_t *files, bkv_error_t *err) {
-    BIO *bio = BIO_new_mem_buf(files->key, -1);
-    EVP_PKEY *key = bio == NULL ? NULL : PEM_read_bio_PrivateKey(bio, NULL, no_passphrase, NULL);
-    BIO_free(bio);
-    X509 *cert = parse_cert(files->cert);
-    X509 *ca = files->client_ca == NULL ? NULL : parse_cert(files->client_ca);
-    bkv_status_t status = BKV_OK;
-    if (cert == NULL) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "listen.tls_cert: no PEM certificate in %s", config->tls_cert);
-    } else if (key == NULL) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "listen.tls_key: no unencrypted PEM private key in %s", config->tls_key);
-    } else if (X509_check_private_key(cert, key) != 1) {
-        status =
-            bkv_fail(err, BKV_INVALID_ARGUMENT, "listen.tls_key: %s is not the key of %s", config->tls_key, config->tls_cert);
-    } else if (files->client_ca != NULL && ca == NULL) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "listen.tls_client_ca: no PEM certificate in %s", config->tls_client_ca);
-    }
-    X509_free(ca);
-    X509_free(cert);
-    EVP_PKEY_free(key);
-    return status;
-}
-
 static bool given(const char *text) {
     return text != NULL && text[0] != '\0';
-}
-
-static bkv_status_t tls_read(const bkv_server_config_t *config, tls_files_t *files, bkv_error_t *err) {
-    bkv_status_t status = read_file("tls_cert", config->tls_cert, &files->cert, err);
-    if (status == BKV_OK) {
-        status = read_file("tls_key", config->tls_key, &files->key, err);
-    }
-    if (status == BKV_OK && given(config->tls_client_ca)) {
-        status = read_file("tls_client_ca", config->tls_client_ca, &files->client_ca, err);
-    }
-    return status == BKV_OK ? tls_check(config, files, err) : status;
 }
 
 // Credentials for TCP: TLS where a certificate is configured, plain otherwise.
@@ -159,17 +79,23 @@ static bkv_status_t make_credentials(const bkv_server_config_t *config, grpc_ser
         *credentials = grpc_insecure_server_credentials_create();
         return BKV_OK;
     }
-    tls_files_t files = {0};
-    bkv_status_t status = tls_read(config, &files, err);
+    const bkv_pem_files_t files = {.ca = config->tls_client_ca,
+                                   .cert = config->tls_cert,
+                                   .key = config->tls_key,
+                                   .ca_option = "listen.tls_client_ca",
+                                   .cert_option = "listen.tls_cert",
+                                   .key_option = "listen.tls_key"};
+    bkv_pems_t pems;
+    bkv_status_t status = bkv_pem_read(&files, &pems, err);
     if (status == BKV_OK) {
-        grpc_ssl_pem_key_cert_pair pair = {.private_key = files.key, .cert_chain = files.cert};
-        *credentials = grpc_ssl_server_credentials_create_ex(files.client_ca, &pair, 1,
-                                                             files.client_ca != NULL
-                                                                 ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
-                                                                 : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE,
-                                                             NULL);
+        grpc_ssl_pem_key_cert_pair pair = {.private_key = pems.key, .cert_chain = pems.cert};
+        *credentials =
+            grpc_ssl_server_credentials_create_ex(pems.ca, &pair, 1,
+                                                  pems.ca != NULL ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
+                                                                  : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE,
+                                                  NULL);
+        bkv_pem_free(&pems);
     }
-    tls_free(&files);
     return status;
 }
 

@@ -1,19 +1,14 @@
 // channel.c - checks the options, reads the TLS files, makes a channel for each endpoint.
 #include "daemon/cluster/etcd/internal.h"
 
+#include "proto/pem.h"
+
 #include <ctype.h>
-#include <errno.h>
-#include <openssl/crypto.h>
-#include <openssl/err.h>
-#include <openssl/pem.h>
-#include <openssl/x509.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/un.h>
 
-#define PEM_FILE_MAX (1 << 20)
-#define USER_MAX     256
+#define USER_MAX 256
 
 // A listing comes in pages (watch.c); nothing that we ask for is near this, unless somebody else writes under our prefix.
 #define RECEIVE_MAX (8 << 20)
@@ -90,100 +85,15 @@ static bkv_status_t check_options(const bkv_etcd_options_t *options, bkv_error_t
     return BKV_OK;
 }
 
-// ---- TLS ----
-
-static bkv_status_t read_pem(const char *option, const char *path, char **text, bkv_error_t *err) {
-    FILE *file = fopen(path, "re");
-    if (file == NULL) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: %s: %s", option, path, strerror(errno));
-    }
-    char *bytes = calloc(1, PEM_FILE_MAX + 1);
-    size_t length = bytes != NULL ? fread(bytes, 1, PEM_FILE_MAX, file) : 0;
-    bool whole = bytes != NULL && !ferror(file) && length > 0 && length < PEM_FILE_MAX;
-    fclose(file);
-    if (!whole) {
-        free(bytes);
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "%s: %s is empty, unreadable or larger than any PEM file", option, path);
-    }
-    *text = bytes;
-    return BKV_OK;
-}
-
-// Never ask a terminal for a key's password.
-static int no_password(char *buffer, int room, int writing, void *user) {
-    (void)buffer, (void)room, (void)writing, (void)user;
-    return -1;
-}
-
-static X509 *parse_certificate(const char *pem) {
-    BIO *bio = BIO_new_mem_buf(pem, -1);
-    X509 *certificate = bio != NULL ? PEM_read_bio_X509(bio, NULL, no_password, NULL) : NULL;
-    BIO_free(bio);
-    return certificate;
-}
-
-static EVP_PKEY *parse_key(const char *pem) {
-    BIO *bio = BIO_new_mem_buf(pem, -1);
-    EVP_PKEY *key = bio != NULL ? PEM_read_bio_PrivateKey(bio, NULL, no_password, NULL) : NULL;
-    BIO_free(bio);
-    return key;
-}
-
-typedef struct pems {
-    char *ca, *cert, *key; // cert, key NULL: none
-} pems_t;
-
-// gRPC notices bad PEM only when it connects, and then only in its log.
-static bkv_status_t pems_check(const bkv_etcd_options_t *options, const pems_t *pems, bkv_error_t *err) {
-    X509 *ca = parse_certificate(pems->ca), *cert = pems->cert != NULL ? parse_certificate(pems->cert) : NULL;
-    EVP_PKEY *key = pems->key != NULL ? parse_key(pems->key) : NULL;
-    bkv_status_t status = BKV_OK;
-    if (ca == NULL) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_ca: %s: no PEM certificate in it", options->tls_ca);
-    } else if (pems->cert != NULL && cert == NULL) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_cert: %s: no PEM certificate in it", options->tls_cert);
-    } else if (pems->key != NULL && key == NULL) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_key: %s: no unencrypted PEM private key in it", options->tls_key);
-    } else if (cert != NULL && X509_check_private_key(cert, key) != 1) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "tls_key: %s: not the key of tls_cert", options->tls_key);
-    }
-    ERR_clear_error();
-    X509_free(ca);
-    X509_free(cert);
-    EVP_PKEY_free(key);
-    return status;
-}
-
-static bkv_status_t pems_read(const bkv_etcd_options_t *options, pems_t *pems, bkv_error_t *err) {
-    bkv_status_t status = read_pem("tls_ca", options->tls_ca, &pems->ca, err);
-    if (status == BKV_OK && set(options->tls_cert)) {
-        status = read_pem("tls_cert", options->tls_cert, &pems->cert, err);
-    }
-    if (status == BKV_OK && set(options->tls_key)) {
-        status = read_pem("tls_key", options->tls_key, &pems->key, err);
-    }
-    return status == BKV_OK ? pems_check(options, pems, err) : status;
-}
-
 static bkv_status_t make_credentials(const bkv_etcd_options_t *options, grpc_channel_credentials **credentials,
                                      bkv_error_t *err) {
-    if (!set(options->tls_ca)) {
-        *credentials = grpc_insecure_credentials_create();
-        return BKV_OK;
-    }
-    pems_t pems = {0};
-    bkv_status_t status = pems_read(options, &pems, err);
-    if (status == BKV_OK) {
-        grpc_ssl_pem_key_cert_pair pair = {.private_key = pems.key, .cert_chain = pems.cert};
-        *credentials = grpc_ssl_credentials_create_ex(pems.ca, pems.cert != NULL ? &pair : NULL, NULL, NULL);
-    }
-    free(pems.ca);
-    free(pems.cert);
-    if (pems.key != NULL) {
-        OPENSSL_cleanse(pems.key, strlen(pems.key));
-        free(pems.key);
-    }
-    return status;
+    const bkv_pem_files_t files = {.ca = options->tls_ca,
+                                   .cert = options->tls_cert,
+                                   .key = options->tls_key,
+                                   .ca_option = "tls_ca",
+                                   .cert_option = "tls_cert",
+                                   .key_option = "tls_key"};
+    return bkv_pem_credentials(&files, credentials, err);
 }
 
 // ---- channels ----
