@@ -22,6 +22,22 @@ bool bkv_store_set_copy(bkv_store_t *store, const bkv_name_t *name, bool copy, u
     return there;
 }
 
+bool bkv_store_drop_copy(bkv_store_t *store, const bkv_name_t *name, uint64_t now_ms) {
+    uint64_t hash = bkv_index_hash_key(&store->index, &name->key);
+    bkv_shard_t *shard = bkv_index_shard(&store->index, hash);
+    pthread_mutex_lock(&store->space);
+    pthread_mutex_lock(&shard->lock);
+    uint32_t entry = bkv_index_find(&store->index, shard, hash, &name->spec_id, &name->key);
+    const bkv_entry_t *e = entry != BKV_NO_ENTRY ? &store->index.entries[entry] : NULL;
+    bool drop = e != NULL && (e->flags & BKV_ENTRY_COPY) && e->pins == 0 && e->leases == 0;
+    if (drop) {
+        bkv_store_leave(store, shard, entry, bkv_entry_expired(e, now_ms) ? BKV_LEAVE_EXPIRED : BKV_LEAVE_DROPPED);
+    }
+    pthread_mutex_unlock(&shard->lock);
+    pthread_mutex_unlock(&store->space);
+    return drop;
+}
+
 // The pin keeps the entry, and its end never changes.
 uint64_t bkv_store_ttl(const bkv_store_t *store, const bkv_pin_t *pin, uint64_t now_ms) {
     uint64_t expires_ms = store->index.entries[pin->entry].expires_ms;

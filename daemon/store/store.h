@@ -137,6 +137,10 @@ bkv_status_t bkv_store_adopt(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_
 // resident.
 bool bkv_store_set_copy(bkv_store_t *store, const bkv_name_t *name, bool copy, uint64_t now_ms);
 
+// Forgets a resident record that is but a copy, and that nobody has pinned or leased: who has, may look for it again by its name.
+// Returns whether it did.
+bool bkv_store_drop_copy(bkv_store_t *store, const bkv_name_t *name, uint64_t now_ms);
+
 // What is left of a pinned record's time to live, in ms, at least 1; 0: it has no end.
 uint64_t bkv_store_ttl(const bkv_store_t *store, const bkv_pin_t *pin, uint64_t now_ms);
 
