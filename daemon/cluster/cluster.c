@@ -130,7 +130,8 @@ void bkv_cluster_leave(bkv_cluster_t *cluster, uint32_t timeout_ms) {
 
 // ---- the end ----
 
-// The end of the peers is the end of every request; then all views are back, which the membership asks for.
+// The end of the peers is the end of every request; then all views are back, which the membership asks for, and nobody has
+// anything to tell the mover any more.
 void bkv_cluster_destroy(bkv_cluster_t *cluster) {
     if (cluster == NULL) {
         return;
@@ -138,11 +139,12 @@ void bkv_cluster_destroy(bkv_cluster_t *cluster) {
     pthread_mutex_lock(&cluster->lock);
     cluster->ending = true;
     pthread_mutex_unlock(&cluster->lock);
-    bkv_mover_destroy(cluster->mover);
+    bkv_mover_stop(cluster->mover);
     bkv_peers_destroy(cluster->peers);
     while (atomic_load(&cluster->busy) != 0) { // a callback that is just returning
         nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     }
+    bkv_mover_destroy(cluster->mover);
     bkv_membership_destroy(cluster->membership);
     bkv_etcd_destroy(cluster->etcd);
     pthread_mutex_destroy(&cluster->lock);

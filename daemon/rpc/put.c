@@ -4,11 +4,12 @@
 // control. A block is committed as soon as its bytes are there; while it is compressed the next one arrives. One that lies in
 // memory which the client shares is fetched from there by the transports, several at once if they come. When the daemon is full
 // and blocks of this very call are still being worked on, the call waits for one of them instead of giving up. At the end of
-// the stream, or at the first failure, it waits for all of them and then answers.
+// the stream, or at the first failure, it waits for all of them and then answers. In a cluster each block then still goes to its
+// owners, while the next ones come in and are compressed.
 //
 // Who may touch what: the call, the list of items and the message belong to the reader, the event that is being run; each item
-// belongs to the pipeline, or to a transport, from its commit to its callback. `busy` counts the reader and those items; who
-// takes it to 0 answers.
+// belongs to the pipeline, or to a transport, from its commit to its callback, and in a cluster until it is placed. `busy` counts
+// the reader and those items; who takes it to 0 answers.
 #include "daemon/observe/clock.h"
 #include "daemon/rpc/call.h"
 
@@ -26,8 +27,9 @@ typedef struct put put_t;
 typedef struct item {
     put_t *put;
     struct item *next;
-    bkv_key_t key;
+    bkv_name_t name;
     bkv_ingest_result_t result;
+    uint32_t replicas;  // owners that have it
     bkv_error_t *error; // NULL: published
 } item_t;
 
@@ -106,9 +108,10 @@ static void reply(put_t *put) {
         for (item_t *item = put->first; item != NULL; item = item->next) {
             Balancekv__V1__PutResult *result = pointers[count] = &results[count];
             balancekv__v1__put_result__init(result);
-            result->key = (ProtobufCBinaryData){BKV_KEY_BYTES, item->key.bytes};
+            result->key = (ProtobufCBinaryData){BKV_KEY_BYTES, item->name.key.bytes};
             result->stored_bytes = item->result.stored_bytes;
             result->duplicate = item->result.duplicate;
+            result->replicas = item->replicas;
             count++;
         }
         Balancekv__V1__PutResponse response = BALANCEKV__V1__PUT_RESPONSE__INIT;
@@ -145,7 +148,7 @@ static void put_release(put_t *put) {
     }
 }
 
-// ---- a block is done, on a compute thread ----
+// ---- a block is done, on a compute thread; it is placed, on one of the cluster's or here ----
 
 static bkv_error_t *copy_error(const bkv_error_t *error) {
     bkv_error_t *copy = malloc(sizeof(*copy));
@@ -156,9 +159,17 @@ static bkv_error_t *copy_error(const bkv_error_t *error) {
     return copy;
 }
 
+static void on_placed(void *user, uint32_t replicas) {
+    item_t *item = user;
+    item->replicas = replicas;
+    put_release(item->put);
+}
+
+// What the pipeline had for the block is free again before it is placed: the reader need not wait for that.
 static void on_block(void *user, const bkv_error_t *error, const bkv_ingest_result_t *result) {
     item_t *item = user;
     put_t *put = item->put;
+    bkv_cluster_t *cluster = put->call->server->config.cluster;
     if (error->status == BKV_OK) {
         item->result = *result;
     } else {
@@ -169,7 +180,11 @@ static void on_block(void *user, const bkv_error_t *error, const bkv_ingest_resu
     if (atomic_exchange(&put->waiting, false)) {
         bkv_call_batch(put->call, NULL, 0, &put->wake); // runs on a worker; the reader is busy, so put stays
     }
-    put_release(put);
+    if (cluster != NULL && error->status == BKV_OK) {
+        bkv_cluster_place(cluster, &item->name, result->duplicate, put->call->deadline_ms, on_placed, item);
+    } else {
+        put_release(put);
+    }
 }
 
 // ---- reading ----
@@ -225,7 +240,7 @@ static bkv_status_t add_item(put_t *put, bkv_error_t *err) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a block");
     }
     item->put = put;
-    item->key = put->args.key;
+    item->name = (bkv_name_t){.spec_id = put->args.spec_id, .key = put->args.key};
     if (put->last == NULL) {
         put->first = item;
     } else {

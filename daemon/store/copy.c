@@ -48,10 +48,10 @@ uint64_t bkv_store_ttl(const bkv_store_t *store, const bkv_pin_t *pin, uint64_t 
 }
 
 // [space] Whether the entry is to be listed.
-static bool get_item(bkv_store_t *store, uint32_t entry, uint64_t now_ms, bkv_store_item_t *item) {
+static bool get_item(bkv_store_t *store, uint32_t entry, uint8_t flags, uint64_t now_ms, bkv_store_item_t *item) {
     const bkv_entry_t *e = &store->index.entries[entry];
     bkv_shard_t *shard = bkv_index_lock_entry(&store->index, entry);
-    bool listed = (e->flags & (BKV_ENTRY_LINKED | BKV_ENTRY_COPY)) == BKV_ENTRY_LINKED && !bkv_entry_expired(e, now_ms);
+    bool listed = (e->flags & (BKV_ENTRY_LINKED | BKV_ENTRY_COPY)) == flags && !bkv_entry_expired(e, now_ms);
     if (listed) {
         const bkv_record_header_t *header = (const void *)bkv_arena_at(&store->arena, e->page);
         memcpy(item->name.spec_id.bytes, header->spec_id, sizeof(item->name.spec_id.bytes));
@@ -63,8 +63,8 @@ static bool get_item(bkv_store_t *store, uint32_t entry, uint64_t now_ms, bkv_st
 }
 
 // The order is that of the entries: a record keeps its entry for as long as it is resident.
-size_t bkv_store_list(bkv_store_t *store, uint64_t *cursor, bkv_store_item_t *items, size_t capacity, uint64_t now_ms,
-                      bool *more) {
+static size_t list(bkv_store_t *store, uint8_t flags, uint64_t *cursor, bkv_store_item_t *items, size_t capacity,
+                   uint64_t now_ms, bool *more) {
     assert(capacity > 0);
     size_t count = 0;
     size_t looks = capacity < SIZE_MAX / LOOKS_PER_ITEM ? capacity * LOOKS_PER_ITEM : SIZE_MAX;
@@ -72,11 +72,21 @@ size_t bkv_store_list(bkv_store_t *store, uint64_t *cursor, bkv_store_item_t *it
     while (!end && looks > 0 && count < capacity) {
         pthread_mutex_lock(&store->space);
         for (uint32_t i = 0; i < LIST_BATCH && looks > 0 && count < capacity && *cursor < store->index.fresh; i++, looks--) {
-            count += get_item(store, (uint32_t)(*cursor)++, now_ms, &items[count]) ? 1 : 0;
+            count += get_item(store, (uint32_t)(*cursor)++, flags, now_ms, &items[count]) ? 1 : 0;
         }
         end = *cursor >= store->index.fresh;
         pthread_mutex_unlock(&store->space);
     }
     *more = !end;
     return count;
+}
+
+size_t bkv_store_list(bkv_store_t *store, uint64_t *cursor, bkv_store_item_t *items, size_t capacity, uint64_t now_ms,
+                      bool *more) {
+    return list(store, BKV_ENTRY_LINKED, cursor, items, capacity, now_ms, more);
+}
+
+size_t bkv_store_list_copies(bkv_store_t *store, uint64_t *cursor, bkv_store_item_t *items, size_t capacity, uint64_t now_ms,
+                             bool *more) {
+    return list(store, BKV_ENTRY_LINKED | BKV_ENTRY_COPY, cursor, items, capacity, now_ms, more);
 }

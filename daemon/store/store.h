@@ -155,6 +155,10 @@ typedef struct bkv_store_item {
 size_t bkv_store_list(bkv_store_t *store, uint64_t *cursor, bkv_store_item_t *items, size_t capacity, uint64_t now_ms,
                       bool *more);
 
+// The same of those that are copies: some are this daemon's own after a change of the members.
+size_t bkv_store_list_copies(bkv_store_t *store, uint64_t *cursor, bkv_store_item_t *items, size_t capacity, uint64_t now_ms,
+                             bool *more);
+
 // Gives a slot back unpublished.
 void bkv_store_abort(bkv_store_t *store, bkv_slot_t *slot);
 

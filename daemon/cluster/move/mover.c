@@ -6,14 +6,17 @@ bkv_status_t bkv_mover_create(const bkv_mover_config_t *config, bkv_mover_t **mo
     *mover = NULL;
     return BKV_OK;
 }
+void bkv_mover_stop(bkv_mover_t *mover) {
+    (void)mover;
+}
 void bkv_mover_destroy(bkv_mover_t *mover) {
     (void)mover;
 }
 void bkv_mover_view_changed(bkv_mover_t *mover) {
     (void)mover;
 }
-void bkv_mover_again(bkv_mover_t *mover) {
-    (void)mover;
+void bkv_mover_again(bkv_mover_t *mover, const bkv_name_t *name) {
+    (void)mover, (void)name;
 }
 const bkv_view_t *bkv_mover_origin(bkv_mover_t *mover) {
     (void)mover;

@@ -48,14 +48,19 @@ typedef struct bkv_mover_metrics {
 } bkv_mover_metrics_t;
 
 bkv_status_t bkv_mover_create(const bkv_mover_config_t *config, bkv_mover_t **mover, bkv_error_t *err);
-void bkv_mover_destroy(bkv_mover_t *mover); // stops in the middle. NULL: nothing
+
+// Stops in the middle: asks nothing of the peers any more, and has no view. What is under way there ends by itself, at the latest
+// with the peers. The mover can still be asked and told things. NULL: nothing.
+void bkv_mover_stop(bkv_mover_t *mover);
+void bkv_mover_destroy(bkv_mover_t *mover); // stops it first. NULL: nothing
 
 // From here on thread-safe, and none of them waits for anything under way.
 
 void bkv_mover_view_changed(bkv_mover_t *mover); // the membership's callback
 
-// Something is not where it belongs, a Put could not reach all owners: a pass is due, also without a change of the view.
-void bkv_mover_again(bkv_mover_t *mover);
+// A record is not where it belongs, as a Put could not reach all of its owners: it is offered to them soon, also without a change
+// of the view, and again until they have it or it has left the store.
+void bkv_mover_again(bkv_mover_t *mover, const bkv_name_t *name);
 
 // The view that readers should ask too, to be given back (bkv_view_give); NULL: the present one says it all.
 const bkv_view_t *bkv_mover_origin(bkv_mover_t *mover);
