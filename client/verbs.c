@@ -96,10 +96,10 @@ static bkv_status_t verbs_offer(const bkv_window_args_t *args, Balancekv__V1__At
         status = map_memory(state, args->bytes, err);
     }
     if (status == BKV_OK) {
-        status = bkv_verbs_register(state->device, state->memory, state->bytes, true, &state->region, err);
+        status = bkv_verbs_register(state->device, state->memory, state->bytes, BKV_VERBS_WRITE, &state->region, err);
     }
     if (status == BKV_OK) {
-        status = bkv_verbs_link_init(&state->link, state->device, NULL, 1, true, err);
+        status = bkv_verbs_link_init(&state->link, state->device, NULL, 1, BKV_VERBS_WRITE, err);
     }
     if (status != BKV_OK) {
         verbs_close(state);

@@ -54,6 +54,19 @@ bkv_status_t bkv_verbs_choose(const char *text, bkv_verbs_choice_t *choice, bkv_
     return BKV_OK;
 }
 
+bkv_status_t bkv_verbs_choice_set(bkv_verbs_choice_t *choice, const char *device, uint32_t port, int32_t gid,
+                                  bkv_error_t *err) {
+    *choice = (bkv_verbs_choice_t){.port = port, .gid = gid};
+    if (strcmp(device, "auto") == 0) {
+        return BKV_OK;
+    }
+    if (strlen(device) >= sizeof(choice->device)) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "a device's name has at most %d characters", BKV_VERBS_NAME - 1);
+    }
+    memcpy(choice->device, device, strlen(device));
+    return BKV_OK;
+}
+
 // ---- port and GID ----
 
 static uint32_t least(uint32_t a, uint32_t b) {
@@ -223,13 +236,17 @@ bkv_status_t bkv_verbs_open(const bkv_verbs_choice_t *choice, bkv_verbs_device_t
 
 // ---- memory ----
 
-static unsigned access_flags(bool remote) {
-    return IBV_ACCESS_LOCAL_WRITE | (remote ? IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE : 0u);
+static unsigned access_flags(bkv_verbs_access_t access) {
+    static const unsigned remote[] = {
+        [BKV_VERBS_READ] = IBV_ACCESS_REMOTE_READ,
+        [BKV_VERBS_WRITE] = IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE,
+    };
+    return IBV_ACCESS_LOCAL_WRITE | remote[access];
 }
 
-bkv_status_t bkv_verbs_register(const bkv_verbs_device_t *device, void *memory, uint64_t bytes, bool remote,
+bkv_status_t bkv_verbs_register(const bkv_verbs_device_t *device, void *memory, uint64_t bytes, bkv_verbs_access_t access,
                                 struct ibv_mr **region, bkv_error_t *err) {
-    struct ibv_mr *made = ibv_reg_mr(device->domain, memory, (size_t)bytes, access_flags(remote));
+    struct ibv_mr *made = ibv_reg_mr(device->domain, memory, (size_t)bytes, access_flags(access));
     if (made == NULL) {
         int cause = errno;
         const char *hint = cause == ENOMEM ? ": it has to be locked (ulimit -l, LimitMEMLOCK)" : "";
@@ -241,8 +258,8 @@ bkv_status_t bkv_verbs_register(const bkv_verbs_device_t *device, void *memory, 
 }
 
 bkv_status_t bkv_verbs_register_gpu(const bkv_verbs_device_t *device, int dmabuf, uint64_t offset, uint64_t bytes,
-                                    uint64_t address, bool remote, struct ibv_mr **region, bkv_error_t *err) {
-    struct ibv_mr *made = ibv_reg_dmabuf_mr(device->domain, offset, (size_t)bytes, address, dmabuf, (int)access_flags(remote));
+                                    uint64_t address, bkv_verbs_access_t access, struct ibv_mr **region, bkv_error_t *err) {
+    struct ibv_mr *made = ibv_reg_dmabuf_mr(device->domain, offset, (size_t)bytes, address, dmabuf, (int)access_flags(access));
     if (made != NULL) {
         *region = made;
         return BKV_OK;

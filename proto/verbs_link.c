@@ -30,10 +30,14 @@ static bkv_status_t make_pair(bkv_verbs_link_t *link, struct ibv_cq *completions
     if (link->pair == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "%s has no more queue pairs: %s", link->device->name, strerror(errno));
     }
+    static const unsigned access[] = {
+        [BKV_VERBS_READ] = IBV_ACCESS_REMOTE_READ,
+        [BKV_VERBS_WRITE] = IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE,
+    };
     struct ibv_qp_attr init = {
         .qp_state = IBV_QPS_INIT,
         .port_num = link->port.number,
-        .qp_access_flags = link->answers ? IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE : 0,
+        .qp_access_flags = access[link->access],
     };
     int cause = ibv_modify_qp(link->pair, &init, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
     if (cause != 0) {
@@ -44,9 +48,9 @@ static bkv_status_t make_pair(bkv_verbs_link_t *link, struct ibv_cq *completions
 }
 
 bkv_status_t bkv_verbs_link_init(bkv_verbs_link_t *link, const bkv_verbs_device_t *device, struct ibv_cq *completions,
-                                 uint32_t work, bool answers, bkv_error_t *err) {
+                                 uint32_t work, bkv_verbs_access_t access, bkv_error_t *err) {
     assert(work > 0);
-    *link = (bkv_verbs_link_t){.device = device, .work = work, .answers = answers};
+    *link = (bkv_verbs_link_t){.device = device, .work = work, .access = access};
     bkv_status_t status = bkv_verbs_look(device, &link->port, err);
     if (status != BKV_OK) {
         return status;
@@ -84,7 +88,7 @@ void bkv_verbs_link_describe(const bkv_verbs_link_t *link, const struct ibv_mr *
         .packet = link->packet,
         .lid = link->port.lid,
         .mtu = link->port.mtu,
-        .reads = link->answers ? link->device->answers : 0,
+        .reads = link->access != BKV_VERBS_OWN ? link->device->answers : 0,
     };
     memcpy(end->gid, link->port.gid, sizeof(end->gid));
     if (window != NULL) {
@@ -150,7 +154,7 @@ static int ready_to_receive(const bkv_verbs_link_t *link, const bkv_verbs_end_t 
         .path_mtu = mtu_code(other->mtu < port->mtu ? other->mtu : port->mtu),
         .dest_qp_num = other->queue_pair,
         .rq_psn = other->packet,
-        .max_dest_rd_atomic = (uint8_t)(link->answers ? link->device->answers : 0),
+        .max_dest_rd_atomic = (uint8_t)(link->access != BKV_VERBS_OWN ? link->device->answers : 0),
         .min_rnr_timer = RNR_TIMER,
         .ah_attr = {.dlid = (uint16_t)other->lid, .port_num = port->number, .is_global = port->ethernet},
     };

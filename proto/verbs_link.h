@@ -1,7 +1,8 @@
 // verbs_link.h - what both ends of the verbs transport share: an RDMA device that has been opened, memory registered with it,
 // and one end of a reliable connection. Plain verbs: what librdmacm would exchange goes through Attach (proto/balancekv.proto).
 //
-// What moves over a connection, and when, is left to the ends: daemon/transport/verbs*.c READs and WRITEs, client/ answers.
+// What moves over a connection, and when, is left to the ends: daemon/verbs/ READs and WRITEs, client/verbs.c and
+// daemon/cluster/peer/serve.c answer.
 // Nothing that the other end says of itself is trusted: bkv_verbs_link_connect checks it.
 //
 // A device may be used by many threads at once, a link by one at a time.
@@ -32,6 +33,9 @@ typedef struct bkv_verbs_choice {
 // Reads "auto" or "NAME[:PORT[:GID INDEX]]"; NULL and "" are "auto". INVALID_ARGUMENT says what is wrong, without a field's
 // name.
 bkv_status_t bkv_verbs_choose(const char *text, bkv_verbs_choice_t *choice, bkv_error_t *err);
+
+// The same from its parts, as a daemon's configuration has them; device: "auto", or a name.
+bkv_status_t bkv_verbs_choice_set(bkv_verbs_choice_t *choice, const char *device, uint32_t port, int32_t gid, bkv_error_t *err);
 
 // A port and the GID that names it, as found; both may change while the device is open.
 typedef struct bkv_verbs_port {
@@ -67,15 +71,18 @@ void bkv_verbs_close(bkv_verbs_device_t *device);
 // The device's port as it is now, for a new link. UNIMPLEMENTED: it is not active, or has lost its GID.
 bkv_status_t bkv_verbs_look(const bkv_verbs_device_t *device, bkv_verbs_port_t *port, bkv_error_t *err);
 
-// Registers memory once for its whole life. remote: the other ends of this device's links may read and write it, who know its
-// rkey; else only this end's own transfers use it. FAILED_PRECONDITION: not to be had, for want of lockable memory for example.
-bkv_status_t bkv_verbs_register(const bkv_verbs_device_t *device, void *memory, uint64_t bytes, bool remote,
+// What the other ends may do with memory, or by a link: nothing, so that only this end's own transfers use it; read; or write, too.
+// An end needs the memory's rkey, and a link that allows as much.
+typedef enum bkv_verbs_access { BKV_VERBS_OWN, BKV_VERBS_READ, BKV_VERBS_WRITE } bkv_verbs_access_t;
+
+// Registers memory once for its whole life. FAILED_PRECONDITION: not to be had, for want of lockable memory for example.
+bkv_status_t bkv_verbs_register(const bkv_verbs_device_t *device, void *memory, uint64_t bytes, bkv_verbs_access_t access,
                                 struct ibv_mr **region, bkv_error_t *err);
 
 // The same for a GPU's memory behind a dma-buf's descriptor (cuMemGetHandleForAddressRange), from `offset` on; address: what
 // the other end is to call its first byte. The descriptor may be closed afterwards. UNIMPLEMENTED: the NIC cannot.
 bkv_status_t bkv_verbs_register_gpu(const bkv_verbs_device_t *device, int dmabuf, uint64_t offset, uint64_t bytes,
-                                    uint64_t address, bool remote, struct ibv_mr **region, bkv_error_t *err);
+                                    uint64_t address, bkv_verbs_access_t access, struct ibv_mr **region, bkv_error_t *err);
 
 // NULL is allowed. Afterwards nobody reaches the memory by this registration.
 void bkv_verbs_unregister(struct ibv_mr *region);
@@ -97,14 +104,14 @@ typedef struct bkv_verbs_link {
     uint32_t packet;    // first packet sequence number
     uint32_t work;      // most work requests in its queue
     uint32_t reads;     // most outstanding READs; as agreed once it is connected
-    bool answers;
+    bkv_verbs_access_t access;
 } bkv_verbs_link_t;
 
 // Makes a queue pair, not connected yet, for at most `work` posted requests, whose completions go to `completions` (the
-// caller's, and it must have room for them; NULL: one of its own, for an end that posts nothing). answers: the other end may
-// reach memory that is registered with `remote`. RESOURCE_EXHAUSTED: the device has no more. UNIMPLEMENTED: bkv_verbs_look.
+// caller's, and it must have room for them; NULL: one of its own, for an end that posts nothing). access: the most that
+// the other end may do here. RESOURCE_EXHAUSTED: the device has no more. UNIMPLEMENTED: bkv_verbs_look.
 bkv_status_t bkv_verbs_link_init(bkv_verbs_link_t *link, const bkv_verbs_device_t *device, struct ibv_cq *completions,
-                                 uint32_t work, bool answers, bkv_error_t *err);
+                                 uint32_t work, bkv_verbs_access_t access, bkv_error_t *err);
 
 // This end, for the other one. window: memory that it may use, or NULL; end->address is then the caller's to set where the
 // window is a GPU's.

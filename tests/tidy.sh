@@ -23,7 +23,7 @@ while read -r lines file; do
     [ "$file" = total ] || [ "$lines" -le 600 ] || complain "$file has $lines lines: split it"
 done < <(sources '*.c' '*.h' '*.cu' '*.py' | xargs wc -l)
 
-# -- dependencies point one way: rpc -> transport -> pipeline -> store -> kernels, and rpc -> cluster -> store; observe beside them; the daemon never sees the client
+# -- dependencies point one way: rpc -> transport -> pipeline -> store -> kernels, and rpc -> cluster -> store; verbs below both, observe beside them; the daemon never sees the client
 allow() { # room, rooms it may include
     local room=$1 may=$2 line
     while IFS= read -r line; do complain "include direction: $line"; done < <(
@@ -34,8 +34,9 @@ allow proto 'kernels/status.h|kernels/summary.h'
 allow daemon/observe 'kernels/status.h|daemon/observe/'
 allow daemon/store 'kernels/|daemon/store/|daemon/observe/'
 allow daemon/pipeline 'kernels/|daemon/store/|daemon/observe/|daemon/pipeline/'
-allow daemon/transport 'kernels/|daemon/store/|daemon/observe/|daemon/pipeline/|daemon/transport/'
-allow daemon/cluster 'kernels/|daemon/store/|daemon/observe/|daemon/cluster/'
+allow daemon/verbs 'kernels/status.h|daemon/observe/|daemon/verbs/'
+allow daemon/transport 'kernels/|daemon/store/|daemon/observe/|daemon/pipeline/|daemon/verbs/|daemon/transport/'
+allow daemon/cluster 'kernels/|daemon/store/|daemon/observe/|daemon/verbs/|daemon/cluster/'
 allow daemon/rpc 'kernels/|daemon/store/|daemon/observe/|daemon/pipeline/|daemon/transport/|daemon/cluster/|daemon/rpc/'
 allow client 'kernels/|client/'
 

@@ -3,10 +3,11 @@
 // never writes to memory of ours, and gets no key for it.
 //
 // The arena and the staging memory are registered once, when the daemon starts. Each session is one reliable connection of its
-// own: whatever its client does, or suffers, breaks that one and no other. How transfers share the device: work.c.
-#include "daemon/transport/verbs/verbs.h"
+// own. How transfers share the device, and what becomes of broken connections, is daemon/verbs/'s.
+#include "daemon/verbs/verbs.h"
 
 #include "daemon/observe/log.h"
+#include "daemon/transport/internal.h"
 
 #include <errno.h>
 #include <infiniband/verbs.h>
@@ -14,106 +15,80 @@
 #include <string.h>
 
 #define SMALL_RECORD 262144 // up to here summing takes less time than handing it to another thread is worth
+#define END_MS       2000   // so long may an ended session's transfers take
+
+typedef struct transport {
+    bkv_transports_t *transports;
+    bkv_verbs_device_t *device;
+    struct ibv_mr *arena, *staging;
+    bkv_verbs_t *verbs;
+} transport_t;
+
+typedef struct session {
+    bkv_verbs_path_t path;
+    transport_t *transport;
+} session_t;
 
 // ---- the transport ----
 
 static void verbs_close(void *self) {
-    bkv_verbs_t *verbs = self;
-    bkv_verbs_watch_stop(verbs);
-    if (verbs->completions != NULL) {
-        ibv_destroy_cq(verbs->completions);
-    }
-    if (verbs->channel != NULL) {
-        ibv_destroy_comp_channel(verbs->channel);
-    }
-    bkv_verbs_unregister(verbs->staging);
-    bkv_verbs_unregister(verbs->arena);
-    bkv_verbs_close(verbs->device);
-    bkv_verbs_work_deinit(verbs);
-    pthread_mutex_destroy(&verbs->lock);
-    free(verbs);
+    transport_t *transport = self;
+    bkv_verbs_destroy(transport->verbs);
+    bkv_verbs_unregister(transport->staging);
+    bkv_verbs_unregister(transport->arena);
+    bkv_verbs_close(transport->device);
+    free(transport);
 }
 
-static uint32_t least(uint64_t a, uint64_t b) {
-    return (uint32_t)(a < b ? a : b);
-}
-
-static bkv_status_t choose(const bkv_transports_config_t *config, bkv_verbs_choice_t *choice, bkv_error_t *err) {
-    *choice = (bkv_verbs_choice_t){.port = config->verbs_port, .gid = config->verbs_gid};
-    if (strcmp(config->verbs_device, "auto") == 0) {
-        return BKV_OK;
-    }
-    if (strlen(config->verbs_device) >= sizeof(choice->device)) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "a device's name has at most %d characters", BKV_VERBS_NAME - 1);
-    }
-    memcpy(choice->device, config->verbs_device, strlen(config->verbs_device));
-    return BKV_OK;
-}
-
-static bkv_status_t register_memory(bkv_verbs_t *verbs, bkv_error_t *err) {
-    const bkv_transports_config_t *config = bkv_transports_config_of(verbs->transports);
+static bkv_status_t register_memory(transport_t *transport, bkv_error_t *err) {
+    const bkv_transports_config_t *config = bkv_transports_config_of(transport->transports);
     void *memory;
     uint64_t bytes;
     bkv_store_memory(config->store, &memory, &bytes);
-    bkv_status_t status = bkv_verbs_register(verbs->device, memory, bytes, false, &verbs->arena, err);
+    bkv_status_t status = bkv_verbs_register(transport->device, memory, bytes, BKV_VERBS_OWN, &transport->arena, err);
     if (status == BKV_OK) {
         bkv_pipeline_staging(config->pipeline, &memory, &bytes);
-        status = bkv_verbs_register(verbs->device, memory, bytes, false, &verbs->staging, err);
+        status = bkv_verbs_register(transport->device, memory, bytes, BKV_VERBS_OWN, &transport->staging, err);
     }
     return status;
 }
 
-// One completion queue for all links, with room for all that may be posted at once, and for as much that comes late: some
-// devices may leave completions of a queue pair behind that has been destroyed.
-static bkv_status_t make_queue(bkv_verbs_t *verbs, bkv_error_t *err) {
-    const bkv_verbs_device_t *device = verbs->device;
-    verbs->max_sessions = least(bkv_transports_config_of(verbs->transports)->verbs_sessions, device->links);
-    verbs->link_work = least(BKV_VERBS_LINK_WORK, device->link_work);
-    verbs->piece = least(BKV_VERBS_PIECE, device->port.message_bytes);
-    uint32_t work = least((uint64_t)verbs->max_sessions * verbs->link_work, BKV_VERBS_WORK);
-    work = least(work, device->completions);
-    if (work == 0 || verbs->piece == 0) {
-        return bkv_fail(err, BKV_UNIMPLEMENTED, "%s allows of no work requests", device->name);
-    }
-    bkv_status_t status = bkv_verbs_work_init(verbs, work, err);
-    if (status != BKV_OK) {
-        return status;
-    }
-    verbs->channel = ibv_create_comp_channel(device->context);
-    if (verbs->channel != NULL) {
-        int room = (int)least(2 * (uint64_t)work, device->completions);
-        verbs->completions = ibv_create_cq(device->context, room, NULL, verbs->channel, 0);
-    }
-    if (verbs->completions == NULL || ibv_req_notify_cq(verbs->completions, 0) != 0) {
-        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "%s has no completion queue for %u requests: %s", device->name, work,
-                        strerror(errno));
-    }
-    return BKV_OK;
+static bkv_status_t begin_use(transport_t *transport, bkv_error_t *err) {
+    const bkv_transports_config_t *config = bkv_transports_config_of(transport->transports);
+    const bkv_verbs_config_t verbs = {
+        .device = transport->device,
+        .max_paths = config->verbs_sessions,
+        .words = {.subject = "place.session: its ",
+                  .remedy = "; Attach again",
+                  .limit = "transport.verbs_sessions",
+                  .otherwise = "clients go inline"},
+        .thread_name = "bkv-verbs",
+        .now_ms = config->now_ms,
+    };
+    return bkv_verbs_create(&verbs, &transport->verbs, err);
 }
 
-static bkv_status_t prepare(bkv_verbs_t *verbs, bkv_error_t *err) {
+static bkv_status_t prepare(transport_t *transport, bkv_error_t *err) {
+    const bkv_transports_config_t *config = bkv_transports_config_of(transport->transports);
     bkv_verbs_choice_t choice;
-    bkv_status_t status = choose(bkv_transports_config_of(verbs->transports), &choice, err);
+    bkv_status_t status = bkv_verbs_choice_set(&choice, config->verbs_device, config->verbs_port, config->verbs_gid, err);
     if (status == BKV_OK) {
-        status = bkv_verbs_open(&choice, &verbs->device, err);
+        status = bkv_verbs_open(&choice, &transport->device, err);
     }
     if (status == BKV_OK) {
-        status = register_memory(verbs, err);
+        status = register_memory(transport, err);
     }
-    if (status == BKV_OK) {
-        status = make_queue(verbs, err);
-    }
-    return status == BKV_OK ? bkv_verbs_watch_start(verbs, err) : status;
+    return status == BKV_OK ? begin_use(transport, err) : status;
 }
 
 // A device that was asked for by name must be there; with "auto" it is not to be had then.
-static bkv_status_t explain(const bkv_transports_config_t *config, const bkv_verbs_t *verbs, const bkv_error_t *cause,
+static bkv_status_t explain(const bkv_transports_config_t *config, const transport_t *transport, const bkv_error_t *cause,
                             bkv_error_t *err) {
     if (strcmp(config->verbs_device, "auto") != 0) {
         bkv_status_t status = cause->status == BKV_UNIMPLEMENTED ? BKV_FAILED_PRECONDITION : cause->status;
         return bkv_fail(err, status, "transport.verbs: %.230s", cause->message);
     }
-    if (verbs->device != NULL) {
+    if (transport->device != NULL) {
         bkv_log(BKV_LOG_WARN, 0, "verbs: there is a device, but no use of it: %s", cause->message);
     }
     return bkv_fail(err, BKV_UNIMPLEMENTED, "%s", cause->message);
@@ -124,22 +99,21 @@ static bkv_status_t verbs_open(bkv_transports_t *transports, void **self, bkv_er
     if (config->verbs_device == NULL || strcmp(config->verbs_device, "off") == 0 || config->verbs_sessions == 0) {
         return bkv_fail(err, BKV_UNIMPLEMENTED, "turned off (transport.verbs, transport.verbs_sessions)");
     }
-    bkv_verbs_t *verbs = calloc(1, sizeof(*verbs));
-    if (verbs == NULL) {
+    transport_t *transport = calloc(1, sizeof(*transport));
+    if (transport == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for the transports");
     }
-    verbs->transports = transports;
-    verbs->wake = -1;
-    pthread_mutex_init(&verbs->lock, NULL);
+    transport->transports = transports;
     bkv_error_t cause;
-    if (prepare(verbs, &cause) != BKV_OK) {
-        bkv_status_t status = explain(config, verbs, &cause, err);
-        verbs_close(verbs);
+    if (prepare(transport, &cause) != BKV_OK) {
+        bkv_status_t status = explain(config, transport, &cause, err);
+        verbs_close(transport);
         return status;
     }
-    bkv_log(BKV_LOG_INFO, 0, "verbs: %s, port %u, GID index %u; %u sessions at most", verbs->device->name,
-            verbs->device->port.number, verbs->device->port.gid_index, verbs->max_sessions);
-    *self = verbs;
+    const bkv_verbs_device_t *device = transport->device;
+    bkv_log(BKV_LOG_INFO, 0, "verbs: %s, port %u, GID index %u; %u sessions at most", device->name, device->port.number,
+            device->port.gid_index, bkv_verbs_max_paths(transport->verbs));
+    *self = transport;
     return BKV_OK;
 }
 
@@ -155,120 +129,61 @@ static bkv_status_t check_window(const bkv_verbs_end_t *end, bkv_error_t *err) {
     return BKV_OK;
 }
 
-static bkv_status_t admit(bkv_verbs_t *verbs, bkv_error_t *err) {
-    if (atomic_load(&verbs->gone)) {
-        return bkv_fail(err, BKV_UNIMPLEMENTED, "verbs: %s has failed and waits for a restart of the daemon",
-                        verbs->device->name);
-    }
-    pthread_mutex_lock(&verbs->lock);
-    bool full = verbs->session_count >= verbs->max_sessions;
-    verbs->session_count += full ? 0 : 1;
-    pthread_mutex_unlock(&verbs->lock);
-    return full ? bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "%u clients have RDMA connections already (transport.verbs_sessions)",
-                           verbs->max_sessions)
-                : BKV_OK;
-}
-
-static void leave(bkv_verbs_t *verbs) {
-    pthread_mutex_lock(&verbs->lock);
-    verbs->session_count--;
-    pthread_mutex_unlock(&verbs->lock);
-}
-
-static bkv_status_t make_link(bkv_verbs_session_t *session, bkv_error_t *err) {
-    bkv_verbs_t *verbs = session->verbs;
-    bkv_status_t status = bkv_verbs_link_init(&session->link, verbs->device, verbs->completions, verbs->link_work, false, err);
-    if (status == BKV_OK) {
-        status = bkv_verbs_link_connect(&session->link, &session->window, err);
-    }
+static bkv_status_t make_path(session_t *session, const bkv_verbs_end_t *window, bkv_error_t *err) {
+    bkv_status_t status = bkv_verbs_path_init(&session->path, session->transport->verbs, err);
     if (status != BKV_OK) {
-        bkv_verbs_link_deinit(&session->link);
+        return status;
+    }
+    status = bkv_verbs_path_connect(&session->path, window, err);
+    if (status != BKV_OK) {
+        bkv_verbs_path_deinit(&session->path);
     }
     return status;
 }
 
-static void enlist(bkv_verbs_session_t *session) {
-    bkv_verbs_t *verbs = session->verbs;
-    pthread_mutex_lock(&verbs->lock);
-    session->next = verbs->sessions;
-    session->prev = &verbs->sessions;
-    if (session->next != NULL) {
-        session->next->prev = &session->next;
-    }
-    verbs->sessions = session;
-    pthread_mutex_unlock(&verbs->lock);
-}
-
 static bkv_status_t verbs_attach(void *self, const bkv_attach_args_t *args, bkv_attach_result_t *result, void **state,
                                  bkv_error_t *err) {
-    bkv_verbs_t *verbs = self;
     bkv_status_t status = check_window(&args->verbs, err);
-    if (status == BKV_OK) {
-        status = admit(verbs, err);
-    }
     if (status != BKV_OK) {
         return status;
     }
-    bkv_verbs_session_t *session = calloc(1, sizeof(*session));
+    session_t *session = calloc(1, sizeof(*session));
     if (session == NULL) {
-        leave(verbs);
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a session");
     }
-    session->verbs = verbs;
-    session->window = args->verbs;
-    bkv_verbs_list_init(&session->transfers);
-    status = make_link(session, err);
+    session->transport = self;
+    status = make_path(session, &args->verbs, err);
     if (status != BKV_OK) {
         free(session);
-        leave(verbs);
         return status;
     }
-    bkv_verbs_link_describe(&session->link, NULL, &result->verbs);
+    bkv_verbs_link_describe(&session->path.link, NULL, &result->verbs);
     result->bytes = args->verbs.bytes;
-    enlist(session);
     *state = session;
     return BKV_OK;
 }
 
 static void verbs_end(void *self, void *state) {
-    bkv_verbs_t *verbs = self;
-    bkv_verbs_session_t *session = state;
-    pthread_mutex_lock(&verbs->lock);
-    session->until_ms = bkv_transports_config_of(verbs->transports)->now_ms() + BKV_VERBS_END_MS;
-    pthread_mutex_unlock(&verbs->lock);
+    (void)self;
+    bkv_verbs_path_end(&((session_t *)state)->path, END_MS);
 }
 
 static void verbs_detach(void *self, void *state) {
-    bkv_verbs_t *verbs = self;
-    bkv_verbs_session_t *session = state;
-    pthread_mutex_lock(&verbs->lock);
-    *session->prev = session->next;
-    if (session->next != NULL) {
-        session->next->prev = session->prev;
-    }
-    pthread_mutex_unlock(&verbs->lock);
-    bkv_verbs_link_deinit(&session->link);
+    (void)self;
+    session_t *session = state;
+    bkv_verbs_path_deinit(&session->path);
     free(session);
-    leave(verbs);
 }
 
-// What it reads of the session is only looked at here: a link that breaks right now is noticed with the next transfer.
 static bool verbs_alive(void *self, void *state) {
-    bkv_verbs_t *verbs = self;
-    if (state == NULL) {
-        return !atomic_load(&verbs->gone) && !atomic_load(&verbs->port_down);
-    }
-    bkv_verbs_session_t *session = state;
-    pthread_mutex_lock(&verbs->lock);
-    bool alive = session->broken.status == BKV_OK;
-    pthread_mutex_unlock(&verbs->lock);
-    return alive;
+    const transport_t *transport = self;
+    return state != NULL ? bkv_verbs_path_alive(&((const session_t *)state)->path) : bkv_verbs_usable(transport->verbs);
 }
 
 // ---- fetch ----
 
 typedef struct fetch {
-    bkv_verbs_transfer_t transfer; // first: work.c knows only this
+    bkv_verbs_transfer_t transfer; // first: it is all that comes back
     bkv_ingest_t *ingest;
     bkv_ingest_done_t done;
     void *user;
@@ -294,8 +209,9 @@ static void on_fetched(bkv_verbs_transfer_t *transfer, const bkv_error_t *error)
 }
 
 // Registered memory is the arena's and the staging memory's.
-static bkv_status_t local_key(const bkv_verbs_t *verbs, const void *memory, uint64_t bytes, uint32_t *key, bkv_error_t *err) {
-    const struct ibv_mr *regions[] = {verbs->arena, verbs->staging};
+static bkv_status_t local_key(const transport_t *transport, const void *memory, uint64_t bytes, uint32_t *key,
+                              bkv_error_t *err) {
+    const struct ibv_mr *regions[] = {transport->arena, transport->staging};
     for (size_t i = 0; i < sizeof(regions) / sizeof(regions[0]); i++) {
         uintptr_t first = (uintptr_t)regions[i]->addr, at = (uintptr_t)memory;
         if (at >= first && at - first <= regions[i]->length && bytes <= regions[i]->length - (at - first)) {
@@ -306,13 +222,13 @@ static bkv_status_t local_key(const bkv_verbs_t *verbs, const void *memory, uint
     return bkv_fail(err, BKV_INTERNAL, "memory that no RDMA device knows");
 }
 
-static bkv_status_t begin_fetch(bkv_verbs_session_t *session, const fetch_t *wanted, bkv_error_t *err) {
+static bkv_status_t begin_fetch(session_t *session, const fetch_t *wanted, bkv_error_t *err) {
     fetch_t *fetch = malloc(sizeof(*fetch));
     if (fetch == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a transfer");
     }
     *fetch = *wanted;
-    bkv_status_t status = bkv_verbs_begin(session, &fetch->transfer, err);
+    bkv_status_t status = bkv_verbs_begin(&session->path, &fetch->transfer, err);
     if (status != BKV_OK) {
         free(fetch);
     }
@@ -321,7 +237,7 @@ static bkv_status_t begin_fetch(bkv_verbs_session_t *session, const fetch_t *wan
 
 static bkv_status_t verbs_fetch(void *self, void *state, const bkv_place_t *place, bkv_ingest_t *ingest, bkv_ingest_done_t done,
                                 void *user, bkv_error_t *err) {
-    const bkv_verbs_t *verbs = self;
+    const transport_t *transport = self;
     uint8_t *memory = bkv_ingest_memory(ingest);
     if (memory == NULL) { // the key is resident
         bkv_ingest_filled(ingest);
@@ -334,7 +250,7 @@ static bkv_status_t verbs_fetch(void *self, void *state, const bkv_place_t *plac
         .done = done,
         .user = user,
     };
-    bkv_status_t status = local_key(verbs, memory, fetch.transfer.bytes, &fetch.transfer.local_key, err);
+    bkv_status_t status = local_key(transport, memory, fetch.transfer.bytes, &fetch.transfer.local_key, err);
     return status == BKV_OK ? begin_fetch(state, &fetch, err) : status;
 }
 
@@ -343,7 +259,7 @@ static bkv_status_t verbs_fetch(void *self, void *state, const bkv_place_t *plac
 typedef struct deliver {
     bkv_job_t job; // first: the pool knows only this
     bkv_verbs_transfer_t transfer;
-    bkv_verbs_session_t *session;
+    session_t *session;
     const bkv_delivery_t *delivery;
     bkv_delivered_t done;
     void *user;
@@ -366,9 +282,9 @@ static void on_delivered(bkv_verbs_transfer_t *transfer, const bkv_error_t *erro
 
 // Sums the record where it lies, then lets the NIC take it.
 static bkv_status_t verify_and_begin(deliver_t *deliver, bkv_error_t *err) {
-    const bkv_transports_config_t *config = bkv_transports_config_of(deliver->session->verbs->transports);
+    const bkv_transports_config_t *config = bkv_transports_config_of(deliver->session->transport->transports);
     bkv_status_t status = bkv_delivery_verify(config->pipeline, deliver->delivery, err);
-    return status == BKV_OK ? bkv_verbs_begin(deliver->session, &deliver->transfer, err) : status;
+    return status == BKV_OK ? bkv_verbs_begin(&deliver->session->path, &deliver->transfer, err) : status;
 }
 
 static void deliver_run(bkv_job_t *job, bkv_scratch_t *scratch) {
@@ -387,14 +303,14 @@ static void deliver_cancel(bkv_job_t *job) {
 
 static bkv_status_t begin_deliver(deliver_t *deliver, bkv_error_t *err) {
     const bkv_delivery_t *delivery = deliver->delivery;
-    const bkv_verbs_t *verbs = deliver->session->verbs;
-    bkv_status_t status = local_key(verbs, delivery->data, delivery->length, &deliver->transfer.local_key, err);
+    const transport_t *transport = deliver->session->transport;
+    bkv_status_t status = local_key(transport, delivery->data, delivery->length, &deliver->transfer.local_key, err);
     if (status != BKV_OK) {
         return status;
     }
     return delivery->length <= SMALL_RECORD
                ? verify_and_begin(deliver, err)
-               : bkv_pipeline_submit(bkv_transports_config_of(verbs->transports)->pipeline, &deliver->job, err);
+               : bkv_pipeline_submit(bkv_transports_config_of(transport->transports)->pipeline, &deliver->job, err);
 }
 
 static bkv_status_t verbs_deliver(void *self, void *state, const bkv_place_t *place, const bkv_delivery_t *delivery,
