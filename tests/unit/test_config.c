@@ -161,6 +161,32 @@ Test(config, transport_words_and_numbers) {
     bkv_config_destroy(config);
 }
 
+// Without [cluster] etcd the rest of the section is not looked at, but for what no value may be.
+Test(config, cluster_refuses_what_cannot_work) {
+    static const char etcd[] = "[cluster]\netcd = e:1\n";
+    char text[512];
+    bkv_config_destroy(load("[listen]\ntcp =\n[cluster]\nadvertise = nonsense\n"));
+    bkv_config_destroy(load(etcd));
+    refused("[cluster]\nreplicas = 5\n", 2, "[cluster] replicas: must be within 1..4");
+    refused("[cluster]\nreplicas = 0\n", 2, "[cluster] replicas: must be within 1..4");
+    refused("[cluster]\nlease = 999ms\n", 2, "[cluster] lease: must be within 1s..1h");
+    refused("[cluster]\npeer_timeout = 2m\n", 2, "[cluster] peer_timeout: must be within 10ms..1m");
+    refused("[cluster]\nrepair_rate = 1K\n", 2, "[cluster] repair_rate: must be within 64K..1T, or 0");
+    refused("[cluster]\nhot_copies = 256\n", 2, "[cluster] hot_copies: must be within 1..255, or 0");
+    snprintf(text, sizeof(text), "%sadvertise = nowhere\n", etcd);
+    refused(text, 3, "[cluster] advertise: \"nowhere\" is not host:port");
+    snprintf(text, sizeof(text), "%sadvertise = 0.0.0.0:1\n", etcd);
+    refused(text, 3, "[cluster] advertise: needed");
+    snprintf(text, sizeof(text), "%setcd_user = root\n", etcd);
+    refused(text, 3, "[cluster] etcd_user: goes together with etcd_password_file");
+    snprintf(text, sizeof(text), "[listen]\ntcp =\n%s", etcd);
+    refused(text, 2, "[listen] tcp: empty: the other daemons");
+    snprintf(text, sizeof(text), "[listen]\ntls_cert = /c\ntls_key = /k\ntls_client_ca =\n%s", etcd);
+    refused(text, 4, "[listen] tls_client_ca: needed in a cluster with TLS");
+    snprintf(text, sizeof(text), "[listen]\ntls_cert = /c\ntls_key = /k\ntls_client_ca = /ca\n%speer_name =\n", etcd);
+    refused(text, 7, "[cluster] peer_name: empty");
+}
+
 // The fd socket's name is three characters longer than the first one's.
 Test(config, socket_leaves_room_for_the_fd_socket) {
     char text[256], socket[108] = "/";
