@@ -164,6 +164,7 @@ static bkv_status_t answer_band(fold_t *fold, const bkv_cool_band_t *band, bkv_s
     status = make_band(fold, band, &record->key, scratch, &pin, err);
     if (status == BKV_OK) {
         record->delivery = (bkv_delivery_t){.data = pin.data, .length = pin.length, .pin = pin};
+        record->delivery.ttl_ms = bkv_store_ttl(pipeline->config.store, &pin, pipeline->config.now_ms());
         bkv_count(&pipeline->counters.get_records_total, 1);
     }
     return status;

@@ -72,6 +72,7 @@ static bkv_status_t deliver_slice(bkv_pipeline_t *pipeline, const bkv_spec_id_t 
         return status;
     }
     status = make_slice(pipeline, &pin, range, delivery, err);
+    delivery->ttl_ms = bkv_store_ttl(pipeline->config.store, &pin, now_ms);
     bkv_store_unpin(pipeline->config.store, &pin);
     if (status == BKV_BUSY) {
         bkv_count(&pipeline->counters.busy_total, 1);
@@ -81,6 +82,17 @@ static bkv_status_t deliver_slice(bkv_pipeline_t *pipeline, const bkv_spec_id_t 
 
 typedef bkv_status_t (*pin_t)(bkv_store_t *store, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
                               bkv_pin_t *pin, bkv_error_t *err);
+
+static bkv_status_t deliver_whole(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key, uint64_t now_ms,
+                                  pin_t pin, bkv_delivery_t *delivery, bkv_error_t *err) {
+    bkv_status_t status = pin(pipeline->config.store, spec_id, key, now_ms, &delivery->pin, err);
+    if (status == BKV_OK) {
+        delivery->data = delivery->pin.data;
+        delivery->length = delivery->pin.length;
+        delivery->ttl_ms = bkv_store_ttl(pipeline->config.store, &delivery->pin, now_ms);
+    }
+    return status;
+}
 
 // A whole record is pinned by `pin`, and so verified or not.
 static bkv_status_t deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
@@ -97,11 +109,7 @@ static bkv_status_t deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_
         return status;
     }
     if (wanted.layers == model->shape.layers && wanted.heads == model->shape.heads) {
-        status = pin(pipeline->config.store, spec_id, key, now_ms, &delivery->pin, err);
-        if (status == BKV_OK) {
-            delivery->data = delivery->pin.data;
-            delivery->length = delivery->pin.length;
-        }
+        status = deliver_whole(pipeline, spec_id, key, now_ms, pin, delivery, err);
     } else {
         status = deliver_slice(pipeline, spec_id, key, &wanted, now_ms, delivery, err);
     }
@@ -120,6 +128,16 @@ bkv_status_t bkv_deliver_unverified(bkv_pipeline_t *pipeline, const bkv_spec_id_
                                     const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery,
                                     bkv_error_t *err) {
     return deliver(pipeline, spec_id, key, range, now_ms, bkv_store_pin_unverified, delivery, err);
+}
+
+bkv_status_t bkv_deliver_whole(bkv_pipeline_t *pipeline, const bkv_name_t *name, uint64_t now_ms, bkv_delivery_t *delivery,
+                               bkv_error_t *err) {
+    *delivery = (bkv_delivery_t){0};
+    bkv_status_t status = deliver_whole(pipeline, &name->spec_id, &name->key, now_ms, bkv_store_pin, delivery, err);
+    if (status == BKV_OK) {
+        bkv_count(&pipeline->counters.get_records_total, 1);
+    }
+    return status;
 }
 
 // ---- a delivery's bytes ----

@@ -172,6 +172,7 @@ typedef struct bkv_deliver_range {
 typedef struct bkv_delivery {
     const uint8_t *data;
     uint64_t length;
+    uint64_t ttl_ms; // what is left of its time to live; 0: no end
     bkv_pin_t pin;
     void *slice; // owned; NULL where data is the pinned record
 } bkv_delivery_t;
@@ -179,7 +180,11 @@ typedef struct bkv_delivery {
 bkv_status_t bkv_deliver(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
                          const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery, bkv_error_t *err);
 
-// The same without looking at the record's bytes, for whoever verifies them when they move: by bkv_delivery_verify before, or by
+// A whole record of a spec that need not be open here.
+bkv_status_t bkv_deliver_whole(bkv_pipeline_t *pipeline, const bkv_name_t *name, uint64_t now_ms, bkv_delivery_t *delivery,
+                               bkv_error_t *err);
+
+// As bkv_deliver without looking at the record's bytes, for whoever verifies them when they move: by bkv_delivery_verify before, or by
 // bkv_delivery_copy in the same pass. (A slice is verified as it is made.)
 bkv_status_t bkv_deliver_unverified(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *key,
                                     const bkv_deliver_range_t *range, uint64_t now_ms, bkv_delivery_t *delivery,

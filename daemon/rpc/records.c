@@ -73,6 +73,7 @@ static void records_free(void *body) {
         bkv_session_release(records->session);
     }
     bkv_fold_release(records->server->config.pipeline, &records->folded);
+    free(records->names);
     free(records);
 }
 
@@ -85,6 +86,16 @@ bkv_records_t *bkv_records_new(bkv_call_t *call, uint32_t count) {
         call->body = records;
         call->body_free = records_free;
     }
+    return records;
+}
+
+bkv_records_t *bkv_records_new_names(bkv_call_t *call, const bkv_name_t *names, uint32_t count) {
+    bkv_records_t *records = bkv_records_new(call, 0);
+    if (records == NULL || (records->names = calloc(count, sizeof(names[0]))) == NULL) {
+        return NULL;
+    }
+    memcpy(records->names, names, count * sizeof(names[0]));
+    records->count = count;
     return records;
 }
 
@@ -130,6 +141,9 @@ static bkv_status_t get_delivery(bkv_records_t *records, uint32_t number, bkv_de
         return BKV_OK;
     }
     bkv_pipeline_t *pipeline = records->server->config.pipeline;
+    if (records->names != NULL) {
+        return bkv_deliver_whole(pipeline, &records->names[number], bkv_now_ms(), delivery, err);
+    }
     const bkv_key_t *key = &records->keys[number];
     return records->session != NULL
                ? bkv_deliver_unverified(pipeline, &records->spec_id, key, &records->range, bkv_now_ms(), delivery, err)
@@ -250,12 +264,18 @@ static void on_sent(bkv_worker_t *worker, void *owner, bool ok) {
     stop(call, &error);
 }
 
+static const bkv_key_t *key_of(const bkv_records_t *records, uint32_t number) {
+    return records->fold            ? &records->folded.records[number].key
+           : records->names != NULL ? &records->names[number].key
+                                    : &records->keys[number];
+}
+
 static void init_chunk(const bkv_call_t *call, Balancekv__V1__RecordChunk *chunk) {
     const bkv_records_t *records = call->body;
     balancekv__v1__record_chunk__init(chunk);
     chunk->index = records->index;
     if (records->sent == 0) {
-        const bkv_key_t *key = records->fold ? &records->folded.records[records->index].key : &records->keys[records->index];
+        const bkv_key_t *key = key_of(records, records->index);
         chunk->key = (ProtobufCBinaryData){BKV_KEY_BYTES, (uint8_t *)(uintptr_t)key->bytes};
         chunk->boot_epoch = call->server->config.boot_epoch;
     }
@@ -303,6 +323,7 @@ static void send_chunk(bkv_call_t *call, bkv_due_t *due) {
     init_chunk(call, &chunk);
     if (records->sent == 0) {
         chunk.record_bytes = due->parcel->delivery.length;
+        chunk.ttl_ms = due->parcel->delivery.ttl_ms;
     }
     grpc_byte_buffer *message;
     if (records->no_data) {
@@ -321,6 +342,7 @@ static void send_placed(bkv_call_t *call, const bkv_due_t *due) {
     Balancekv__V1__RecordChunk chunk;
     init_chunk(call, &chunk);
     chunk.record_bytes = due->parcel->delivery.length;
+    chunk.ttl_ms = due->parcel->delivery.ttl_ms;
     chunk.placed = true;
     chunk.place_offset = due->offset;
     put_out(call, bkv_wire_pack(&chunk.base, NULL), WHOLE);
@@ -333,7 +355,7 @@ static void send_missing(bkv_call_t *call, const bkv_error_t *error) {
     chunk.code = (uint32_t)error->status;
     chunk.message = (char *)(uintptr_t)error->message; // only read
     grpc_byte_buffer *message = bkv_wire_pack(&chunk.base, NULL);
-    if (records->first_error.status == BKV_OK) {
+    if (records->first_error.status == BKV_OK && records->names == NULL) {
         const char *cause = strncmp(error->message, "key: ", 5) == 0 ? error->message + 5 : error->message;
         bkv_fail(&records->first_error, error->status, "keys[%" PRIu32 "]: %.200s", records->index, cause);
     }

@@ -1,4 +1,5 @@
-// records.h - records on their way out, for Get and Fold: through messages, or to a place in memory that the client shares.
+// records.h - records on their way out, for Get, Fold and a peer's Fetch: through messages, or to a place in memory that the
+// client shares.
 #ifndef BKV_RPC_RECORDS_H
 #define BKV_RPC_RECORDS_H
 
@@ -31,6 +32,7 @@ typedef struct bkv_records {
     bkv_deliver_range_t range;
     bkv_fold_result_t folded; // Fold: the records; those taken up are empty
     bool fold, no_data;       // no_data: only say what there is
+    bkv_name_t *names;        // Fetch: whole records of any specs, in place of the keys; owned. Missing ones are no failure
     bkv_session_t *session;   // NULL: everything goes through messages
     bkv_wire_place_t room;    // what is left of the request's place; moves on as records are packed
 
@@ -49,6 +51,9 @@ typedef struct bkv_records {
 
 // Makes the call's body: room for `count` keys, which the caller fills in. NULL: no memory.
 bkv_records_t *bkv_records_new(bkv_call_t *call, uint32_t count);
+
+// The same of whole records of any specs, whose names are copied.
+bkv_records_t *bkv_records_new_names(bkv_call_t *call, const bkv_name_t *names, uint32_t count);
 
 // Takes a request's place, NULL where it has none, as room for the records.
 bkv_status_t bkv_records_set_room(bkv_records_t *records, const Balancekv__V1__Place *place, bkv_error_t *err);
