@@ -111,6 +111,7 @@ class Pool:
         remove_leftovers()
         self.folder = tempfile.mkdtemp(prefix=f"bkv-pool-{os.getpid()}-", dir=memory_folder())
         self.options, self.nodes, self.network, self.etcd = options, {}, None, None
+        self.repair_delay_s = REPAIR_DELAY_S
         try:
             self.network = Network()
             self.etcd_host = self.network.add("etcd")

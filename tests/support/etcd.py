@@ -89,19 +89,23 @@ class Etcd:
     def control(self, *words, timeout_s=20):
         """etcdctl's output; tried again until it succeeds, as etcd may just be starting."""
         deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self.control_once(*words, timeout_s=timeout_s)
+            except subprocess.SubprocessError as error:
+                if time.monotonic() > deadline:
+                    said = getattr(error, "stderr", None)
+                    raise AssertionError(f"etcdctl {' '.join(map(str, words))}: {said}\n{self.log_text()[-2000:]}") from None
+            time.sleep(0.1)
+
+    def control_once(self, *words, timeout_s=20, stdin=subprocess.DEVNULL):
+        """etcdctl's output; subprocess.SubprocessError when it fails."""
         command = self.prefix + ["etcdctl", "--endpoints", self.endpoint, *map(str, words)]
         if self.certificates:
             command += [f"--cacert={self.certificates}/ca.pem", f"--cert={self.certificates}/server.pem",
                         f"--key={self.certificates}/server.key"]
-        while True:
-            try:
-                return subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout_s,
-                                      env={**os.environ, "ETCDCTL_API": "3"}).stdout
-            except subprocess.SubprocessError as error:
-                if time.monotonic() > deadline:
-                    said = getattr(error, "stderr", None)
-                    raise AssertionError(f"{' '.join(command)}: {said}\n{self.log_text()[-2000:]}") from None
-            time.sleep(0.1)
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout_s, stdin=stdin,
+                              env={**os.environ, "ETCDCTL_API": "3"}).stdout
 
     def log_text(self, begin=0):
         if not os.path.exists(self.log_path):

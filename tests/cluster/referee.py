@@ -1,0 +1,104 @@
+"""What the workers saw, judged: every answer is right, a miss or a typed error, and comes within its deadline; a miss of what two
+daemons have acknowledged is none, once the lease of a dead one has expired.
+
+Faults say when what is excused (Excuse). A miss is excused until the lease of a daemon that died has run out. An error is
+excused while the daemon that was asked is itself stopped, cut off or behind a bad cable, and Lookup, which has no errors, may
+then call absent what it could not ask for. Wrong bytes and answers past the deadline never are.
+"""
+import collections
+import threading
+import time
+
+ALLOWANCE_S = 0.5  # of an answer past its deadline: for this program, which shares two cores with a whole cluster
+SPACE_S = 0.3      # around an excuse: an answer may be under way when a fault ends
+
+
+class Excuse:
+    """Of misses (nodes None), or of errors and absences at these nodes, for as long as it is open."""
+
+    def __init__(self, nodes=None, start=None):
+        self.nodes, self.start, self.end = nodes, start or time.monotonic(), None
+
+    def close(self, after_s=0.0):
+        self.end = time.monotonic() + after_s
+
+    def covers(self, begin, end):
+        return self.start - SPACE_S <= end and (self.end is None or begin <= self.end + SPACE_S)
+
+
+class Referee:
+    def __init__(self):
+        self.lock, self.excuses = threading.Lock(), []
+        self.counts = collections.Counter()   # of operations, by name
+        self.errors = collections.Counter()   # of their ends, by (name, code)
+        self.totals = collections.Counter()   # hits, misses, excused, retries, short, ...
+        self.times = collections.defaultdict(list)
+        self.wrong, self.late, self.misses, self.failures, self.odd = [], [], [], [], []
+
+    def excuse(self, *nodes):
+        found = Excuse(set(nodes) if nodes else None)
+        with self.lock:
+            self.excuses.append(found)
+        return found
+
+    def excused(self, begin, end, nodes=None):
+        """nodes: those that were asked; None: of a miss."""
+        with self.lock:
+            return any(e.covers(begin, end) for e in self.excuses
+                       if (e.nodes is None) == (nodes is None) and (nodes is None or e.nodes & set(nodes)))
+
+    # ---- what the workers say ----
+
+    def ended(self, operation, begin, deadline_s, nodes, code=None, text=""):
+        """An operation is over, after so many attempts at these nodes; code: of its error."""
+        now = time.monotonic()
+        with self.lock:
+            self.counts[operation] += 1
+            self.totals["retries"] += len(nodes) - 1
+            self.times[operation].append(now - begin)
+            if code is not None:
+                self.errors[operation, code.name] += 1
+        if now - begin > deadline_s + ALLOWANCE_S:
+            self.say(self.late, f"{operation} through {nodes}: {now - begin:.3f} s of {deadline_s} s")
+
+    def failed(self, operation, begin, nodes, code, text):
+        """It should have succeeded: what it asks for is there, and there was time enough."""
+        if self.excused(begin, time.monotonic(), nodes):
+            self.add("failures excused", 1)
+        else:
+            self.say(self.failures, f"{operation} through {nodes}: {code.name} {text}")
+
+    def hit(self, count=1):
+        self.add("hits", count)
+
+    def missed(self, operation, begin, block, node, maybe=False):
+        """A block that two daemons have acknowledged was said not to be there. maybe: by an answer that cannot say more."""
+        now = time.monotonic()
+        if block.dropped:
+            return
+        if self.excused(begin, now) or (maybe and self.excused(begin, now, [node])):
+            self.add("misses excused", 1)
+        else:
+            self.say(self.misses, f"{operation} through {node}: {block.kind.name} {block.number}, put "
+                                  f"{begin - block.acknowledged:.1f} s before with {block.replicas} replicas")
+
+    def add(self, name, count):
+        with self.lock:
+            self.totals[name] += count
+
+    def say(self, where, text):
+        with self.lock:
+            where.append(f"{time.strftime('%H:%M:%S')} {text}")
+
+    # ---- results ----
+
+    def hit_rate(self):
+        judged = self.totals["hits"] + len(self.misses)
+        return self.totals["hits"] / judged if judged else 0.0
+
+    def bad(self):
+        return self.wrong + self.late + self.misses + self.failures + self.odd
+
+    def percentile(self, operation, share):
+        times = sorted(self.times[operation])
+        return times[min(len(times) - 1, int(share * len(times)))] if times else None
