@@ -10,8 +10,9 @@
 // daemon that was cut off cost misses and copies too many, never a wrong byte. Each request takes the present view (a snapshot)
 // once. What comes from another daemon is validated and its checksum verified before anything here sees it.
 //
-// Files: cluster.c (create, join, leave, what is known), lookup.c, fetch.c, place.c, forget.c, hot.c (which copies stay), and the
-// rooms etcd/ (its API), members/ (who is there), peer/ (asking one of them), move/ (repair and drain).
+// Files: cluster.c (create, join, leave, what is known), lookup.c and where.c over poll.h, fetch.c over reading.h, place.c,
+// forget.c, owners.h (whom to ask), alarm.h (when it takes too long), hot.h (which copies stay), and the rooms etcd/ (its API),
+// members/ (who is there), peer/ (asking one of them), move/ (repair and drain).
 //
 // Threads. Everything is thread-safe. `done` runs exactly once for each call, on a thread of the peers' or, when nothing had to
 // be asked, on the caller's before the call returns; it must not block. Deadlines are bkv_now_ms times, UINT64_MAX: none of the
@@ -98,6 +99,10 @@ typedef struct bkv_found {
 void bkv_cluster_fetch(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms,
                        bkv_found_t *found, bkv_cluster_done_t done, void *user);
 
+// Whoever had a record brought here has used it, and holds no pin on it any more: unless it is read often it leaves again. Only a
+// copy does, and one that nobody else holds; see hot.h.
+void bkv_cluster_used(bkv_cluster_t *cluster, const bkv_name_t *name);
+
 // Gives a resident record to its owners. replicas: how many of these have it now, this daemon counted if it is one; fewer than
 // there should be when one could not be reached within the peer timeout or the deadline, and then repair has been told. 0: there
 // is no other member, or no owner has it. Where this daemon is no owner and all owners have it, it is a copy from now on.
@@ -109,6 +114,9 @@ void bkv_cluster_place(bkv_cluster_t *cluster, const bkv_name_t *name, bool know
 // Forgets records here and at all members, as copies may be anywhere; had[i]: it was somewhere.
 void bkv_cluster_forget(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms, bool *had,
                         bkv_cluster_done_t done, void *user);
+
+// The answering end of one-sided reads, for the Peer service; NULL: this daemon has no RDMA.
+bkv_serve_t *bkv_cluster_serve(const bkv_cluster_t *cluster);
 
 // ---- for operators and clients that route ----
 

@@ -2,6 +2,7 @@
 #ifndef BKV_CLUSTER_INTERNAL_H
 #define BKV_CLUSTER_INTERNAL_H
 
+#include "daemon/cluster/alarm.h"
 #include "daemon/cluster/cluster.h"
 #include "daemon/cluster/hot.h"
 
@@ -19,6 +20,7 @@ struct bkv_cluster {
     bkv_etcd_t *etcd;
     bkv_membership_t *membership;
     bkv_peers_t *peers;
+    bkv_alarms_t *alarms;
     bkv_mover_t *mover;   // [lock] for the membership's callback, which may come before there is one; requests find it there
     bool ending;          // [lock]
     pthread_mutex_t lock; // a leaf but for those of the mover and the peers

@@ -1,0 +1,254 @@
+// ask.c - one question of a reading to one owner: where its records are put, what is made of them, and how long it may be silent.
+//
+// A record goes straight into a slot of the store, which nobody else sees, and is published when its header, structure and
+// checksum are what they should be. Verifying costs what reading the bytes once costs, on the peers' thread that brought them.
+//
+// Silence. Each word of an owner, that a record begins or has ended, gives it as much time again as it usually needs for an
+// answer, and more for the bytes that are coming. When that is over its keys are asked of their next owners as well (a hedge);
+// after the peer timeout without a word the question is given up.
+#include "daemon/cluster/reading.h"
+
+#include "daemon/observe/clock.h"
+#include "kernels/seal.h"
+
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+// Bytes a microsecond below which a record that is coming counts as slow, and as broken off.
+#define SLOW_RATE   64
+#define BROKEN_RATE 8
+
+// ---- taking in ----
+
+static bool is_that_record(const bkv_ask_item_t *item, const bkv_name_t *name) {
+    _Alignas(BKV_RECORD_ALIGN) bkv_record_header_t header;
+    memcpy(&header, item->slot.data, sizeof(header));
+    return header.length == item->bytes && header.tenant == item->slot.tenant &&
+           memcmp(header.key, name->key.bytes, sizeof(header.key)) == 0 &&
+           memcmp(header.spec_id, name->spec_id.bytes, sizeof(header.spec_id)) == 0 &&
+           bkv_record_check(item->slot.data, item->bytes, NULL) == BKV_OK &&
+           bkv_record_verify(item->slot.data, item->bytes, NULL) == BKV_OK;
+}
+
+// Another question has brought it, or a Put; and that may have decayed.
+static bkv_outcome_t check_older(bkv_store_t *store, const bkv_pin_t *pin) {
+    if (bkv_record_verify(pin->data, pin->length, NULL) == BKV_OK) {
+        return BKV_CAME;
+    }
+    bkv_store_damaged(store, pin);
+    bkv_store_unpin(store, pin);
+    return BKV_DAMAGED;
+}
+
+static bkv_outcome_t publish(const bkv_ask_t *ask, bkv_ask_item_t *item, bkv_pin_t *pin) {
+    const bkv_reading_t *reading = ask->reading;
+    bkv_store_t *store = reading->cluster->store;
+    if (!is_that_record(item, &reading->names[item->key])) {
+        bkv_store_abort(store, &item->slot);
+        return BKV_DAMAGED;
+    }
+    bool copy = !reading->owners.of[item->key].self;
+    switch (bkv_store_adopt(store, &item->slot, item->ttl_ms, copy, bkv_now_ms(), pin, NULL)) {
+    case BKV_OK:
+        return BKV_CAME;
+    case BKV_ALREADY_EXISTS:
+        return check_older(store, pin);
+    default:
+        return BKV_NO_ROOM;
+    }
+}
+
+// What a question that failed says of its records.
+static bkv_outcome_t outcome_of(const bkv_ask_t *ask, const bkv_error_t *error) {
+    if (error->status == BKV_NOT_FOUND) {
+        return BKV_ABSENT;
+    }
+    return error->status == BKV_CANCELLED && !ask->given_up ? BKV_INTERRUPTED : BKV_UNANSWERED;
+}
+
+// ---- the sink ----
+
+// [lock]
+static void hear(bkv_ask_t *ask) {
+    ask->heard_us = bkv_now_us();
+}
+
+static void *on_begin(void *user, uint32_t index, uint64_t tenant, uint64_t bytes, uint64_t ttl_ms) {
+    bkv_ask_t *ask = user;
+    bkv_reading_t *reading = ask->reading;
+    bkv_ask_item_t *item = &ask->items[index];
+    pthread_mutex_lock(&reading->lock);
+    hear(ask);
+    if (ask->failed > 0) { // those before this one need not wait for it
+        ask->failed = 0;
+        bkv_reading_pass_on(reading);
+    }
+    bool wanted = !reading->sought[item->key].settled;
+    bkv_reading_unlock(reading);
+    item->bytes = bytes;
+    item->ttl_ms = ttl_ms;
+    item->refusal = BKV_UNWANTED;
+    if (!wanted) {
+        return NULL;
+    }
+    if (bytes < sizeof(bkv_record_header_t)) {
+        item->refusal = BKV_DAMAGED;
+        return NULL;
+    }
+    if (bkv_store_reserve(reading->cluster->store, tenant, bytes, bkv_now_ms(), &item->slot, NULL) != BKV_OK) {
+        item->refusal = BKV_NO_ROOM;
+        return NULL;
+    }
+    pthread_mutex_lock(&reading->lock);
+    item->coming = true;
+    ask->coming_bytes += bytes;
+    pthread_mutex_unlock(&reading->lock);
+    return item->slot.data;
+}
+
+static void on_end(void *user, uint32_t index, const bkv_error_t *error) {
+    bkv_ask_t *ask = user;
+    bkv_reading_t *reading = ask->reading;
+    bkv_store_t *store = reading->cluster->store;
+    bkv_ask_item_t *item = &ask->items[index];
+    bkv_pin_t pin = {0};
+    bkv_outcome_t outcome;
+    if (item->slot.data == NULL) {
+        outcome = item->refusal != BKV_CAME ? item->refusal : outcome_of(ask, error);
+    } else if (error->status != BKV_OK) {
+        bkv_store_abort(store, &item->slot);
+        outcome = outcome_of(ask, error);
+    } else {
+        outcome = publish(ask, item, &pin);
+    }
+    pthread_mutex_lock(&reading->lock);
+    assert(!item->ended);
+    hear(ask);
+    item->ended = true;
+    ask->coming_bytes -= item->coming ? item->bytes : 0;
+    ask->failed += outcome != BKV_CAME;
+    bool taken = bkv_reading_take(reading, ask, item->key, outcome, &pin);
+    bkv_reading_unlock(reading);
+    if (outcome == BKV_CAME && !taken) {
+        bkv_store_unpin(store, &pin);
+    }
+}
+
+static void on_done(void *user, const bkv_error_t *error) {
+    (void)error; // each key has its own
+    bkv_ask_t *ask = user;
+    bkv_reading_t *reading = ask->reading;
+    pthread_mutex_lock(&reading->lock);
+    ask->ended = true;
+    reading->running--;
+    if (bkv_alarm_cancel(reading->cluster->alarms, &ask->alarm)) {
+        atomic_fetch_sub(&reading->refs, 1); // not the last one: this question's is still there
+    }
+    bkv_reading_pass_on(reading);
+    bkv_reading_unlock(reading);
+    bkv_reading_unref(reading);
+}
+
+static const bkv_fetch_sink_t sink = {.begin = on_begin, .end = on_end, .done = on_done};
+
+// ---- silence ----
+
+// [lock] How long it may say nothing from heard_us on.
+static uint64_t may_be_silent_us(const bkv_ask_t *ask) {
+    uint64_t patience_us = ask->owner->health.patience_us;
+    if (!ask->hedged) {
+        return patience_us + ask->coming_bytes / SLOW_RATE;
+    }
+    uint64_t timeout_us = (uint64_t)ask->reading->cluster->peer_timeout_ms * 1000;
+    return (patience_us > timeout_us ? patience_us : timeout_us) + ask->coming_bytes / BROKEN_RATE;
+}
+
+// [lock]
+static void set_alarm(bkv_ask_t *ask) {
+    atomic_fetch_add(&ask->reading->refs, 1);
+    bkv_alarm_set(ask->reading->cluster->alarms, &ask->alarm, ask->heard_us + may_be_silent_us(ask));
+}
+
+// [lock] Its keys are asked of the next owner too, each that no other question is about already.
+static void hedge(bkv_ask_t *ask) {
+    bkv_reading_t *reading = ask->reading;
+    ask->hedged = true;
+    for (uint32_t i = 0; i < ask->count; i++) {
+        bkv_sought_t *sought = &reading->sought[ask->items[i].key];
+        if (!ask->items[i].ended && !sought->settled && sought->asked == 1 &&
+            sought->next < reading->owners.of[ask->items[i].key].count) {
+            sought->again = true;
+            bkv_cluster_count(&reading->cluster->counters.remote_hedged_total, 1);
+        }
+    }
+    bkv_reading_pass_on(reading);
+}
+
+static void on_alarm(void *user) {
+    bkv_ask_t *ask = user;
+    bkv_reading_t *reading = ask->reading;
+    pthread_mutex_lock(&reading->lock);
+    bool due = bkv_now_us() >= ask->heard_us + may_be_silent_us(ask);
+    if (!ask->ended && due && ask->hedged) {
+        ask->given_up = true;
+        bkv_ask_cancel(ask);
+    } else if (!ask->ended) {
+        if (due) {
+            hedge(ask);
+        }
+        set_alarm(ask);
+    }
+    bkv_reading_unlock(reading);
+    bkv_reading_unref(reading);
+}
+
+// ---- asking ----
+
+bkv_ask_t *bkv_ask_new(bkv_reading_t *reading, const bkv_owner_t *owner, uint32_t capacity) {
+    bkv_ask_t *ask = calloc(1, sizeof(*ask) + capacity * sizeof(ask->items[0]));
+    if (ask != NULL) {
+        ask->reading = reading;
+        ask->owner = owner;
+        ask->alarm = (bkv_alarm_t){.ring = on_alarm, .user = ask};
+        ask->older = reading->asks;
+        reading->asks = ask;
+    }
+    return ask;
+}
+
+void bkv_ask_add(bkv_ask_t *ask, uint32_t key) {
+    ask->items[ask->count++].key = key;
+}
+
+bool bkv_ask_start(bkv_ask_t *ask) {
+    bkv_reading_t *reading = ask->reading;
+    bkv_name_t *names = malloc(ask->count * sizeof(names[0]));
+    if (names == NULL || ask->owner->peer == NULL) {
+        free(names);
+        ask->ended = true;
+        return false;
+    }
+    for (uint32_t i = 0; i < ask->count; i++) {
+        names[i] = reading->names[ask->items[i].key];
+    }
+    atomic_fetch_add(&reading->refs, 1);
+    hear(ask);
+    bkv_status_t status =
+        bkv_peer_fetch(ask->owner->peer, names, ask->count, reading->deadline_ms, &sink, ask, &ask->call, NULL);
+    free(names);
+    if (status != BKV_OK) {
+        ask->ended = true;
+        atomic_fetch_sub(&reading->refs, 1); // not the last one: who starts has one
+        return false;
+    }
+    reading->running++;
+    set_alarm(ask);
+    return true;
+}
+
+void bkv_ask_cancel(bkv_ask_t *ask) {
+    if (!ask->ended && ask->call != NULL) {
+        bkv_peer_cancel(ask->call);
+    }
+}
