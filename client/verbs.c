@@ -6,7 +6,7 @@
 // in gRPC; then, as in any other end, `leave` destroys the queue pair and the registration before the memory is used again.
 #include "window.h"
 
-#include "proto/verbs_link.h"
+#include "proto/verbs_window.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -55,16 +55,7 @@ static bkv_status_t open_device(verbs_state_t *state, const char *text, bkv_erro
 
 static void describe(verbs_state_t *state) {
     bkv_verbs_link_describe(&state->link, state->region, &state->end);
-    balancekv__v1__verbs_window__init(&state->message);
-    state->message.queue_pair = state->end.queue_pair;
-    state->message.packet = state->end.packet;
-    state->message.gid = (ProtobufCBinaryData){.len = sizeof(state->end.gid), .data = state->end.gid};
-    state->message.lid = state->end.lid;
-    state->message.mtu = state->end.mtu;
-    state->message.reads = state->end.reads;
-    state->message.address = state->end.address;
-    state->message.key = state->end.key;
-    state->message.bytes = state->end.bytes;
+    bkv_verbs_window_set(&state->end, &state->message);
 }
 
 static void verbs_leave(void *opaque) {
@@ -116,16 +107,14 @@ static bkv_status_t verbs_take(void *opaque, const bkv_window_args_t *args, cons
     (void)args; // connecting asks nobody but, at times, for a neighbour's address: a second at most
     verbs_state_t *state = opaque;
     const Balancekv__V1__VerbsWindow *verbs = response->verbs;
-    if (verbs == NULL || verbs->gid.len != sizeof(state->end.gid)) {
+    bkv_verbs_end_t daemon;
+    if (verbs == NULL || bkv_verbs_window_get(verbs, &daemon, NULL) != BKV_OK) {
         return bkv_fail(err, BKV_INTERNAL, "the daemon's answer to Attach lacks its end of the connection");
     }
     if (response->bytes < BKV_WINDOW_LEAST || response->bytes > state->bytes) {
         return bkv_fail(err, BKV_INTERNAL, "the daemon takes a window of %llu bytes for one of %llu",
                         (unsigned long long)state->bytes, (unsigned long long)response->bytes);
     }
-    bkv_verbs_end_t daemon = {
-        .queue_pair = verbs->queue_pair, .packet = verbs->packet, .lid = verbs->lid, .mtu = verbs->mtu, .reads = verbs->reads};
-    memcpy(daemon.gid, verbs->gid.data, sizeof(daemon.gid));
     bkv_error_t cause;
     bkv_status_t status = bkv_verbs_link_connect(&state->link, &daemon, &cause);
     if (status != BKV_OK) {

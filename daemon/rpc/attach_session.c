@@ -2,6 +2,7 @@
 //
 // Both map or register memory, which takes milliseconds, so they run on a compute thread.
 #include "daemon/rpc/call.h"
+#include "proto/verbs_window.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -77,7 +78,7 @@ static void run_attach(bkv_job_t *job, bkv_scratch_t *scratch) {
     reply.idle_ms = result.idle_ms;
     reply.boot_epoch = call->server->config.boot_epoch;
     if (attach->args.kind == BKV_TRANSPORT_VERBS) {
-        bkv_wire_set_verbs(&result.verbs, &verbs);
+        bkv_verbs_window_set(&result.verbs, &verbs);
         reply.verbs = &verbs;
     }
     bkv_call_reply(call, &reply.base);

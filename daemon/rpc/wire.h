@@ -108,9 +108,6 @@ bkv_status_t bkv_wire_get_session_id(const char *field, const ProtobufCBinaryDat
 bkv_status_t bkv_wire_get_attach(const Balancekv__V1__AttachRequest *request, bkv_bump_t *bump, bkv_attach_args_t *args,
                                  bkv_error_t *err);
 
-// The daemon's end of a queue pair; *window refers to it.
-void bkv_wire_set_verbs(const bkv_verbs_end_t *end, Balancekv__V1__VerbsWindow *window);
-
 // ---- writing ----
 
 // A message to send: `head` packed and, when data is not NULL, field 15 with the bytes of *data, which are referenced, not

@@ -2,6 +2,8 @@
 // so that everybody may follow the pointers; whether numbers lie within a session is the transports' to check.
 #include "daemon/rpc/wire.h"
 
+#include "proto/verbs_window.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -167,25 +169,13 @@ static bkv_status_t get_device_window(const Balancekv__V1__DeviceWindow *window,
 }
 
 static bkv_status_t get_verbs_window(const Balancekv__V1__VerbsWindow *window, bkv_attach_args_t *args, bkv_error_t *err) {
-    if (window->gid.len != sizeof(args->verbs.gid)) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "verbs.gid: %zu bytes instead of %zu", window->gid.len,
-                        sizeof(args->verbs.gid));
-    }
-    if (window->bytes == 0 || window->bytes > UINT64_MAX - window->address) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "verbs.bytes: %llu from address %llx on", (ull)window->bytes,
-                        (ull)window->address);
-    }
     args->kind = BKV_TRANSPORT_VERBS;
-    args->verbs = (bkv_verbs_end_t){.queue_pair = window->queue_pair,
-                                    .packet = window->packet,
-                                    .lid = window->lid,
-                                    .mtu = window->mtu,
-                                    .reads = window->reads,
-                                    .key = window->key,
-                                    .address = window->address,
-                                    .bytes = window->bytes};
-    memcpy(args->verbs.gid, window->gid.data, sizeof(args->verbs.gid));
-    return BKV_OK;
+    bkv_status_t status = bkv_verbs_window_get(window, &args->verbs, err);
+    if (status == BKV_OK && (window->bytes == 0 || window->bytes > UINT64_MAX - window->address)) {
+        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "verbs.bytes: %llu from address %llx on", (ull)window->bytes,
+                          (ull)window->address);
+    }
+    return status;
 }
 
 bkv_status_t bkv_wire_get_attach(const Balancekv__V1__AttachRequest *request, bkv_bump_t *bump, bkv_attach_args_t *args,
@@ -203,17 +193,4 @@ bkv_status_t bkv_wire_get_attach(const Balancekv__V1__AttachRequest *request, bk
     args->kind = BKV_TRANSPORT_SHM;
     args->bytes = request->shm->bytes;
     return BKV_OK;
-}
-
-void bkv_wire_set_verbs(const bkv_verbs_end_t *end, Balancekv__V1__VerbsWindow *window) {
-    balancekv__v1__verbs_window__init(window);
-    window->queue_pair = end->queue_pair;
-    window->packet = end->packet;
-    window->gid = (ProtobufCBinaryData){sizeof(end->gid), (uint8_t *)(uintptr_t)end->gid}; // protobuf-c only reads it
-    window->lid = end->lid;
-    window->mtu = end->mtu;
-    window->reads = end->reads;
-    window->address = end->address;
-    window->key = end->key;
-    window->bytes = end->bytes;
 }

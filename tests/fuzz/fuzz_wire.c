@@ -3,6 +3,7 @@
 // The first byte chooses the message, the second how the bytes are cut into slices. Whatever the split accepts is compared
 // with protobuf-c's reading of the whole message.
 #include "daemon/rpc/wire.h"
+#include "proto/verbs_window.h"
 
 #include "health.pb-c.h"
 #include <assert.h>
@@ -152,7 +153,7 @@ static void fuzz_attach(const ProtobufCMessage *message, bkv_bump_t *bump) {
     assert(args.kind != BKV_TRANSPORT_CUDA_IPC || (bytes != 0 && handles <= UINT64_C(255) * args.allocation_count));
     if (args.kind == BKV_TRANSPORT_VERBS) {
         Balancekv__V1__VerbsWindow again;
-        bkv_wire_set_verbs(&args.verbs, &again);
+        bkv_verbs_window_set(&args.verbs, &again);
         assert(again.key == request->verbs->key && memcmp(again.gid.data, request->verbs->gid.data, 16) == 0);
     }
 }

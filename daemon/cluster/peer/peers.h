@@ -21,6 +21,7 @@
 #define BKV_PEERS_H
 
 #include "daemon/cluster/members/view.h"
+#include "daemon/cluster/peer/serve.h"
 #include "daemon/store/store.h"
 
 typedef struct bkv_peers bkv_peers_t;
@@ -29,6 +30,7 @@ typedef struct bkv_peer_call bkv_peer_call_t;
 
 typedef struct bkv_peers_config {
     bkv_store_t *store;             // outlives the peers: Store reads from it, one-sided reads need it registered
+    const char *self;               // this daemon's id
     const char *tls_ca;             // PEM file of the CAs of members' certificates; NULL or "": no TLS
     const char *tls_cert, *tls_key; // this daemon's own
     const char *tls_name;           // the DNS name that every member's certificate carries
@@ -74,6 +76,9 @@ bkv_peer_t *bkv_peer_hold(bkv_peer_t *peer);
 void bkv_peer_release(bkv_peer_t *peer); // NULL: nothing
 
 void bkv_peers_metrics(bkv_peers_t *peers, bkv_peers_metrics_t *metrics);
+
+// The answering end of one-sided reads, which shares its device with the asking one; NULL: this daemon has no RDMA.
+bkv_serve_t *bkv_peers_serve(const bkv_peers_t *peers);
 
 // ---- how it answers ----
 

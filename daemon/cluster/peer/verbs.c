@@ -15,3 +15,8 @@ bool bkv_peer_verbs_fetch(bkv_peer_t *peer, bkv_peer_fetch_t *fetch) {
     (void)peer, (void)fetch;
     return false;
 }
+
+bkv_serve_t *bkv_peers_serve(const bkv_peers_t *peers) {
+    (void)peers;
+    return NULL;
+}

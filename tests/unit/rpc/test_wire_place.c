@@ -1,5 +1,6 @@
 // test_wire_place.c - places, layouts and windows as a client may say them: every length and count is checked and named.
 #include "daemon/rpc/wire.h"
+#include "proto/verbs_window.h"
 
 #include <criterion/criterion.h>
 #include <stdlib.h>
@@ -194,7 +195,7 @@ Test(rpc_wire_place, queue_pairs_are_checked_and_said) {
     bkv_attach_args_t args;
     cr_assert_eq(get_attach(&request, &args, NULL), BKV_OK);
     Balancekv__V1__VerbsWindow again;
-    bkv_wire_set_verbs(&args.verbs, &again);
+    bkv_verbs_window_set(&args.verbs, &again);
     cr_assert(again.queue_pair == 1 && again.packet == 2 && again.lid == 3 && again.mtu == 4 && again.reads == 5);
     cr_assert(again.key == 6 && again.address == UINT64_MAX - 10 && again.bytes == 10 && again.gid.len == 16);
     cr_assert_arr_eq(again.gid.data, gid, 16);
