@@ -5,6 +5,7 @@
 #   integration   tests/integration/test_*.py against the real daemon
 #   e2e           tests/e2e/test_*.py with the real model
 #   rdma          tests/rdma/test_*.py, each in a guest of its own
+#   cluster       tests/cluster/test_*.py, a pool of daemons in network namespaces
 #
 # SANITIZER=asan|tsan sets that sanitizer's options. Python suites print the same closing line themselves.
 set -u -o pipefail
@@ -47,7 +48,7 @@ for suite in "$@"; do
             tally "$status" "$p passed, $((f + c)) failed"
         done
         ;;
-    integration | e2e | rdma)
+    integration | e2e | rdma | cluster)
         for test in tests/"$suite"/test_*.py; do
             echo "-- $test"
             "$PYTHON" "$test" 2>&1 | tee "$log"

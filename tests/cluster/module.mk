@@ -16,9 +16,10 @@ cluster-sim: $(BUILD)/tests/cluster-sim
 
 # The real thing: daemons and etcd on hosts of their own (network namespaces, so it takes root), faults, a checker.
 .PHONY: test-cluster test-cluster-run
-## test-cluster: a pool of NODES daemons (default 5) under load and faults for SECONDS (default 60), from SEED (default 1)
+## test-cluster: a pool of NODES daemons (default 5) under load and faults for SECONDS (default 60), from SEED (default 1); and who may do what
 test-cluster: setup
 	@$(MAKE) --no-print-directory test-cluster-run
 test-cluster-run: all
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/run.sh cluster
 	@BUILD=$(BUILD) PYTHONUNBUFFERED=1 $(PYTHON) tests/cluster/run.py --seconds $(or $(SECONDS),60) --nodes $(or $(NODES),5) \
 	  --seed $(or $(SEED),1) $(if $(FAULTS),--faults $(FAULTS))

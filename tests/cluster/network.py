@@ -5,6 +5,9 @@ or lost.
 Namespaces are named after this process (bkv<pid>-...). Those of a run that ended without tearing them down are removed, with all
 that still runs in them, when the next one begins.
 """
+import atexit
+import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -14,7 +17,8 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 PREFIX = "10.77.0."
 NOWHERE = "02:00:00:00:00:01"  # an Ethernet address that nobody has
-OURS = re.compile(r"bkv(\d+)-")
+OURS = re.compile(r"bkv(\d+)[-+]")
+CLONE_NEWNET = 0x40000000
 
 
 def ip(*words):
@@ -74,6 +78,28 @@ def remove(name):
     ip("netns", "del", name)
 
 
+def move_in():
+    """This program itself, and all threads that it starts from now on, become a host, which every Network of it has a cable to:
+    so that it can speak to the others. To be called before anything else has begun to use the network."""
+    name = own_namespace()
+    ip("netns", "add", name)
+    atexit.register(lambda: name in names() and remove_name(name))
+    with open(f"/run/netns/{name}", "rb") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+    ip("link", "set", "lo", "up")
+
+
+def own_namespace():
+    return f"bkv{os.getpid()}+here"
+
+
+def remove_name(name):
+    """Of a namespace in which we are ourselves."""
+    with contextlib.suppress(OSError):
+        ip("netns", "del", name)
+
+
 class Host:
     """One namespace: name, address, words (what runs a command in it)."""
 
@@ -94,6 +120,8 @@ class Network:
         ip("-n", self.switch, "link", "add", "b0", "type", "bridge", "mcast_snooping", "0")
         ip("-n", self.switch, "link", "set", "b0", "up")
         self.netem = self._netem_works()
+        if own_namespace() in names():
+            self._plug(Host("here", own_namespace(), 250))
 
     def _netem_works(self):
         """Whether this kernel can lose and delay packets by itself."""
@@ -109,13 +137,16 @@ class Network:
         host = Host(name, self.prefix + name, len(self.hosts) + 1)
         ip("netns", "add", host.namespace)
         self.hosts[name] = host
+        ip("-n", host.namespace, "link", "set", "lo", "up")
+        self._plug(host)
+        return host
+
+    def _plug(self, host):
         ip("-n", self.switch, "link", "add", host.port, "type", "veth", "peer", "name", "eth0", "address", host.mac, "netns",
            host.namespace)
         ip("-n", self.switch, "link", "set", host.port, "master", "b0", "up")
-        for device in ("lo", "eth0"):
-            ip("-n", host.namespace, "link", "set", device, "up")
+        ip("-n", host.namespace, "link", "set", "eth0", "up")
         ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "eth0")
-        return host
 
     # ---- what can go wrong ----
 

@@ -11,12 +11,14 @@ from . import ROOT
 
 _folder = tempfile.TemporaryDirectory(prefix="bkv-proto-")
 subprocess.run(["protoc", "-I" + os.path.join(ROOT, "proto"), "--python_out=" + _folder.name, "balancekv.proto",
-                "health.proto"], check=True)
+                "peer.proto", "health.proto"], check=True)
 sys.path.insert(0, _folder.name)
 import balancekv_pb2 as pb  # noqa: E402
 import health_pb2 as health_pb  # noqa: E402
+import peer_pb2 as peer_pb  # noqa: E402
 
 SERVICE = "/balancekv.v1.BalanceKV/"
+PEER = "/balancekv.cluster.v1.Peer/"
 HEALTH = "/grpc.health.v1.Health/"
 CHUNK = 1 << 20
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.enable_http_proxy", 0),
