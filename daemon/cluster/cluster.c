@@ -82,8 +82,10 @@ static bkv_status_t start(bkv_cluster_t *cluster, const bkv_cluster_options_t *o
     if (status == BKV_OK) {
         status = bkv_etcd_create(&options->etcd, &cluster->etcd, err);
     }
+    bkv_peers_config_t peers = options->peers;
+    peers.self = cluster->id;
     if (status == BKV_OK) {
-        status = bkv_peers_create(&options->peers, &cluster->peers, err);
+        status = bkv_peers_create(&peers, &cluster->peers, err);
     }
     if (status == BKV_OK) {
         status = start_membership(cluster, options, err);
@@ -162,6 +164,10 @@ void bkv_cluster_set_limits(bkv_cluster_t *cluster, uint64_t repair_delay_ms, ui
 }
 
 // ---- what is known ----
+
+bkv_serve_t *bkv_cluster_serve(const bkv_cluster_t *cluster) {
+    return bkv_peers_serve(cluster->peers);
+}
 
 bool bkv_cluster_connected(bkv_cluster_t *cluster) {
     bkv_membership_status_t status;

@@ -115,6 +115,9 @@ void bkv_cluster_place(bkv_cluster_t *cluster, const bkv_name_t *name, bool know
 void bkv_cluster_forget(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms, bool *had,
                         bkv_cluster_done_t done, void *user);
 
+// The answering end of one-sided reads, for the Peer service; NULL: this daemon has no RDMA.
+bkv_serve_t *bkv_cluster_serve(const bkv_cluster_t *cluster);
+
 // ---- for operators and clients that route ----
 
 // A copy of what is known, to be freed with bkv_cluster_report_free. RESOURCE_EXHAUSTED: no memory.
