@@ -18,9 +18,10 @@ static const bkv_call_kind_t detach_kind = {
 };
 
 // Whatever comes of it: a session that the daemon still has ends when it has been idle for long enough.
-void bkv_client_session_end(bkv_client_t *client, const uint8_t *session, uint32_t timeout_ms) {
-    bkv_call_t *detach = bkv_call_new(sizeof *detach, &detach_kind, client, NULL, timeout_ms);
+void bkv_client_session_end(bkv_client_endpoint_t *endpoint, const uint8_t *session, uint32_t timeout_ms) {
+    bkv_call_t *detach = bkv_call_new(sizeof *detach, &detach_kind, endpoint->client, NULL, timeout_ms);
     if (detach != NULL) {
+        bkv_call_bind(detach, endpoint);
         Balancekv__V1__DetachRequest request = BALANCEKV__V1__DETACH_REQUEST__INIT;
         request.session = (ProtobufCBinaryData){.len = SESSION_BYTES, .data = (uint8_t *)session};
         detach->request = bkv_client_pack(&request.base);
@@ -29,8 +30,8 @@ void bkv_client_session_end(bkv_client_t *client, const uint8_t *session, uint32
     bkv_call_free(detach);
 }
 
-void bkv_client_detach(bkv_client_t *client, bkv_client_window_t *window, uint32_t timeout_ms) {
-    bkv_client_session_end(client, bkv_client_window_session(window), timeout_ms);
+void bkv_client_detach(bkv_client_endpoint_t *endpoint, bkv_client_window_t *window, uint32_t timeout_ms) {
+    bkv_client_session_end(endpoint, bkv_client_window_session(window), timeout_ms);
     bkv_client_window_leave(window);
 }
 
@@ -74,13 +75,14 @@ static const bkv_call_kind_t attach_kind = {
     .clean = attach_clean,
 };
 
-bkv_status_t bkv_client_session_ask(bkv_client_t *client, const Balancekv__V1__AttachRequest *request, uint32_t timeout_ms,
-                                    Balancekv__V1__AttachResponse **response, bkv_error_t *err) {
-    attach_call_t *attach = bkv_call_new(sizeof *attach, &attach_kind, client, NULL, timeout_ms);
+bkv_status_t bkv_client_session_ask(bkv_client_endpoint_t *endpoint, const Balancekv__V1__AttachRequest *request,
+                                    uint32_t timeout_ms, Balancekv__V1__AttachResponse **response, bkv_error_t *err) {
+    attach_call_t *attach = bkv_call_new(sizeof *attach, &attach_kind, endpoint->client, NULL, timeout_ms);
     if (attach == NULL) {
         bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
         return BKV_RESOURCE_EXHAUSTED;
     }
+    bkv_call_bind(&attach->call, endpoint);
     attach->call.request = bkv_client_pack(&request->base);
     bkv_status_t status = bkv_call_run(&attach->call, err);
     if (status == BKV_OK) {
@@ -101,8 +103,9 @@ static bool stop(void *user) {
 }
 
 // From the daemon's answer to a window. `state` is closed on failure.
-static bkv_status_t window_make(bkv_client_t *client, const bkv_window_kind_t *kind, void *state, const bkv_window_args_t *args,
-                                const Balancekv__V1__AttachResponse *response, bkv_client_window_t **window, bkv_error_t *err) {
+static bkv_status_t window_make(bkv_client_endpoint_t *endpoint, const bkv_window_kind_t *kind, void *state,
+                                const bkv_window_args_t *args, const Balancekv__V1__AttachResponse *response,
+                                bkv_client_window_t **window, bkv_error_t *err) {
     uint8_t *memory = NULL;
     uint64_t bytes = 0;
     bkv_status_t status = kind->take(state, args, response, &memory, &bytes, err);
@@ -114,19 +117,19 @@ static bkv_status_t window_make(bkv_client_t *client, const bkv_window_kind_t *k
     }
     if (status != BKV_OK) {
         kind->close(state);
-        bkv_client_session_end(client, response->session.data, DETACH_MS);
+        bkv_client_session_end(endpoint, response->session.data, DETACH_MS);
     }
     return status;
 }
 
-bkv_status_t bkv_client_attach(bkv_client_t *client, const bkv_window_kind_t *kind, uint64_t bytes, uint32_t timeout_ms,
-                               bkv_client_window_t **window, bkv_error_t *err) {
-    bkv_window_args_t args = {.endpoint = client->target.address,
-                              .device = client->link.device,
+bkv_status_t bkv_client_attach(bkv_client_endpoint_t *endpoint, const bkv_window_kind_t *kind, uint64_t bytes,
+                               uint32_t timeout_ms, bkv_client_window_t **window, bkv_error_t *err) {
+    bkv_window_args_t args = {.endpoint = endpoint->target.address,
+                              .device = endpoint->client->transport.device,
                               .bytes = bytes,
                               .deadline_ns = bkv_client_now_ns() + timeout_ms * NS_PER_MS,
                               .stop = stop,
-                              .user = client};
+                              .user = endpoint->client};
     Balancekv__V1__AttachRequest request = BALANCEKV__V1__ATTACH_REQUEST__INIT;
     void *state = NULL;
     bkv_status_t status = kind->offer(&args, &request, &state, err);
@@ -134,12 +137,12 @@ bkv_status_t bkv_client_attach(bkv_client_t *client, const bkv_window_kind_t *ki
         return status;
     }
     Balancekv__V1__AttachResponse *response;
-    status = bkv_client_session_ask(client, &request, timeout_ms, &response, err);
+    status = bkv_client_session_ask(endpoint, &request, timeout_ms, &response, err);
     if (status != BKV_OK) {
         kind->close(state);
         return status;
     }
-    status = window_make(client, kind, state, &args, response, window, err);
+    status = window_make(endpoint, kind, state, &args, response, window, err);
     balancekv__v1__attach_response__free_unpacked(response, NULL);
     return status;
 }

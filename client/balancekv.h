@@ -44,9 +44,12 @@ typedef struct bkv_client bkv_client_t;
 typedef struct bkv_queue bkv_queue_t;
 
 typedef struct bkv_client_options {
-    const char *endpoint; // "unix:/path" or "host:port"; NULL: $BKV_ENDPOINT, else BKV_DEFAULT_ENDPOINT
-    uint32_t timeout_ms;  // deadline of calls that give 0; 0: 10,000
-    const char *tls_ca;   // PEM file of the CA that signs the daemon; NULL: no TLS
+    // "unix:/path" or "host:port", or several of them (16 at most), separated by commas, the preferred one first; NULL: $BKV_ENDPOINT,
+    // else BKV_DEFAULT_ENDPOINT.
+    const char *endpoint;
+    uint32_t timeout_ms; // deadline of calls that give 0; 0: 10,000
+    const char
+        *tls_ca; // PEM file of the CA that signs the daemon; NULL: no TLS. With several endpoints, for those of host:port
     const char *tls_cert; // PEM file of this client's certificate (mTLS); NULL: none
     const char *tls_key;
     const char *tls_name; // name to expect in the daemon's certificate; NULL: the endpoint's host
@@ -56,6 +59,8 @@ typedef struct bkv_client_options {
     const char *transport;
     uint64_t window_bytes;    // of memory shared with the daemon for it, taken with the first use; 0: 256 MiB
     const char *verbs_device; // RDMA device as "NAME[:PORT[:GID INDEX]]"; NULL: the first with an active port
+
+    bool route; // in a cluster: ask the daemons that own the blocks themselves, see above
 } bkv_client_options_t;
 
 // A model's cache, as in proto/balancekv.proto's Spec; zero fields take the same defaults.
@@ -96,6 +101,7 @@ typedef struct bkv_put {
 typedef struct bkv_put_result {
     uint64_t stored_bytes;
     bool duplicate;
+    uint32_t replicas; // members of the cluster that hold it now, of those that own it; 0: this daemon alone has it
 } bkv_put_result_t;
 
 // Layers and heads to fetch; a zero count means "all from first on".

@@ -1,5 +1,6 @@
 // call.c - drives a call: attempts, retries, the result, and who is told. What is sent and received is up to the operations
-// (unary.c, put.c, get.c, attend.c), when to sleep and what to cancel to client.c, which thread runs this to drive.c.
+// (unary.c, put.c, get.c, attend.c), when to sleep and what to cancel to client.c, which thread runs this to drive.c, where to go
+// to endpoint.c.
 #include "client.h"
 #include "proto/handover.h"
 
@@ -37,7 +38,9 @@ static const bkv_call_kind_t open_kind = {.method = BKV_CLIENT_SERVICE "Open", .
 void bkv_call_conclude(bkv_call_t *call) {
     bkv_client_t *client = call->client;
     bkv_client_remove(client, call);
-    if (call->queue != NULL) {
+    if (call->over != NULL) {
+        call->over(call);
+    } else if (call->queue != NULL) {
         bkv_queue_deliver(call->queue, call);
     } else {
         bkv_client_tell(client, call);
@@ -84,6 +87,7 @@ static void batch_received(bkv_attempt_t *attempt) {
 static void take(bkv_attempt_t *attempt) {
     bkv_call_t *call = attempt->call;
     attempt->answered = true;
+    bkv_client_endpoint_heard(call, false);
     if (attempt->kind->take != NULL && attempt->kind->take(call, attempt->received, &attempt->fault) != BKV_OK) {
         grpc_call_cancel(attempt->grpc, NULL);
     }
@@ -207,19 +211,37 @@ static bkv_attempt_t *attempt_create(bkv_call_t *call) {
     attempt->waiting = kind->shape == BKV_CALL_DOWNLOAD ? 2 : 1;
     grpc_metadata_array_init(&attempt->initial);
     grpc_metadata_array_init(&attempt->trailing);
-    attempt->grpc = grpc_channel_create_call(call->client->channel, NULL, GRPC_PROPAGATE_DEFAULTS, call->client->completions,
+    attempt->grpc = grpc_channel_create_call(call->endpoint->channel, NULL, GRPC_PROPAGATE_DEFAULTS, call->client->completions,
                                              grpc_slice_from_static_string(kind->method), NULL,
                                              bkv_client_timespec(call->deadline_ns), NULL);
     return attempt;
+}
+
+// Where the next attempt goes. At another endpoint the call begins anew. The lock must be held.
+static void choose_endpoint(bkv_call_t *call) {
+    bkv_client_endpoint_t *endpoint = bkv_client_endpoint_choose(call);
+    if (endpoint != call->endpoint) {
+        call->endpoint = endpoint;
+        call->reopening = call->reopened = false;
+        call->missed.status = BKV_OK;
+        call->rejoined = call->busy = 0;
+    }
+    call->moving = false;
+    call->begun_ns = bkv_client_now_ns();
 }
 
 // Is the next attempt to be the call itself, or an Open before it? Returns the request, referenced.
 static grpc_slice choose_request(bkv_call_t *call) {
     bkv_client_t *client = call->client;
     pthread_mutex_lock(&client->lock);
+    choose_endpoint(call);
     bkv_client_spec_t *spec = call->kind->names_spec ? bkv_client_spec_find(client, &call->spec_id) : NULL;
-    call->spec_epoch = spec != NULL ? spec->boot_epoch : 0;
-    if (spec != NULL && spec->boot_epoch != client->boot_epoch && !call->reopened) {
+    bkv_client_opened_t opened = {.known = false};
+    if (spec != NULL) {
+        opened = bkv_client_spec_opened(spec, call->endpoint);
+    }
+    call->spec_epoch = opened.boot_epoch;
+    if (spec != NULL && !(opened.known && opened.boot_epoch == call->endpoint->boot_epoch) && !call->reopened) {
         call->reopening = call->reopened = true;
     }
     grpc_slice request = grpc_slice_ref(spec != NULL && call->reopening ? spec->request : call->request);
@@ -234,7 +256,11 @@ static bool attempt_publish(bkv_attempt_t *attempt) {
     bool go = !call->cancelled && !call->client->closing;
     call->cancelled = !go;
     call->attempt = attempt;
+    bool wake = bkv_client_watch_begin(call->client);
     pthread_mutex_unlock(&call->client->lock);
+    if (wake) {
+        bkv_client_wake(call->client);
+    }
     return go;
 }
 
@@ -268,9 +294,29 @@ static void pause_or_conclude(bkv_call_t *call) {
     }
 }
 
+// After BUSY: goes elsewhere at once, where that makes sense and there is time, or waits. answered: by the daemon's own word.
+static void try_again(bkv_call_t *call, bool answered) {
+    bool time = bkv_client_now_ns() + ATTEMPT_MS * NS_PER_MS < call->deadline_ns;
+    if (time && bkv_client_endpoint_forsake(call, answered)) {
+        bkv_call_start(call);
+    } else if (call->kind->fail_fast) {
+        bkv_call_conclude(call);
+    } else {
+        pause_or_conclude(call);
+    }
+}
+
+void bkv_call_move(bkv_call_t *call) {
+    bkv_fail(&call->error, BKV_BUSY, "%.150s: does not answer", call->endpoint->target.address);
+    call->attempts++;
+    try_again(call, false);
+}
+
 // Finds the memory that the attempt may use. False: the call goes on elsewhere, or is over.
 static bool find_window(bkv_call_t *call) {
-    if (!call->placing || call->reopening) {
+    const bkv_client_link_t *link = &call->endpoint->link;
+    bool again = call->rejoined < REJOIN_MOST || !link->automatic;
+    if (!call->places || !again || call->reopening || !bkv_client_link_wanted(link, call->place_bytes)) {
         return true;
     }
     switch (bkv_client_link_join(call)) {
@@ -279,7 +325,7 @@ static bool find_window(bkv_call_t *call) {
     case BKV_LINK_REFUSED:
         call->attempts++;
         if (call->error.status == BKV_BUSY) {
-            pause_or_conclude(call);
+            try_again(call, true);
         } else {
             bkv_call_conclude(call);
         }
@@ -323,7 +369,7 @@ void bkv_call_start(bkv_call_t *call) {
 // ---- after an attempt ----
 
 // What the attempt came to, in our words.
-static bkv_error_t attempt_result(const bkv_attempt_t *attempt, bool cancelled) {
+static bkv_error_t attempt_result(const bkv_attempt_t *attempt, bool cancelled, bool moving) {
     const bkv_call_t *call = attempt->call;
     bool late = bkv_client_now_ns() + ROUNDING_MS * NS_PER_MS >= call->deadline_ns;
     bkv_error_t error = {.status = BKV_OK};
@@ -331,6 +377,8 @@ static bkv_error_t attempt_result(const bkv_attempt_t *attempt, bool cancelled) 
         bkv_fail(&error, BKV_CANCELLED, "cancelled by its caller");
     } else if (attempt->fault.status != BKV_OK) {
         error = attempt->fault;
+    } else if (attempt->code == GRPC_STATUS_CANCELLED && moving) {
+        bkv_fail(&error, BKV_BUSY, "%.150s: does not answer", call->endpoint->target.address);
     } else if (attempt->code == GRPC_STATUS_OK && !attempt->answered && attempt->kind->shape != BKV_CALL_DOWNLOAD) {
         // gRPC may drop a response that comes just as the deadline passes, but not its status.
         bkv_fail(&error, late ? BKV_DEADLINE_EXCEEDED : BKV_INTERNAL, "%s: answered OK without a response",
@@ -354,7 +402,7 @@ static bool reopen(bkv_call_t *call, bool answered) {
     pthread_mutex_lock(&call->client->lock);
     bkv_client_spec_t *spec = bkv_client_spec_find(call->client, &call->spec_id);
     bool known = spec != NULL;
-    bool reopened_meanwhile = known && spec->boot_epoch != call->spec_epoch;
+    bool reopened_meanwhile = known && bkv_client_spec_opened(spec, call->endpoint).boot_epoch != call->spec_epoch;
     pthread_mutex_unlock(&call->client->lock);
     if (known) {
         call->missed = call->error;
@@ -369,7 +417,7 @@ static bool reopen(bkv_call_t *call, bool answered) {
 static void reopen_end(bkv_call_t *call, grpc_byte_buffer *answer) {
     uint64_t boot_epoch = 0;
     call->reopening = false;
-    if (bkv_client_spec_reopened(call->client, &call->spec_id, answer, &boot_epoch, &call->error) != BKV_OK) {
+    if (bkv_client_spec_reopened(call, answer, &boot_epoch, &call->error) != BKV_OK) {
         bkv_call_conclude(call);
     } else if (call->missed.status != BKV_OK && call->kind->may_miss && boot_epoch == call->spec_epoch) {
         call->error = call->missed;
@@ -391,9 +439,8 @@ static bool daemon_answered(const bkv_attempt_t *attempt) {
 
 // The attempt uses no memory any more. True: the daemon knew nothing of the session, and the call is to be tried again with
 // another, or in the end without one.
-static bool settle(bkv_call_t *call, const bkv_attempt_t *attempt) {
+static bool settle(bkv_call_t *call, const bkv_attempt_t *attempt, bool answered) {
     bkv_client_window_t *window = call->window;
-    bool answered = daemon_answered(attempt);
     if (attempt->kind == call->kind && call->kind->settle != NULL) {
         call->kind->settle(call, answered);
     }
@@ -401,12 +448,20 @@ static bool settle(bkv_call_t *call, const bkv_attempt_t *attempt) {
     bool lost = window != NULL && answered && call->error.status == BKV_FAILED_PRECONDITION &&
                 strstr(call->error.message, SESSION_FIELD) != NULL;
     if (lost) {
-        bkv_client_link_gone(call->client, window);
+        bkv_client_link_gone(call->endpoint, window);
         call->rejoined++;
-        call->placing = call->placing && (call->rejoined < REJOIN_MOST || !call->client->link.automatic);
     }
     bkv_client_window_release(window);
     return lost && call->rejoined <= REJOIN_MOST;
+}
+
+// What the end of an attempt says of its endpoint.
+static void notice(bkv_call_t *call, bool answered) {
+    if (answered) {
+        bkv_client_endpoint_heard(call, call->error.status != BKV_BUSY);
+    } else if (call->error.status == BKV_DEADLINE_EXCEEDED) {
+        bkv_client_endpoint_unheard(call);
+    }
 }
 
 // The result of an attempt is there: decides what comes next. The call goes on, or is gone, without the attempt.
@@ -414,14 +469,18 @@ static void attempt_end(bkv_attempt_t *attempt) {
     bkv_call_t *call = attempt->call;
     pthread_mutex_lock(&call->client->lock);
     call->attempt = NULL;
-    bool cancelled = call->cancelled;
+    bool cancelled = call->cancelled, moving = call->moving;
     pthread_mutex_unlock(&call->client->lock);
-    call->error = attempt_result(attempt, cancelled);
+    call->error = attempt_result(attempt, cancelled, moving);
     attempt->call = NULL;
-    if (settle(call, attempt)) {
+    bool answered = daemon_answered(attempt);
+    notice(call, answered);
+    if (settle(call, attempt, answered)) {
         bkv_call_start(call);
-    } else if (call->error.status == BKV_BUSY && !call->kind->fail_fast) {
-        pause_or_conclude(call);
+    } else if (call->error.status == BKV_BUSY) {
+        try_again(call, answered);
+    } else if (call->error.status == BKV_NOT_FOUND && call->kind->one_has_it && bkv_client_endpoint_ask_next(call)) {
+        bkv_call_start(call);
     } else if (call->error.status == BKV_OK && call->reopening) {
         reopen_end(call, attempt->received);
     } else if (call->error.status != BKV_NOT_FOUND || !reopen(call, attempt->answered)) {
@@ -466,6 +525,16 @@ static void call_begin(bkv_call_t *call) {
     call->deadline_ns = call->started_ns + call->timeout_ms * NS_PER_MS;
     bkv_client_enter(call->client, call);
     bkv_call_start(call);
+}
+
+void bkv_call_bind(bkv_call_t *call, bkv_client_endpoint_t *endpoint) {
+    call->endpoint = endpoint;
+    call->bound = true;
+}
+
+void bkv_call_detach(bkv_call_t *call, void (*over)(bkv_call_t *call)) {
+    call->over = over;
+    call_begin(call);
 }
 
 bkv_status_t bkv_call_run(bkv_call_t *call, bkv_error_t *err) {

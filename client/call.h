@@ -1,8 +1,8 @@
 // call.h - one call of the API, from its start to its completion, over as many attempts as it takes.
 //
 // Each operation embeds a bkv_call_t as its first member and describes itself by a bkv_call_kind_t. call.c does what is
-// common: it makes an attempt (one gRPC call), feeds it messages, takes in responses, and decides when the attempt has ended
-// whether that is the result, or to try again after a pause, or to open the spec again first.
+// common: it makes an attempt (one gRPC call) at one of the client's endpoints, feeds it messages, takes in responses, and decides
+// when the attempt has ended whether that is the result, or to try again, after a pause or elsewhere, or to open the spec first.
 //
 // An attempt may outlive its call: where nobody reads at the other end, gRPC keeps a message that is half-way into the socket
 // for as long as the socket blocks, deadline or not. Nothing that gRPC is given is therefore the caller's memory.
@@ -20,6 +20,9 @@
 #include <semaphore.h>
 
 typedef struct bkv_call bkv_call_t;
+typedef struct bkv_client_endpoint bkv_client_endpoint_t;
+
+#define BKV_CALL_OWNERS 4 // as many as a block may have
 
 typedef enum bkv_call_shape {
     BKV_CALL_UNARY,    // one message each way
@@ -32,7 +35,8 @@ typedef struct bkv_call_kind {
     bkv_call_shape_t shape;
     bool names_spec; // call->spec_id means something
     bool may_miss;   // NOT_FOUND may also be about a key
-    bool fail_fast;  // UNAVAILABLE is a result, not a reason to try again
+    bool fail_fast;  // UNAVAILABLE is a result, not a reason to wait and try again
+    bool one_has_it; // NOT_FOUND is a reason to ask another daemon
 
     // Forgets what an earlier attempt has left. Optional.
     void (*reset)(bkv_call_t *call);
@@ -85,12 +89,25 @@ struct bkv_call {
     bkv_spec_id_t spec_id;
     uint32_t timeout_ms;
     uint64_t started_ns, deadline_ns;
-    grpc_slice request; // empty where kind->next makes the messages
-    bool placing;       // wants memory shared with the daemon (link.h)
-    bkv_error_t error;  // of the latest attempt; in the end the result
+    grpc_slice request;   // empty where kind->next makes the messages
+    bool places;          // payloads or records, through memory shared with the daemon where that makes sense (link.h):
+    uint64_t place_bytes; // so many in one piece
+    bkv_error_t error;    // of the latest attempt; in the end the result
+
+    // Where it goes (endpoint.h). Written by whoever drives the call, under the client's lock.
+    bkv_client_endpoint_t *endpoint;                // of the attempt, or the next
+    bool bound;                                     // goes nowhere else
+    bkv_client_endpoint_t *owners[BKV_CALL_OWNERS]; // to be asked before all others, in this order
+    uint32_t owner_count, owner_next;
+    uint32_t tried;                 // the listed endpoints that were, in this round: a bit for each
+    uint32_t busy;                  // how often the endpoint has said that it is
+    uint32_t asked_next;            // because it was not found (one_has_it)
+    uint64_t begun_ns;              // of the attempt, the wait for a window included
+    bool moving;                    // the attempt was cancelled, so that the call can go elsewhere
+    void (*over)(bkv_call_t *call); // of a call that nobody waits for: takes it when it has its result
 
     uint32_t attempts;
-    uint64_t spec_epoch; // boot epoch at which the spec was open when the attempt started
+    uint64_t spec_epoch; // boot epoch of the endpoint at which the spec was open when the attempt started; 0: not known to be
     bool reopening;      // the attempt is an Open
     bool reopened;       // there has been one
     bkv_error_t missed;  // the NOT_FOUND that led to it
@@ -130,8 +147,18 @@ bkv_status_t bkv_call_run(bkv_call_t *call, bkv_error_t *err);
 // Asynchronous: the call is the queue's from here on, also on failure. NULL (out of memory) is allowed.
 bkv_status_t bkv_call_submit(bkv_call_t *call, bkv_queue_t *queue, uint64_t tag);
 
+// Starts the call; `over` gets it when it has its result, on the thread that drives, and may free it. Its kind's `finish` is not
+// run. With a queue or without, as set by the caller: it is cancelled with that queue, but is no completion of it.
+void bkv_call_detach(bkv_call_t *call, void (*over)(bkv_call_t *call));
+
+// Before the start: all attempts are to go to this endpoint.
+void bkv_call_bind(bkv_call_t *call, bkv_client_endpoint_t *endpoint);
+
 // Starts an attempt: for client.c's loop, of a call whose pause is over and which is off the timers.
 void bkv_call_start(bkv_call_t *call);
+
+// Its endpoint does not answer, and it has no attempt under way: tries elsewhere.
+void bkv_call_move(bkv_call_t *call);
 
 // Reports a call with what is in call->error. The call may be gone afterwards.
 void bkv_call_conclude(bkv_call_t *call);

@@ -45,7 +45,7 @@ void bkv_client_enter(bkv_client_t *client, bkv_call_t *call) {
     bool queued = call->queue != NULL, idle = !client->driven;
     if (queued) {
         client->queued++;
-    } else {
+    } else if (call->over == NULL) {
         client->callers++;
         client->live_count++;
     }
@@ -116,11 +116,11 @@ static void timers_remove(bkv_client_t *client, bkv_call_t *call) {
     call->paused = call->joining = false;
 }
 
-bkv_call_t *bkv_client_unpark(bkv_client_t *client) {
+bkv_call_t *bkv_client_unpark(bkv_client_t *client, const bkv_client_endpoint_t *endpoint) {
     bkv_call_t *list = NULL, *next;
     for (bkv_call_t *call = client->timers; call != NULL; call = next) {
         next = call->timer_next;
-        if (call->joining) {
+        if (call->joining && call->endpoint == endpoint) {
             timers_remove(client, call);
             call->timer_next = list;
             list = call;
@@ -150,7 +150,8 @@ uint64_t bkv_client_run_timers(bkv_client_t *client) {
     while ((call = timers_take(client, now_ns, &next_ns)) != NULL) {
         bkv_call_start(call);
     }
-    return next_ns;
+    uint64_t watch_ns = bkv_client_watch_run(client, now_ns);
+    return watch_ns < next_ns ? watch_ns : next_ns;
 }
 
 // ---- cancelling ----
@@ -201,17 +202,15 @@ void bkv_client_cancel(bkv_client_t *client, const bkv_queue_t *queue) {
 // ---- its thread, and its end ----
 
 void bkv_client_free(bkv_client_t *client) {
-    if (client->channel != NULL) {
-        grpc_channel_destroy(client->channel);
-    }
+    bkv_client_shared_free(client);
+    bkv_client_endpoints_deinit(client);
     if (client->completions != NULL) {
         grpc_completion_queue_destroy(client->completions);
     }
     bkv_client_pool_destroy(client->pool);
     bkv_client_buffers_destroy(client->buffers);
     bkv_client_specs_free(client);
-    bkv_client_link_deinit(client);
-    bkv_client_target_deinit(&client->target);
+    bkv_client_options_deinit(&client->options);
     pthread_cond_destroy(&client->changed);
     pthread_cond_destroy(&client->work);
     pthread_mutex_destroy(&client->lock);
@@ -219,12 +218,12 @@ void bkv_client_free(bkv_client_t *client) {
 }
 
 // The application's signal handlers are none of our threads' business.
-bool bkv_client_spawn(void *(*run)(void *), bkv_client_t *client, pthread_t *thread) {
+bool bkv_client_spawn(void *(*run)(void *), void *argument, pthread_t *thread) {
     sigset_t all, before;
     pthread_t made;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    bool started = pthread_create(&made, NULL, run, client) == 0;
+    bool started = pthread_create(&made, NULL, run, argument) == 0;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (started && thread == NULL) {
         pthread_detach(made);
@@ -254,19 +253,24 @@ bkv_status_t bkv_client_create(const bkv_client_options_t *options, bkv_client_t
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
     }
     locks_init(made);
-    bkv_status_t status = bkv_client_target_init(&made->target, options, err);
+    atomic_init(&made->watch_ns, UINT64_MAX);
+    made->tick_ns = UINT64_MAX;
+    bkv_status_t status = bkv_client_options_init(&made->options, options, err);
     if (status == BKV_OK) {
-        status = bkv_client_link_init(made, options, err);
+        status = bkv_client_transport_init(&made->transport, &made->options, err);
+    }
+    if (status == BKV_OK) {
+        status = bkv_client_endpoints_init(made, &made->options, err);
     }
     if (status != BKV_OK) {
         bkv_client_free(made);
         return status;
     }
-    made->timeout_ms = options != NULL && options->timeout_ms != 0 ? options->timeout_ms : DEFAULT_TIMEOUT_MS;
+    made->timeout_ms = made->options.timeout_ms != 0 ? made->options.timeout_ms : DEFAULT_TIMEOUT_MS;
+    made->watched = made->listed > 1;
     atomic_init(&made->jitter, bkv_client_now_ns());
     made->pool = bkv_client_pool_create();
     made->buffers = bkv_client_buffers_create();
-    made->channel = bkv_client_target_connect(&made->target);
     made->completions = grpc_completion_queue_create_for_next(NULL);
     if (made->pool == NULL || made->buffers == NULL || !bkv_client_spawn(bkv_client_drive, made, &made->thread)) {
         grpc_completion_queue_shutdown(made->completions);
@@ -300,7 +304,7 @@ void bkv_client_destroy(bkv_client_t *client) {
     if (client == NULL) {
         return;
     }
-    bkv_client_link_close(client);
+    bkv_client_links_close(client);
     pthread_mutex_lock(&client->lock);
     client->closing = true;
     pthread_mutex_unlock(&client->lock);

@@ -1,5 +1,5 @@
-// client.h - the client's own state: one channel, one completion queue and who drives it, the calls in flight, the specs
-// that were opened, the memory shared with the daemon.
+// client.h - the client's own state: its endpoints, one completion queue and who drives it, the calls in flight, the specs that
+// were opened.
 //
 // One lock protects all of it. It is a leaf: gRPC is never called, and no other lock taken, while it is held.
 #ifndef BKV_CLIENT_CLIENT_H
@@ -7,25 +7,34 @@
 
 #include "buffer.h"
 #include "call.h"
-#include "link.h"
+#include "endpoint.h"
 #include "pool.h"
-#include "target.h"
 
-// A spec that was opened, to be opened again after a restart of the daemon.
+// Where a spec is open, as far as we know.
+typedef struct bkv_client_opened {
+    bool known;
+    uint64_t boot_epoch; // at which it was
+} bkv_client_opened_t;
+
+// A spec that was opened, to be opened at other daemons, and again after a restart.
 typedef struct bkv_client_spec {
     bkv_spec_id_t id;
-    uint64_t boot_epoch;   // at which it was last known to be open
-    grpc_slice request;    // the packed OpenRequest
-    bkv_shape_t shape;     // of a full block; tokens 0: not known
-    uint64_t record_bytes; // of a full block's record, lately at most; 0: not known
+    grpc_slice request;          // the packed OpenRequest
+    bkv_shape_t shape;           // of a full block; tokens 0: not known
+    uint64_t record_bytes;       // of a full block's record, lately at most; 0: not known
+    bkv_client_opened_t *opened; // by the endpoint's number
+    uint32_t opened_count;
     struct bkv_client_spec *next;
 } bkv_client_spec_t;
 
 struct bkv_client {
     // Fixed.
-    bkv_client_target_t target;
+    bkv_client_options_t options; // as given; the strings are the client's own
     uint32_t timeout_ms;
-    grpc_channel *channel; // reconnects by itself
+    uint32_t listed; // endpoints that the options name: the first ones, the preferred before the others
+    bool local;      // one of them is on this host
+    bool watched;    // there may be several endpoints (watch.c)
+    bkv_client_transport_t transport;
     grpc_completion_queue *completions;
     bkv_client_pool_t *pool;       // of what is sent
     bkv_client_buffers_t *buffers; // for what is received
@@ -38,10 +47,15 @@ struct bkv_client {
     size_t live_count;      // and whoever else needs the client
     bkv_call_t *timers;     // those on a pause, in no order
     bkv_client_spec_t *specs;
-    bkv_client_link_t link;
-    uint64_t boot_epoch;                         // of the latest response; 0: none yet
-    uint64_t max_message_bytes, max_block_bytes; // of the latest Open; 0: none yet
-    bool closing;                                // no new attempts
+    bkv_client_shared_t *shared;
+    bkv_client_endpoint_t *endpoints[BKV_ENDPOINTS_MAX]; // entries do not change once they are there
+    uint32_t endpoint_count;
+    bool closing; // no new attempts
+
+    // Looking after the endpoints (watch.c).
+    _Atomic uint64_t watch_ns; // when there is something to do; UINT64_MAX: nothing
+    uint64_t tick_ns;          // the next look at the calls; UINT64_MAX: none
+    uint32_t quiet_ticks;
 
     // Who drives (drive.c).
     bool driven;
@@ -84,20 +98,21 @@ bool bkv_client_pause(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns);
 void bkv_client_park(bkv_client_t *client, bkv_call_t *call, uint64_t due_ns);
 void bkv_client_wake(bkv_client_t *client);
 
-// Takes the calls that wait for a window off the timers: a list by timer_next. The lock must be held.
-bkv_call_t *bkv_client_unpark(bkv_client_t *client);
+// Takes the calls that wait for a window of the endpoint off the timers: a list by timer_next. The lock must be held.
+bkv_call_t *bkv_client_unpark(bkv_client_t *client, const bkv_client_endpoint_t *endpoint);
 
 // Starts a thread with all signals blocked. False: there is none. thread NULL: nobody joins it.
-bool bkv_client_spawn(void *(*run)(void *), bkv_client_t *client, pthread_t *thread);
+bool bkv_client_spawn(void *(*run)(void *), void *argument, pthread_t *thread);
 
 // Cancels the calls of a queue (NULL: all calls). Those on a pause are concluded here, the others by whoever drives.
 void bkv_client_cancel(bkv_client_t *client, const bkv_queue_t *queue);
 
-// Of a response to a call: which boot of the daemon it came from, and that the call's spec is open there.
+// Of a response to a call: which boot of its endpoint it came from, and that the call's spec is open there.
 void bkv_client_saw_epoch(bkv_client_t *client, const bkv_call_t *call, uint64_t boot_epoch);
 
-// specs.c. The lock must be held for the find.
+// specs.c. The lock must be held for these two. Opened: what is known of the spec at an endpoint.
 bkv_client_spec_t *bkv_client_spec_find(bkv_client_t *client, const bkv_spec_id_t *id);
+bkv_client_opened_t bkv_client_spec_opened(const bkv_client_spec_t *spec, const bkv_client_endpoint_t *endpoint);
 void bkv_client_specs_free(bkv_client_t *client);
 
 // Room for the records of `count` blocks of a spec, of which `range` is wanted: a guess from what its records were lately. 0:
@@ -112,8 +127,7 @@ bool bkv_client_spec_shape(bkv_client_t *client, const bkv_spec_id_t *id, bkv_sh
 uint64_t bkv_client_spec_bf16(bkv_client_t *client, const bkv_spec_id_t *id, size_t count);
 
 // The answer to an Open that call.c made again: BKV_OK with *boot_epoch, and the spec is known to be open at it.
-bkv_status_t bkv_client_spec_reopened(bkv_client_t *client, const bkv_spec_id_t *id, grpc_byte_buffer *message,
-                                      uint64_t *boot_epoch, bkv_error_t *err);
+bkv_status_t bkv_client_spec_reopened(bkv_call_t *call, grpc_byte_buffer *message, uint64_t *boot_epoch, bkv_error_t *err);
 
 // put.c. Takes in the answer to a Put of `count` blocks, whose keys key_of knows; results may be NULL.
 typedef const bkv_key_t *(*bkv_client_put_key_t)(const bkv_call_t *call, size_t i);
@@ -121,6 +135,9 @@ bkv_status_t bkv_client_put_results(bkv_call_t *call, grpc_byte_buffer *message,
                                     bkv_put_result_t *results, bkv_error_t *err);
 
 #define BKV_CLIENT_SERVICE "/balancekv.v1.BalanceKV/"
+
+// monitor.c. A call that asks the health service, and is BUSY where the daemon does not serve. NULL: out of memory.
+bkv_call_t *bkv_client_ping_new(bkv_client_t *client, uint32_t timeout_ms);
 
 // queue.c. Reserves room for one more call; BKV_BUSY when the queue is full.
 bkv_status_t bkv_queue_admit(bkv_queue_t *queue);

@@ -272,11 +272,29 @@ static bkv_status_t device_fill(bkv_device_t *device, const bkv_device_range_t *
     return ranges_add(device, ranges, count, err);
 }
 
+// The first on this host that works, or else the first: what is shared is with it alone. NULL: none is on this host.
+static bkv_client_endpoint_t *local_endpoint(bkv_client_t *client) {
+    bkv_client_endpoint_t *first = NULL, *works = NULL;
+    pthread_mutex_lock(&client->lock);
+    for (uint32_t i = 0; i < client->listed && works == NULL; i++) {
+        bkv_client_endpoint_t *endpoint = client->endpoints[i];
+        bool local = bkv_client_target_local(&endpoint->target);
+        first = first == NULL && local ? endpoint : first;
+        works = local && !endpoint->down ? endpoint : NULL;
+    }
+    pthread_mutex_unlock(&client->lock);
+    return works != NULL ? works : first;
+}
+
 bkv_status_t bkv_device_share(bkv_client_t *client, uint32_t device, const bkv_device_range_t *ranges, size_t count,
                               uint32_t timeout_ms, bkv_device_t **shared, bkv_error_t *err) {
     assert(client != NULL && (ranges != NULL || count == 0) && shared != NULL);
     if (count == 0) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "ranges: none given");
+    }
+    bkv_client_endpoint_t *endpoint = local_endpoint(client);
+    if (endpoint == NULL) {
+        return bkv_fail(err, BKV_UNIMPLEMENTED, "cuda-ipc: the daemon is not reached by a unix socket");
     }
     uint32_t devices = bkv_gpu_count();
     if (device >= devices) {
@@ -287,6 +305,7 @@ bkv_status_t bkv_device_share(bkv_client_t *client, uint32_t device, const bkv_d
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
     }
     made->client = client;
+    made->endpoint = endpoint;
     made->ordinal = (int)device;
     pthread_mutex_init(&made->attaching, NULL);
     pthread_mutex_init(&made->lock, NULL);
@@ -310,7 +329,7 @@ void bkv_device_unshare(bkv_device_t *shared) {
     }
     if (shared->session != NULL) {
         assert(shared->session->holders == 1 && "a call is using the device");
-        bkv_client_session_end(shared->client, shared->session->id, END_MS);
+        bkv_client_session_end(shared->endpoint, shared->session->id, END_MS);
         bkv_device_leave(shared->session);
     }
     int before, error = shared->events != NULL ? bkv_gpu_enter(shared->ordinal, &before) : 1;

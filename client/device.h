@@ -35,6 +35,7 @@ typedef struct bkv_device_event {
 
 struct bkv_device {
     bkv_client_t *client;
+    bkv_client_endpoint_t *endpoint; // a daemon on this host: all calls go there
     int ordinal;
     uint8_t uuid[BKV_GPU_UUID_BYTES];
     bkv_device_extent_t *extents;

@@ -200,6 +200,7 @@ static bkv_status_t get_new(const get_args_t *args, get_call_t **out, bkv_error_
         records_init(args, BKV_RESOURCE_EXHAUSTED);
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
     }
+    bkv_call_bind(&get->call, args->device->endpoint);
     bkv_status_t status = get_fill(get, args, err);
     records_init(args, status);
     if (status != BKV_OK) {

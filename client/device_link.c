@@ -34,9 +34,9 @@ static void set_timeouts(int connection, uint64_t deadline_ns) {
     setsockopt(connection, SOL_SOCKET, SO_SNDTIMEO, &left, sizeof left);
 }
 
-static bkv_status_t connect_to(const bkv_client_t *client, uint64_t deadline_ns, int *connection, bkv_error_t *err) {
+static bkv_status_t connect_to(const bkv_client_endpoint_t *endpoint, uint64_t deadline_ns, int *connection, bkv_error_t *err) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
-    const char *path = client->target.address + strlen("unix:");
+    const char *path = endpoint->target.address + strlen("unix:");
     int length = snprintf(address.sun_path, sizeof address.sun_path, "%s%s", path, BKV_FD_SUFFIX);
     if (length < 0 || (size_t)length >= sizeof address.sun_path) {
         return bkv_fail(err, BKV_UNIMPLEMENTED, "cuda-ipc: the path of the daemon's socket leaves no room for \"%s\"",
@@ -157,7 +157,7 @@ static bkv_status_t ask(bkv_device_t *device, uint32_t timeout_ms, Balancekv__V1
         window.n_allocations = device->count;
         window.allocations = list;
         request.cuda_ipc = &window;
-        status = bkv_client_session_ask(device->client, &request, timeout_ms, response, err);
+        status = bkv_client_session_ask(device->endpoint, &request, timeout_ms, response, err);
     } else {
         bkv_fail(err, status, "client: out of memory");
     }
@@ -178,7 +178,7 @@ static bkv_status_t session_make(const bkv_device_t *device, const Balancekv__V1
     }
     memcpy(made->id, response->session.data, sizeof made->id);
     made->connection = -1;
-    bkv_status_t status = connect_to(device->client, deadline_ns, &made->connection, err);
+    bkv_status_t status = connect_to(device->endpoint, deadline_ns, &made->connection, err);
     if (status == BKV_OK) {
         status = give_on_device(device, made, deadline_ns, err);
     }
@@ -191,9 +191,6 @@ static bkv_status_t session_make(const bkv_device_t *device, const Balancekv__V1
 }
 
 bkv_status_t bkv_device_attach(bkv_device_t *device, uint32_t timeout_ms, bkv_device_session_t **session, bkv_error_t *err) {
-    if (strncmp(device->client->target.address, "unix:", 5) != 0) {
-        return bkv_fail(err, BKV_UNIMPLEMENTED, "cuda-ipc: the daemon is not reached by a unix socket");
-    }
     uint64_t deadline_ns = bkv_client_now_ns() + timeout_ms * NS_PER_MS;
     Balancekv__V1__AttachResponse *response;
     bkv_status_t status = ask(device, timeout_ms, &response, err);
@@ -202,7 +199,7 @@ bkv_status_t bkv_device_attach(bkv_device_t *device, uint32_t timeout_ms, bkv_de
     }
     status = session_make(device, response, deadline_ns, session, err);
     if (status != BKV_OK) {
-        bkv_client_session_end(device->client, response->session.data, DETACH_MS);
+        bkv_client_session_end(device->endpoint, response->session.data, DETACH_MS);
     }
     balancekv__v1__attach_response__free_unpacked(response, NULL);
     return status;

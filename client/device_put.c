@@ -194,6 +194,7 @@ static bkv_status_t put_new(bkv_device_t *device, const bkv_spec_id_t *id, const
     if (put == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
     }
+    bkv_call_bind(&put->call, device->endpoint);
     put->blocks = blocks;
     put->count = count;
     put->results = results;

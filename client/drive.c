@@ -42,7 +42,7 @@ static void kick_driver(bkv_client_t *client) {
     }
     kick->tag = (bkv_call_tag_t){.run = on_kick, .owner = kick};
     kick->grpc =
-        grpc_channel_create_call(client->channel, NULL, GRPC_PROPAGATE_DEFAULTS, client->completions,
+        grpc_channel_create_call(client->endpoints[0]->channel, NULL, GRPC_PROPAGATE_DEFAULTS, client->completions,
                                  grpc_slice_from_static_string("/wake"), NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
     BKV_HAND_OVER(&kick->tag);
     grpc_call_error error = grpc_call_start_batch(kick->grpc, NULL, 0, &kick->tag, NULL);

@@ -99,7 +99,7 @@ static void fetch_reset(bkv_call_t *call) {
         fetch->record_max = fetch->budget;
     } else {
         pthread_mutex_lock(&call->client->lock);
-        uint64_t block = call->client->max_block_bytes;
+        uint64_t block = call->endpoint->max_block_bytes;
         pthread_mutex_unlock(&call->client->lock);
         fetch->record_max = block != 0 && block < BKV_FETCH_MOST ? block + RECORD_EXTRA : BKV_FETCH_MOST;
     }

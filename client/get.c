@@ -27,7 +27,8 @@ static bkv_call_t *get_new(bkv_client_t *client, const bkv_spec_id_t *id, const 
     }
     fetch->range = range != NULL ? *range : (bkv_range_t){0};
     fetch->room_bytes = bkv_client_spec_room(client, id, &fetch->range, count);
-    fetch->call.placing = bkv_client_link_wanted(client, fetch->room_bytes);
+    fetch->call.places = true;
+    fetch->call.place_bytes = fetch->room_bytes;
     Balancekv__V1__GetRequest request = BALANCEKV__V1__GET_REQUEST__INIT;
     request.spec_id = bkv_client_spec_bytes(id);
     request.n_keys = count;
@@ -101,7 +102,8 @@ static bkv_call_t *fold_new(bkv_client_t *client, const bkv_spec_id_t *id, const
     fetch->folded = record_count;
     fetch->budget = params->budget_bytes != 0 && params->budget_bytes < BKV_FETCH_MOST ? params->budget_bytes : BKV_FETCH_MOST;
     fetch->room_bytes = fold_bytes(client, id, count, params);
-    fetch->call.placing = bkv_client_link_wanted(client, fetch->room_bytes);
+    fetch->call.places = true;
+    fetch->call.place_bytes = fetch->room_bytes;
     Balancekv__V1__Band bands[BKV_MAX_BANDS], *profile[BKV_MAX_BANDS];
     for (uint32_t i = 0; i < params->profile.count; i++) {
         balancekv__v1__band__init(&bands[i]);

@@ -10,7 +10,6 @@
 typedef struct ping_call {
     bkv_call_t call; // first
     uint64_t round_trip_ns;
-    Grpc__Health__V1__HealthCheckResponse__ServingStatus serving;
 } ping_call_t;
 
 static bkv_status_t ping_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
@@ -20,10 +19,10 @@ static bkv_status_t ping_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_e
     if (response == NULL) {
         return bkv_fail(err, BKV_INTERNAL, "Check: the response is not a HealthCheckResponse");
     }
-    ping->round_trip_ns = bkv_client_now_ns() - call->started_ns;
-    ping->serving = response->status;
+    ping->round_trip_ns = bkv_client_now_ns() - call->begun_ns;
+    bool serving = response->status == GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING;
     grpc__health__v1__health_check_response__free_unpacked(response, NULL);
-    return BKV_OK;
+    return serving ? BKV_OK : bkv_fail(err, BKV_BUSY, "the daemon answers, but is not serving: it is draining");
 }
 
 static const bkv_call_kind_t ping_kind = {
@@ -33,24 +32,25 @@ static const bkv_call_kind_t ping_kind = {
     .take = ping_take,
 };
 
-bkv_status_t bkv_ping(bkv_client_t *client, uint32_t timeout_ms, uint64_t *round_trip_ns, bkv_error_t *err) {
+bkv_call_t *bkv_client_ping_new(bkv_client_t *client, uint32_t timeout_ms) {
     static char service[] = "balancekv.v1.BalanceKV";
+    bkv_call_t *ping = bkv_call_new(sizeof(ping_call_t), &ping_kind, client, NULL, timeout_ms);
+    if (ping != NULL) {
+        Grpc__Health__V1__HealthCheckRequest request = GRPC__HEALTH__V1__HEALTH_CHECK_REQUEST__INIT;
+        request.service = service;
+        ping->request = bkv_client_pack(&request.base);
+    }
+    return ping;
+}
+
+bkv_status_t bkv_ping(bkv_client_t *client, uint32_t timeout_ms, uint64_t *round_trip_ns, bkv_error_t *err) {
     assert(client != NULL);
-    ping_call_t *ping = bkv_call_new(sizeof *ping, &ping_kind, client, NULL, timeout_ms);
-    if (ping == NULL) {
-        return bkv_call_run(NULL, err);
-    }
-    Grpc__Health__V1__HealthCheckRequest request = GRPC__HEALTH__V1__HEALTH_CHECK_REQUEST__INIT;
-    request.service = service;
-    ping->call.request = bkv_client_pack(&request.base);
-    bkv_status_t status = bkv_call_run(&ping->call, err);
+    bkv_call_t *ping = bkv_client_ping_new(client, timeout_ms);
+    bkv_status_t status = bkv_call_run(ping, err);
     if (status == BKV_OK && round_trip_ns != NULL) {
-        *round_trip_ns = ping->round_trip_ns;
+        *round_trip_ns = ((ping_call_t *)ping)->round_trip_ns;
     }
-    if (status == BKV_OK && ping->serving != GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING) {
-        status = bkv_fail(err, BKV_BUSY, "the daemon answers, but is not serving: it is draining");
-    }
-    bkv_call_free(&ping->call);
+    bkv_call_free(ping);
     return status;
 }
 

@@ -31,7 +31,6 @@ typedef struct put_call {
     size_t count;
     bkv_put_result_t *results; // NULL: not wanted
     size_t message_data;       // most payload in one message
-    bool checksums;
 
     size_t block, offset; // what comes next
 } put_call_t;
@@ -96,7 +95,7 @@ static void put_reset(bkv_call_t *call) {
         place_find(put, i);
     }
     pthread_mutex_lock(&call->client->lock);
-    uint64_t most = call->client->max_message_bytes;
+    uint64_t most = call->endpoint->max_message_bytes;
     pthread_mutex_unlock(&call->client->lock);
     put->message_data = most > MESSAGE_HEAD && most - MESSAGE_HEAD < MESSAGE_DATA ? (size_t)most - MESSAGE_HEAD : MESSAGE_DATA;
 }
@@ -111,7 +110,8 @@ static void describe(const put_call_t *put, const bkv_put_t *block, Balancekv__V
     message->codec = (Balancekv__V1__Codec)block->codec;
     message->rate = block->rate;
     message->ttl_ms = block->ttl_ms;
-    if (put->checksums && put->places[put->block].region == NULL) {
+    // A unix socket changes nothing, TLS would notice; TCP's own checksum has 16 bits.
+    if (!put->call.endpoint->target.protected_link && put->places[put->block].region == NULL) {
         message->has_checksum = true;
         message->checksum = XXH3_64bits(block->payload, block->payload_bytes);
     }
@@ -194,6 +194,7 @@ bkv_status_t bkv_client_put_results(bkv_call_t *call, grpc_byte_buffer *message,
             results[i] = (bkv_put_result_t){
                 .stored_bytes = response->results[i]->stored_bytes,
                 .duplicate = response->results[i]->duplicate,
+                .replicas = response->results[i]->replicas,
             };
         }
     }
@@ -239,9 +240,8 @@ static bkv_call_t *put_new(bkv_client_t *client, const bkv_spec_id_t *id, const 
     put->blocks = blocks;
     put->count = count;
     put->results = results;
-    // A unix socket changes nothing, TLS would notice; TCP's own checksum has 16 bits.
-    put->checksums = !client->target.protected_link;
-    put->call.placing = bkv_client_link_wanted(client, largest(blocks, count));
+    put->call.places = true;
+    put->call.place_bytes = largest(blocks, count);
     return &put->call;
 }
 

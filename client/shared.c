@@ -1,4 +1,5 @@
-// shared.c - bkv_buffer_get and bkv_buffer_put: memory for payloads in the window itself, so that a Put only names it.
+// shared.c - bkv_buffer_get and bkv_buffer_put: memory for payloads in the window of the endpoint that Puts go to, so that a Put
+// only names it.
 #include "client.h"
 
 #include <assert.h>
@@ -21,7 +22,7 @@ static bool within(const bkv_client_region_t *region, const void *payload, uint6
 bkv_client_region_t *bkv_client_shared_find(bkv_client_t *client, const void *payload, uint64_t bytes, uint64_t *offset) {
     bkv_client_region_t *found = NULL;
     pthread_mutex_lock(&client->lock);
-    for (bkv_client_shared_t *shared = client->link.shared; shared != NULL && found == NULL; shared = shared->next) {
+    for (bkv_client_shared_t *shared = client->shared; shared != NULL && found == NULL; shared = shared->next) {
         if (within(shared->region, payload, bytes)) {
             found = bkv_client_region_retain(shared->region);
         }
@@ -37,8 +38,9 @@ bkv_client_region_t *bkv_client_shared_find(bkv_client_t *client, const void *pa
     return found;
 }
 
-static void *shared_take(bkv_client_t *client, size_t bytes) {
-    bkv_client_window_t *window = bkv_client_link_window(client, ATTACH_MS);
+static void *shared_take(bkv_client_endpoint_t *endpoint, size_t bytes) {
+    bkv_client_t *client = endpoint->client;
+    bkv_client_window_t *window = bkv_client_link_window(endpoint, ATTACH_MS);
     bkv_client_shared_t *shared = window != NULL ? calloc(1, sizeof *shared) : NULL;
     bkv_client_region_t *region = shared != NULL ? bkv_client_region_take(window, bytes) : NULL;
     bkv_client_window_release(window);
@@ -48,8 +50,8 @@ static void *shared_take(bkv_client_t *client, size_t bytes) {
     }
     shared->region = region;
     pthread_mutex_lock(&client->lock);
-    shared->next = client->link.shared;
-    client->link.shared = shared;
+    shared->next = client->shared;
+    client->shared = shared;
     pthread_mutex_unlock(&client->lock);
     return bkv_client_region_memory(region);
 }
@@ -57,7 +59,10 @@ static void *shared_take(bkv_client_t *client, size_t bytes) {
 void *bkv_buffer_get(bkv_client_t *client, size_t bytes) {
     assert(client != NULL);
     size_t wanted = bytes > 0 ? bytes : 1;
-    void *memory = bkv_client_link_wanted(client, wanted) ? shared_take(client, wanted) : NULL;
+    pthread_mutex_lock(&client->lock);
+    bkv_client_endpoint_t *endpoint = bkv_client_endpoint_first(client);
+    pthread_mutex_unlock(&client->lock);
+    void *memory = bkv_client_link_wanted(&endpoint->link, wanted) ? shared_take(endpoint, wanted) : NULL;
     return memory != NULL ? memory : bkv_client_buffer_take(client->buffers, wanted);
 }
 
@@ -65,7 +70,7 @@ void bkv_buffer_put(bkv_client_t *client, void *buffer) {
     assert(client != NULL);
     bkv_client_shared_t *shared;
     pthread_mutex_lock(&client->lock);
-    bkv_client_shared_t **at = &client->link.shared;
+    bkv_client_shared_t **at = &client->shared;
     while (*at != NULL && bkv_client_region_memory((*at)->region) != buffer) {
         at = &(*at)->next;
     }
@@ -83,9 +88,9 @@ void bkv_buffer_put(bkv_client_t *client, void *buffer) {
 }
 
 void bkv_client_shared_free(bkv_client_t *client) {
-    while (client->link.shared != NULL) {
-        bkv_client_shared_t *shared = client->link.shared;
-        client->link.shared = shared->next;
+    while (client->shared != NULL) {
+        bkv_client_shared_t *shared = client->shared;
+        client->shared = shared->next;
         bkv_client_region_release(shared->region);
         free(shared);
     }

@@ -30,8 +30,30 @@ void bkv_client_specs_free(bkv_client_t *client) {
         bkv_client_spec_t *spec = client->specs;
         client->specs = spec->next;
         grpc_slice_unref(spec->request);
+        free(spec->opened);
         free(spec);
     }
+}
+
+// ---- where they are open; the lock must be held ----
+
+bkv_client_opened_t bkv_client_spec_opened(const bkv_client_spec_t *spec, const bkv_client_endpoint_t *endpoint) {
+    return endpoint->number < spec->opened_count ? spec->opened[endpoint->number] : (bkv_client_opened_t){.known = false};
+}
+
+// Out of memory it is not known, and opened again each time.
+static void set_opened(bkv_client_spec_t *spec, const bkv_client_endpoint_t *endpoint, uint64_t boot_epoch) {
+    uint32_t wanted = endpoint->number + 1;
+    if (wanted > spec->opened_count) {
+        bkv_client_opened_t *grown = realloc(spec->opened, wanted * sizeof *grown);
+        if (grown == NULL) {
+            return;
+        }
+        memset(grown + spec->opened_count, 0, (wanted - spec->opened_count) * sizeof *grown);
+        spec->opened = grown;
+        spec->opened_count = wanted;
+    }
+    spec->opened[endpoint->number] = (bkv_client_opened_t){.known = true, .boot_epoch = boot_epoch};
 }
 
 void bkv_client_saw_epoch(bkv_client_t *client, const bkv_call_t *call, uint64_t boot_epoch) {
@@ -39,10 +61,10 @@ void bkv_client_saw_epoch(bkv_client_t *client, const bkv_call_t *call, uint64_t
         return;
     }
     pthread_mutex_lock(&client->lock);
-    client->boot_epoch = boot_epoch;
+    call->endpoint->boot_epoch = boot_epoch;
     bkv_client_spec_t *spec = call->kind->names_spec ? bkv_client_spec_find(client, &call->spec_id) : NULL;
     if (spec != NULL) {
-        spec->boot_epoch = boot_epoch;
+        set_opened(spec, call->endpoint, boot_epoch);
     }
     pthread_mutex_unlock(&client->lock);
 }
@@ -133,23 +155,27 @@ static bkv_status_t response_unpack(grpc_byte_buffer *message, Balancekv__V1__Op
     return BKV_OK;
 }
 
-// Adds or refreshes; opened is NULL where it is known already. Out of memory, the spec is only not opened again by itself.
-static void remember(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_spec_t *opened, grpc_slice request,
-                     uint64_t boot_epoch) {
+// Adds or refreshes, for the endpoint that has answered; opened is NULL where it is known already. Out of memory, the spec is
+// only not opened again by itself.
+static void remember(const bkv_call_t *call, const bkv_spec_id_t *id, const bkv_spec_t *opened, const bkv_limits_t *limits) {
+    bkv_client_t *client = call->client;
+    bkv_client_endpoint_t *endpoint = call->endpoint;
     bkv_client_spec_t *fresh = calloc(1, sizeof *fresh);
     pthread_mutex_lock(&client->lock);
-    client->boot_epoch = boot_epoch;
+    endpoint->boot_epoch = limits->boot_epoch;
+    endpoint->max_message_bytes = limits->max_message_bytes;
+    endpoint->max_block_bytes = limits->max_block_bytes;
     bkv_client_spec_t *spec = bkv_client_spec_find(client, id);
     if (spec == NULL && fresh != NULL) {
         spec = fresh;
         fresh = NULL;
         spec->id = *id;
-        spec->request = grpc_slice_ref(request);
+        spec->request = grpc_slice_ref(call->request);
         spec->next = client->specs;
         client->specs = spec;
     }
     if (spec != NULL) {
-        spec->boot_epoch = boot_epoch;
+        set_opened(spec, endpoint, limits->boot_epoch);
         if (opened != NULL) {
             measure(spec, opened);
         }
@@ -158,20 +184,31 @@ static void remember(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_sp
     free(fresh);
 }
 
-bkv_status_t bkv_client_spec_reopened(bkv_client_t *client, const bkv_spec_id_t *id, grpc_byte_buffer *message,
-                                      uint64_t *boot_epoch, bkv_error_t *err) {
+static bkv_limits_t limits_of(const Balancekv__V1__OpenResponse *response) {
+    bkv_limits_t limits = {
+        .boot_epoch = response->boot_epoch,
+        .max_message_bytes = response->max_message_bytes,
+        .max_block_bytes = response->max_block_bytes,
+        .max_batch = response->max_batch,
+    };
+    bkv_client_text(response->backend, strlen(response->backend), limits.backend, sizeof limits.backend);
+    return limits;
+}
+
+bkv_status_t bkv_client_spec_reopened(bkv_call_t *call, grpc_byte_buffer *message, uint64_t *boot_epoch, bkv_error_t *err) {
     Balancekv__V1__OpenResponse *response;
     bkv_status_t status = response_unpack(message, &response, err);
     if (status != BKV_OK) {
         return status;
     }
     *boot_epoch = response->boot_epoch;
-    if (memcmp(response->spec_id.data, id->bytes, sizeof id->bytes) != 0) {
+    if (memcmp(response->spec_id.data, call->spec_id.bytes, BKV_SPEC_ID_BYTES) != 0) {
         status = bkv_fail(err, BKV_FAILED_PRECONDITION,
                           "spec_id: the daemon was replaced by one that gives this spec another id; open it again");
     } else {
-        remember(client, id, NULL, grpc_empty_slice(), response->boot_epoch);
-        bkv_client_link_offered(client, response->transports, response->n_transports);
+        bkv_limits_t limits = limits_of(response);
+        remember(call, &call->spec_id, NULL, &limits);
+        bkv_client_link_offered(call->endpoint, response->transports, response->n_transports);
     }
     balancekv__v1__open_response__free_unpacked(response, NULL);
     return status;
@@ -187,14 +224,8 @@ static bkv_status_t open_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_e
         return status;
     }
     memcpy(open->id.bytes, response->spec_id.data, sizeof open->id.bytes);
-    open->limits = (bkv_limits_t){
-        .boot_epoch = response->boot_epoch,
-        .max_message_bytes = response->max_message_bytes,
-        .max_block_bytes = response->max_block_bytes,
-        .max_batch = response->max_batch,
-    };
-    bkv_client_text(response->backend, strlen(response->backend), open->limits.backend, sizeof open->limits.backend);
-    bkv_client_link_offered(call->client, response->transports, response->n_transports);
+    open->limits = limits_of(response);
+    bkv_client_link_offered(call->endpoint, response->transports, response->n_transports);
     balancekv__v1__open_response__free_unpacked(response, NULL);
     return BKV_OK;
 }
@@ -239,11 +270,7 @@ bkv_status_t bkv_open(bkv_client_t *client, const bkv_spec_t *spec, uint32_t tim
     open->call.request = open_request(spec);
     bkv_status_t status = bkv_call_run(&open->call, err);
     if (status == BKV_OK) {
-        remember(client, &open->id, spec, open->call.request, open->limits.boot_epoch);
-        pthread_mutex_lock(&client->lock);
-        client->max_message_bytes = open->limits.max_message_bytes;
-        client->max_block_bytes = open->limits.max_block_bytes;
-        pthread_mutex_unlock(&client->lock);
+        remember(&open->call, &open->id, spec, &open->limits);
         *id = open->id;
         if (limits != NULL) {
             *limits = open->limits;

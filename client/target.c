@@ -97,7 +97,7 @@ static bkv_status_t make_credentials(const bkv_client_options_t *options, grpc_c
     return bkv_pem_credentials(&files, credentials, err);
 }
 
-// ---- target ----
+// ---- options ----
 
 static const char *choose_endpoint(const bkv_client_options_t *options) {
     if (set(options->endpoint)) {
@@ -107,25 +107,54 @@ static const char *choose_endpoint(const bkv_client_options_t *options) {
     return set(environment) ? environment : BKV_DEFAULT_ENDPOINT;
 }
 
-bkv_status_t bkv_client_target_init(bkv_client_target_t *target, const bkv_client_options_t *options, bkv_error_t *err) {
+static bool copy_string(const char **copy, const char *text) {
+    *copy = text != NULL ? strdup(text) : NULL;
+    return *copy != NULL || text == NULL;
+}
+
+bkv_status_t bkv_client_options_init(bkv_client_options_t *copy, const bkv_client_options_t *options, bkv_error_t *err) {
     static const bkv_client_options_t defaults;
-    if (options == NULL) {
-        options = &defaults;
+    const bkv_client_options_t *from = options != NULL ? options : &defaults;
+    *copy = (bkv_client_options_t){.timeout_ms = from->timeout_ms, .window_bytes = from->window_bytes, .route = from->route};
+    bool all = copy_string(&copy->endpoint, choose_endpoint(from));
+    all = copy_string(&copy->tls_ca, from->tls_ca) && all;
+    all = copy_string(&copy->tls_cert, from->tls_cert) && all;
+    all = copy_string(&copy->tls_key, from->tls_key) && all;
+    all = copy_string(&copy->tls_name, from->tls_name) && all;
+    all = copy_string(&copy->transport, from->transport) && all;
+    all = copy_string(&copy->verbs_device, from->verbs_device) && all;
+    return all ? BKV_OK : bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
+}
+
+void bkv_client_options_deinit(bkv_client_options_t *copy) {
+    const char *strings[] = {copy->endpoint, copy->tls_ca,    copy->tls_cert,    copy->tls_key,
+                             copy->tls_name, copy->transport, copy->verbs_device};
+    for (size_t i = 0; i < sizeof strings / sizeof strings[0]; i++) {
+        free((void *)strings[i]);
     }
+    *copy = (bkv_client_options_t){0};
+}
+
+// ---- target ----
+
+static bkv_status_t target_init(bkv_client_target_t *target, const char *endpoint, const bkv_client_options_t *options,
+                                bool alone, bkv_error_t *err) {
     *target = (bkv_client_target_t){0};
     bool is_unix = false;
-    const char *endpoint = choose_endpoint(options);
     bkv_status_t status = check_endpoint(endpoint, &is_unix, err);
+    bool tls = set(options->tls_ca) && (alone || !is_unix);
     if (status == BKV_OK) {
-        status = check_tls_options(options, is_unix, err);
+        status = check_tls_options(options, is_unix && alone, err);
     }
-    if (status == BKV_OK) {
+    if (status == BKV_OK && tls) {
         status = make_credentials(options, &target->credentials, err);
+    } else if (status == BKV_OK) {
+        target->credentials = grpc_insecure_credentials_create();
     }
     if (status != BKV_OK) {
         return status;
     }
-    target->protected_link = is_unix || set(options->tls_ca);
+    target->protected_link = is_unix || tls;
     target->address = strdup(endpoint);
     target->tls_name = set(options->tls_name) ? strdup(options->tls_name) : NULL;
     if (target->address == NULL || (set(options->tls_name) && target->tls_name == NULL)) {
@@ -133,6 +162,51 @@ bkv_status_t bkv_client_target_init(bkv_client_target_t *target, const bkv_clien
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
     }
     return BKV_OK;
+}
+
+static bool known(const bkv_client_target_t *targets, uint32_t count, const char *endpoint) {
+    for (uint32_t i = 0; i < count; i++) {
+        if (strcmp(targets[i].address, endpoint) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bkv_status_t bkv_client_targets_init(bkv_client_target_t *targets, uint32_t most, uint32_t *count,
+                                     const bkv_client_options_t *options, bkv_error_t *err) {
+    bool alone = strchr(options->endpoint, ',') == NULL;
+    bkv_status_t status = BKV_OK;
+    *count = 0;
+    for (const char *at = options->endpoint; status == BKV_OK && at != NULL;) {
+        size_t length = strcspn(at, ",");
+        char *endpoint = strndup(at, length);
+        if (endpoint == NULL) {
+            status = bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
+        } else if (known(targets, *count, endpoint)) {
+            status = bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoint: \"%.100s\" is there twice", endpoint);
+        } else if (*count == most) {
+            status = bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoint: more than %u of them", most);
+        } else {
+            status = target_init(&targets[*count], endpoint, options, alone, err);
+            *count += status == BKV_OK;
+        }
+        free(endpoint);
+        at = at[length] == ',' ? at + length + 1 : NULL;
+    }
+    for (; status != BKV_OK && *count > 0; (*count)--) {
+        bkv_client_target_deinit(&targets[*count - 1]);
+    }
+    return status;
+}
+
+bkv_status_t bkv_client_target_learn(bkv_client_target_t *target, const bkv_client_options_t *options, const char *address) {
+    bkv_status_t status = check_tcp(address, NULL);
+    return status == BKV_OK ? target_init(target, address, options, false, NULL) : status;
+}
+
+bool bkv_client_target_local(const bkv_client_target_t *target) {
+    return strncmp(target->address, "unix:", 5) == 0;
 }
 
 void bkv_client_target_deinit(bkv_client_target_t *target) {

@@ -40,36 +40,37 @@ static const bkv_call_kind_t transports_kind = {
     .take = transports_take,
 };
 
-static bool in_use(bkv_client_t *client, const bkv_window_kind_t *kind) {
-    pthread_mutex_lock(&client->lock);
-    bkv_client_window_t *window = client->link.window;
+static bool in_use(bkv_client_endpoint_t *endpoint, const bkv_window_kind_t *kind) {
+    pthread_mutex_lock(&endpoint->client->lock);
+    bkv_client_window_t *window = endpoint->link.window;
     bool used = window != NULL && bkv_client_window_kind(window) == kind;
-    pthread_mutex_unlock(&client->lock);
+    pthread_mutex_unlock(&endpoint->client->lock);
     return used;
 }
 
 // Attaches the smallest window there is, and gives it up again.
-static bkv_status_t try_out(bkv_client_t *client, const bkv_window_kind_t *kind, uint64_t deadline_ns, bkv_error_t *err) {
+static bkv_status_t try_out(bkv_client_endpoint_t *endpoint, const bkv_window_kind_t *kind, uint64_t deadline_ns,
+                            bkv_error_t *err) {
     uint64_t now_ns = bkv_client_now_ns();
     uint32_t left_ms = now_ns < deadline_ns ? (uint32_t)((deadline_ns - now_ns) / NS_PER_MS) : 0;
     if (left_ms == 0) {
         return bkv_fail(err, BKV_DEADLINE_EXCEEDED, "not tried: no time was left");
     }
     bkv_client_window_t *window = NULL;
-    bkv_status_t status = bkv_client_attach(client, kind, BKV_WINDOW_LEAST, left_ms, &window, err);
+    bkv_status_t status = bkv_client_attach(endpoint, kind, BKV_WINDOW_LEAST, left_ms, &window, err);
     if (status == BKV_OK) {
-        bkv_client_detach(client, window, left_ms);
+        bkv_client_detach(endpoint, window, left_ms);
         bkv_client_window_release(window);
     }
     return status;
 }
 
-static void look_at(bkv_client_t *client, size_t i, uint64_t deadline_ns, bkv_transport_info_t *info) {
+static void look_at(bkv_client_endpoint_t *endpoint, size_t i, uint64_t deadline_ns, bkv_transport_info_t *info) {
     bkv_error_t error = {.status = BKV_OK};
     if (!info->offered) {
         bkv_fail(&error, BKV_UNIMPLEMENTED, "not offered by the daemon");
-    } else if (kinds[i] != NULL && !in_use(client, kinds[i])) {
-        try_out(client, kinds[i], deadline_ns, &error);
+    } else if (kinds[i] != NULL && !in_use(endpoint, kinds[i])) {
+        try_out(endpoint, kinds[i], deadline_ns, &error);
     } else if (strcmp(names[i], "cuda-ipc") == 0) {
         bkv_fail(&error, BKV_UNIMPLEMENTED, "not tried: it takes GPU memory of the caller's");
     }
@@ -90,18 +91,19 @@ bkv_status_t bkv_transports(bkv_client_t *client, uint32_t timeout_ms, bkv_trans
     call->info = info;
     bkv_status_t status = bkv_call_run(&call->call, err);
     uint64_t deadline_ns = call->call.deadline_ns;
+    bkv_client_endpoint_t *endpoint = call->call.endpoint;
     bkv_call_free(&call->call);
     if (status != BKV_OK) {
         return status;
     }
     bkv_transport_info_t *chosen = NULL, *last = &info[BKV_TRANSPORTS - 1];
     for (size_t i = 0; i < BKV_TRANSPORTS; i++) {
-        look_at(client, i, deadline_ns, &info[i]);
-        if (kinds[i] != NULL && kinds[i] == client->link.kind && info[i].usable) {
+        look_at(endpoint, i, deadline_ns, &info[i]);
+        if (kinds[i] != NULL && kinds[i] == endpoint->link.kind && info[i].usable) {
             chosen = &info[i];
         }
     }
-    if (chosen == NULL && (client->link.kind == NULL || client->link.automatic)) {
+    if (chosen == NULL && (endpoint->link.kind == NULL || endpoint->link.automatic)) {
         chosen = last;
     }
     if (chosen != NULL) {

@@ -168,7 +168,7 @@ static bkv_status_t unpin_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_
 
 // If an earlier attempt's answer was lost, that one, or the restart, may have ended the lease. It has ended; that was asked.
 static void unpin_finish(bkv_call_t *call) {
-    if (call->error.status == BKV_NOT_FOUND && call->attempts > 1) {
+    if (call->error.status == BKV_NOT_FOUND && call->attempts > 1 + call->asked_next) {
         call->error = (bkv_error_t){.status = BKV_OK};
     }
 }
@@ -176,6 +176,7 @@ static void unpin_finish(bkv_call_t *call) {
 static const bkv_call_kind_t unpin_kind = {
     .method = BKV_CLIENT_SERVICE "Unpin",
     .shape = BKV_CALL_UNARY,
+    .one_has_it = true,
     .take = unpin_take,
     .finish = unpin_finish,
 };

@@ -198,9 +198,9 @@ static bkv_status_t ask(world_t *world, const uint8_t *handle, uint64_t bytes, b
     window.n_allocations = 1;
     window.allocations = &list;
     request.cuda_ipc = &window;
-    bkv_status_t status = bkv_client_session_ask(world->client, &request, 10000, &response, err);
+    bkv_status_t status = bkv_client_session_ask(world->client->endpoints[0], &request, 10000, &response, err);
     if (status == BKV_OK) {
-        bkv_client_session_end(world->client, response->session.data, 1000);
+        bkv_client_session_end(world->client->endpoints[0], response->session.data, 1000);
         balancekv__v1__attach_response__free_unpacked(response, NULL);
     }
     return status;
