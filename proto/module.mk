@@ -6,7 +6,8 @@ BOTH_OBJ := $(BOTH_SRC:%.c=$(BUILD)/obj/%.o)
 PROTO_OBJ := $(PROTO_GEN:.c=.o) $(BOTH_OBJ)
 PROTO_HDR := $(PROTO_GEN:.c=.h)
 
-$(BOTH_OBJ): DEPS_CFLAGS = $(call cflags_of,grpc libcrypto libibverbs libxxhash)
+$(BOTH_OBJ): DEPS_CFLAGS = $(call cflags_of,grpc libprotobuf-c libcrypto libibverbs libxxhash)
+$(BOTH_OBJ): | $(PROTO_HDR)
 
 $(BUILD)/proto/%.pb-c.c $(BUILD)/proto/%.pb-c.h &: proto/%.proto
 	@mkdir -p $(@D)

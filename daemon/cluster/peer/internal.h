@@ -1,7 +1,8 @@
 // internal.h - what the files of this room share; nobody else includes it.
 //
 // Files: peers.c (create, destroy, the table of peers), peer.c (one of them: its channel, what becomes of its health), lane.c (the
-// threads, who was silent for too long, probes), call.c (a call and its attempts), ask.c (Have, Forget, Drain, and any other
+// threads, who was silent for too long, probes), call.c (a call), attempt.c (how it
+// is put), ask.c (Have, Forget, Drain, and any other
 // single question), fetch.c (records by stream, and what their sink is told), store.c (records on their way out), pulse.h (how a
 // peer answers, in numbers), verbs.h (one-sided reads).
 //
@@ -90,8 +91,6 @@ typedef struct bkv_peer_tag {
     void *self;
 } bkv_peer_tag_t;
 
-typedef struct bkv_peer_attempt bkv_peer_attempt_t;
-
 typedef enum bkv_peer_shape {
     BKV_PEER_UNARY,    // one message each way
     BKV_PEER_UPLOAD,   // many out, one back
@@ -104,6 +103,7 @@ typedef struct bkv_peer_kind {
     bkv_peer_shape_t shape;
     bool probes; // is put to a suspected peer
     bool small;  // the time that it takes is the peer's latency
+    bool raw;    // its error is the peer's own, and none of those that peers.h names
     // The next message of the part that is due, the caller's to destroy; *last when none of this part follows. NULL: no memory.
     grpc_byte_buffer *(*next)(bkv_peer_call_t *call, bool *last);
     // Takes in a response, which stays the caller's. Anything but BKV_OK ends the call with that.
@@ -122,9 +122,31 @@ struct bkv_peer_call {
     uint64_t deadline_ms; // UINT64_MAX: none
     bkv_error_t error;
     _Atomic bool cancelled;
-    bkv_peer_attempt_t *attempt;            // [lane->lock] NULL: between two
+    struct bkv_peer_attempt *attempt;       // [lane->lock] NULL: between two
     bkv_peer_call_t *next_call, **previous; // [lane->lock] among the lane's
 };
+
+// One gRPC call of a call. Set up by whoever starts it, then its lane's.
+typedef struct bkv_peer_attempt {
+    bkv_peers_t *peers;
+    bkv_peer_call_t *call; // NULL: it has gone on without this attempt
+    grpc_call *grpc;
+    bkv_peer_tag_t send_tag, status_tag, receive_tag;
+    bool sending;               // a batch that sends is not back
+    uint32_t waiting;           // batches that receive and are not back
+    grpc_byte_buffer *message;  // being sent
+    grpc_byte_buffer *prepared; // to be sent after it
+    bool is_prepared, last;     // last: nothing follows what was prepared, or, where nothing is, what was sent
+    grpc_byte_buffer *received;
+    grpc_metadata_array initial, trailing;
+    grpc_status_code code;
+    grpc_slice details;
+    uint64_t started_us;
+    _Atomic uint64_t progress_ms; // when something last came of it
+    bool answered;                // a message has come
+    bool silent;                  // nothing came for too long: it was given up
+    bkv_error_t fault;            // of a message that came, or that could not be made
+} bkv_peer_attempt_t;
 
 // Zeroed memory of that size, which begins with a call. NULL: no memory.
 void *bkv_peer_call_new(size_t size, const bkv_peer_kind_t *kind, bkv_peer_t *peer, uint64_t deadline_ms);
@@ -134,7 +156,7 @@ void bkv_peer_call_free(bkv_peer_call_t *call); // of one that was not admitted
 // bkv_peer_call_conclude. Otherwise it is still the caller's to free.
 bkv_status_t bkv_peer_call_admit(bkv_peer_call_t *call, bkv_error_t *err);
 
-// Puts the part that is due. On RESOURCE_EXHAUSTED nothing has begun, and the call is still to be concluded or freed.
+// Puts the part that is due (attempt.c). On RESOURCE_EXHAUSTED nothing has begun, and the call is still to be concluded or freed.
 bkv_status_t bkv_peer_call_attempt(bkv_peer_call_t *call, bkv_error_t *err);
 
 // Admits and puts it. On failure the call has been freed.
@@ -211,7 +233,8 @@ typedef struct bkv_peer_fetch {
     const bkv_fetch_sink_t *sink;
     void *user;
     uint32_t count, ended;
-    uint8_t *states; // [count] bkv_fetch_state_t
+    uint8_t *states;   // [count] bkv_fetch_state_t
+    uint64_t *lengths; // [count] of those begun
     // By stream: the part that is due asks for rest[at..at + part).
     uint32_t *rest; // [count] indices, of those that were due when the stream began
     uint32_t rest_count, at, part;
