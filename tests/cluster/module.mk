@@ -23,3 +23,10 @@ test-cluster-run: all
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) tests/run.sh cluster
 	@BUILD=$(BUILD) PYTHONUNBUFFERED=1 $(PYTHON) tests/cluster/run.py --seconds $(or $(SECONDS),60) --nodes $(or $(NODES),5) \
 	  --seed $(or $(SEED),1) $(if $(FAULTS),--faults $(FAULTS))
+
+.PHONY: bench-cluster bench-cluster-run
+## bench-cluster: a pool's throughput per core against a daemon alone, and what distance costs; writes build/bench/bench-cluster.json
+bench-cluster: setup
+	@$(MAKE) --no-print-directory bench-cluster-run
+bench-cluster-run: all
+	@BUILD=$(BUILD) $(PYTHON) tests/cluster/bench.py $(BENCH)

@@ -40,7 +40,8 @@ class Result(unittest.TestResult):
     def addSubTest(self, test, subtest, err):
         super().addSubTest(test, subtest, err)
         if err is not None:
-            self.show("FAIL", subtest, "\n" + (self.failures + self.errors)[-1][1])
+            grown = self.failures if issubclass(err[0], test.failureException) else self.errors
+            self.show("FAIL", subtest, "\n" + grown[-1][1])
 
 
 def select(suite, words):
