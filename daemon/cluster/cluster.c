@@ -264,6 +264,7 @@ void bkv_cluster_drain_self(bkv_cluster_t *cluster, bkv_drain_order_t order, bkv
         .left_bytes = mover.left_bytes,
         .moved_keys = mover.moved_keys,
         .moved_bytes = mover.moved_bytes,
+        .settled = mover.settled,
     };
 }
 

@@ -224,5 +224,6 @@ void bkv_handle_peer_drain(bkv_call_t *call, bkv_bump_t *bump) {
     reply.left_bytes = progress.left_bytes;
     reply.moved_keys = progress.moved_keys;
     reply.moved_bytes = progress.moved_bytes;
+    reply.settled = progress.settled;
     bkv_call_reply(call, &reply.base);
 }

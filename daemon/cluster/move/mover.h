@@ -2,11 +2,18 @@
 //
 // One thread. It waits until a view has stayed the same for delay_ms (a daemon that is restarted is back by then, and nothing
 // need be moved at all), then goes through the store: asks each target which records it lacks, sends those, within a bandwidth.
-// When a pass was clean it is done until the next change, and what the plan says is not this daemon's any more becomes a copy
-// (bkv_store_set_copy). A pass in which something failed is followed by another, after a pause.
+// What is not this daemon's any more becomes a copy once its owners have it (bkv_store_set_copy), and a copy that is now its own
+// is none any more. A pass in which something failed is followed by another, after a pause; a clean one ends it, until the next
+// change. When the members change during a pass, it goes on as it was until the new view has lasted for the delay, so that it gets
+// on however often daemons come and go. A member that drains waits for nothing.
+//
+// Nothing is moved while etcd does not confirm that this daemon is a member, and nothing where nobody may own it.
 //
 // What it remembers is the view under which all was last in its place, `origin`: until the next repair is done, readers ask its
-// members too (a block may not have reached its new owners yet).
+// members too (a block may not have reached its new owners yet), and the plans start from it. A repair is done when all members
+// have ended a clean pass under the very same view, of which they ask each other (bkv_peer_drain): who has nothing to send himself
+// does not know whether another one, who was to send, has crashed before. Of a daemon that has just been started, which does not
+// know what was, origin is the last view without it.
 #ifndef BKV_MOVER_H
 #define BKV_MOVER_H
 
@@ -20,7 +27,8 @@ typedef struct bkv_mover_config {
     bkv_peers_t *peers;
     bkv_membership_t *membership;
     uint64_t delay_ms;
-    uint64_t rate; // bytes a second; 0: no limit
+    uint64_t rate;     // bytes a second; 0: no limit
+    uint64_t pause_ms; // after a first failure; later ones' grow to 30 times as much. 0: 1000
 } bkv_mover_config_t;
 
 typedef enum bkv_mover_state { BKV_MOVER_IDLE, BKV_MOVER_WAITING, BKV_MOVER_MOVING } bkv_mover_state_t;
@@ -30,6 +38,7 @@ typedef struct bkv_mover_progress {
     uint64_t left_keys, left_bytes;   // estimates: of this pass, what is planned and not yet sent
     uint64_t moved_keys, moved_bytes; // since the last drain began, or the start
     bool handed_over;                 // this member drains, and all that it held is with its present owners
+    uint64_t settled;                 // as in proto/peer.proto
 } bkv_mover_progress_t;
 
 // X(name, is_counter, help)

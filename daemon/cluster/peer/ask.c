@@ -262,6 +262,7 @@ static void drain_finish(bkv_peer_call_t *call) {
         .left_bytes = response->left_bytes,
         .moved_keys = response->moved_keys,
         .moved_bytes = response->moved_bytes,
+        .settled = response->settled,
     };
     question->drain(question->user, &call->error, &progress);
 }

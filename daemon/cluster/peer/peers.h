@@ -135,6 +135,7 @@ bkv_status_t bkv_peer_forget(bkv_peer_t *peer, const bkv_name_t *names, uint32_t
 typedef struct bkv_drain_progress {
     bool draining, done;
     uint64_t left_keys, left_bytes, moved_keys, moved_bytes;
+    uint64_t settled;
 } bkv_drain_progress_t;
 
 typedef enum bkv_drain_order { BKV_DRAIN_ASK, BKV_DRAIN_BEGIN, BKV_DRAIN_UNDO } bkv_drain_order_t;
