@@ -1,6 +1,7 @@
 // cluster.c - Cluster, Where and Drain: the pool as operators, and clients that route by key, want to see it.
 #include "daemon/observe/clock.h"
 #include "daemon/rpc/keyed.h"
+#include "daemon/rpc/peer.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -237,8 +238,7 @@ void bkv_handle_drain(bkv_call_t *call, bkv_bump_t *bump) {
         return;
     }
     bkv_error_t error;
-    if (!bkv_call_is_local(call)) {
-        bkv_fail(&error, BKV_PERMISSION_DENIED, "drain: only through the unix socket");
+    if (!bkv_call_is_operator(call, &error)) {
         bkv_call_fail(call, &error);
         return;
     }
