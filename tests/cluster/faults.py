@@ -328,7 +328,8 @@ class Faults:
 
 
 def quiet_signals():
-    """SIGTERM ends a run as Ctrl-C does: with everything torn down."""
+    """SIGTERM ends a run as Ctrl-C does, and Ctrl-C does even in the background: with everything torn down."""
     def end(*_):
         raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)

@@ -116,7 +116,7 @@ class Pool:
             self.network = Network()
             self.etcd_host = self.network.add("etcd")
             self.etcd = Etcd(host=self.etcd_host.address, port=2379, peer_port=2380, prefix=self.etcd_host.words,
-                             **(etcd_options or {}))
+                             parent=self.folder, **(etcd_options or {}))
             self.etcd.start()
             for number in range(1, nodes + 1):
                 self.add(f"n{number}")

@@ -23,13 +23,15 @@ class Etcd:
 
     host: where it listens. port, peer_port: free ones of this host unless given. prefix: words before each command, such as those
     that enter a network namespace. certificates: a folder with ca.pem, server.pem and server.key; clients must then show a
-    certificate of that CA. quota: bytes of its database, which is how to have its disk full."""
+    certificate of that CA. quota: bytes of its database, which is how to have its disk full.
+    parent: where its folder is made."""
 
-    def __init__(self, host="127.0.0.1", port=None, peer_port=None, prefix=(), certificates=None, quota=None):
+    def __init__(self, host="127.0.0.1", port=None, peer_port=None, prefix=(), certificates=None, quota=None,
+                 parent=None):
         self.host, self.prefix, self.certificates, self.quota = host, list(prefix), certificates, quota
         self.port, self.peer_port = port or free_port(), peer_port or free_port()
         self.endpoint = f"{host}:{self.port}"
-        self.folder = tempfile.mkdtemp(prefix="bkv-etcd-")
+        self.folder = tempfile.mkdtemp(prefix="bkv-etcd-", dir=parent)
         self.log_path = os.path.join(self.folder, "log")
         self.process = None
 
