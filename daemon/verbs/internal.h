@@ -79,6 +79,5 @@ void bkv_verbs_tell(bkv_verbs_t *verbs);
 
 bkv_status_t bkv_verbs_watch_start(bkv_verbs_t *verbs, bkv_error_t *err);
 void bkv_verbs_watch_stop(bkv_verbs_t *verbs); // once no path is left
-void bkv_verbs_wake(bkv_verbs_t *verbs);
 
 #endif

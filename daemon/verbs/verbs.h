@@ -36,6 +36,9 @@ typedef struct bkv_verbs_config {
     bkv_verbs_words_t words;
     const char *thread_name;
     uint64_t (*now_ms)(void);
+    // NULL, or called by the device's thread, which may block for nothing: it returns when it is to be called again at the latest.
+    uint64_t (*tick)(void *user, uint64_t now_ms);
+    void *user;
 } bkv_verbs_config_t;
 
 // UNIMPLEMENTED: the device cannot; RESOURCE_EXHAUSTED: no memory, completion queue, descriptor or thread.
@@ -46,6 +49,9 @@ void bkv_verbs_destroy(bkv_verbs_t *verbs);
 
 // Whether a new path has a chance now: the device is there and its port active.
 bool bkv_verbs_usable(const bkv_verbs_t *verbs);
+
+// Has the device's thread look at everything now, tick included.
+void bkv_verbs_wake(bkv_verbs_t *verbs);
 
 // Most paths at once.
 uint32_t bkv_verbs_max_paths(const bkv_verbs_t *verbs);

@@ -172,6 +172,10 @@ static int look_at_clock(bkv_verbs_t *verbs) {
     bkv_verbs_post(verbs); // what was abandoned has made room
     pthread_mutex_unlock(&verbs->lock);
     bkv_verbs_tell(verbs);
+    if (verbs->config.tick != NULL) {
+        uint64_t due_ms = verbs->config.tick(verbs->config.user, now_ms);
+        next_ms = due_ms < next_ms ? due_ms : next_ms;
+    }
     return next_ms > now_ms ? (int)(next_ms - now_ms) : 0;
 }
 

@@ -29,6 +29,21 @@ void *bkv_peer_fetch_begin(bkv_peer_fetch_t *fetch, uint32_t index, uint64_t ten
     return memory;
 }
 
+void bkv_peer_fetch_keep(bkv_peer_fetch_t *fetch, uint32_t index, void *memory) {
+    assert(index < fetch->count && fetch->states[index] == BKV_FETCH_BEGUN);
+    if (fetch->kept == NULL) {
+        fetch->kept = calloc(fetch->count, sizeof(fetch->kept[0]));
+    }
+    if (fetch->kept == NULL) {
+        bkv_error_t error;
+        bkv_fail(&error, BKV_RESOURCE_EXHAUSTED, "%s: no memory to ask again", fetch->call.peer->id);
+        bkv_peer_fetch_end(fetch, index, &error);
+        return;
+    }
+    fetch->kept[index] = memory;
+    fetch->states[index] = BKV_FETCH_KEPT;
+}
+
 void bkv_peer_fetch_end(bkv_peer_fetch_t *fetch, uint32_t index, const bkv_error_t *error) {
     assert(index < fetch->count && fetch->states[index] != BKV_FETCH_ENDED);
     bkv_peer_t *peer = fetch->call.peer;
@@ -122,6 +137,23 @@ static bkv_status_t check_header(const bkv_peer_fetch_t *fetch, const Balancekv_
     return BKV_OK;
 }
 
+// Where the record that begins is to go: where its sink says, or has said. NULL: nowhere, and it has ended.
+static void *place_for(bkv_peer_fetch_t *fetch, uint64_t tenant, uint64_t ttl_ms) {
+    uint32_t index = due_index(fetch);
+    if (fetch->states[index] != BKV_FETCH_KEPT) {
+        return bkv_peer_fetch_begin(fetch, index, tenant, fetch->bytes, ttl_ms);
+    }
+    if (fetch->lengths[index] != fetch->bytes) {
+        bkv_error_t error;
+        bkv_fail(&error, BKV_INTERNAL, "%s: a record of %llu bytes has %llu now", fetch->call.peer->id,
+                 (unsigned long long)fetch->lengths[index], (unsigned long long)fetch->bytes);
+        bkv_peer_fetch_end(fetch, index, &error);
+        return NULL;
+    }
+    fetch->states[index] = BKV_FETCH_BEGUN;
+    return fetch->kept[index];
+}
+
 // A record begins, of which this is the first chunk; its header must be in it.
 static bkv_status_t take_first(bkv_peer_fetch_t *fetch, const bkv_chunk_t *chunk, grpc_byte_buffer *message, bkv_error_t *err) {
     const Balancekv__V1__RecordChunk *head = chunk->head;
@@ -141,7 +173,7 @@ static bkv_status_t take_first(bkv_peer_fetch_t *fetch, const bkv_chunk_t *chunk
         fetch->coming = true;
         fetch->received = 0;
         fetch->bytes = head->record_bytes;
-        fetch->memory = bkv_peer_fetch_begin(fetch, due_index(fetch), header.tenant, fetch->bytes, head->ttl_ms);
+        fetch->memory = place_for(fetch, header.tenant, head->ttl_ms);
     }
     return status;
 }
@@ -215,6 +247,7 @@ static void fetch_finish(bkv_peer_call_t *call) {
 
 static void fetch_clean(bkv_peer_call_t *call) {
     bkv_peer_fetch_t *fetch = (bkv_peer_fetch_t *)call;
+    free(fetch->kept);
     free(fetch->lengths);
     free(fetch->rest);
     free(fetch->states);
@@ -237,7 +270,7 @@ static void set_rest(bkv_peer_fetch_t *fetch) {
     fetch->at = fetch->rest_count = 0;
     for (uint32_t i = 0; i < fetch->count; i++) {
         if (fetch->states[i] != BKV_FETCH_ENDED) {
-            assert(fetch->states[i] == BKV_FETCH_DUE);
+            assert(fetch->states[i] == BKV_FETCH_DUE || fetch->states[i] == BKV_FETCH_KEPT);
             fetch->rest[fetch->rest_count++] = i;
         }
     }

@@ -225,6 +225,7 @@ void bkv_peer_probe(bkv_peer_t *peer); // a question of no names, whatever the a
 typedef enum bkv_fetch_state {
     BKV_FETCH_DUE,   // nothing has been said of it
     BKV_FETCH_BEGUN, // its sink has given memory for it
+    BKV_FETCH_KEPT,  // so it has, but nothing came: it is to come by stream
     BKV_FETCH_ENDED,
 } bkv_fetch_state_t;
 
@@ -235,6 +236,7 @@ typedef struct bkv_peer_fetch {
     uint32_t count, ended;
     uint8_t *states;   // [count] bkv_fetch_state_t
     uint64_t *lengths; // [count] of those begun
+    void **kept;       // [count] where those kept are to go; NULL: there never was one
     // By stream: the part that is due asks for rest[at..at + part).
     uint32_t *rest; // [count] indices, of those that were due when the stream began
     uint32_t rest_count, at, part;
@@ -248,10 +250,13 @@ typedef struct bkv_peer_fetch {
 // One record of a fetch, from whichever source: asks its sink where it is to go. NULL: nowhere, and it has ended.
 void *bkv_peer_fetch_begin(bkv_peer_fetch_t *fetch, uint32_t index, uint64_t tenant, uint64_t bytes, uint64_t ttl_ms);
 
+// One that has begun did not come: it is to come by stream after all, to the same memory, which nothing else writes to any more.
+void bkv_peer_fetch_keep(bkv_peer_fetch_t *fetch, uint32_t index, void *memory);
+
 // Ends one that has not ended; after bkv_peer_fetch_begin its memory is the sink's again. BKV_OK counts it.
 void bkv_peer_fetch_end(bkv_peer_fetch_t *fetch, uint32_t index, const bkv_error_t *error);
 
-// Goes on by stream with all that have not ended (those begun are to be ended first), or ends the fetch where all have. On a
+// Goes on by stream with all that have not ended (those begun are to be ended or kept first), or ends the fetch where all have. On a
 // thread of the peers' that is not in one of the fetch's callbacks.
 void bkv_peer_fetch_rest(bkv_peer_fetch_t *fetch);
 
