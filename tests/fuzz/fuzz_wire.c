@@ -1,11 +1,13 @@
-// fuzz_wire.c - requests as a hostile client may send them: the split of PutRequest and AttendRequest, and every other parser.
+// fuzz_wire.c - requests as a hostile client or peer may send them: the split of PutRequest and AttendRequest, and every other
+// parser but that of Store, which is fuzz_intake.c's.
 //
 // The first byte chooses the message, the second how the bytes are cut into slices. Whatever the split accepts is compared
 // with protobuf-c's reading of the whole message.
-#include "daemon/rpc/wire.h"
+#include "daemon/rpc/peer.h"
 #include "proto/verbs_window.h"
 
 #include "health.pb-c.h"
+#include "peer.pb-c.h"
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
@@ -198,6 +200,28 @@ static void fuzz_fold(const ProtobufCMessage *message, bkv_bump_t *bump) {
     }
 }
 
+// Names that are taken are whole, and as they were sent.
+static void check_names(const ProtobufCBinaryData *bytes) {
+    const bkv_server_t server = {.config = {.max_batch = MAX_BATCH}};
+    const bkv_name_t *names;
+    uint32_t count;
+    bkv_error_t err;
+    if (bkv_peer_names(&server, bytes, &names, &count, &err) == BKV_OK) {
+        assert(count > 0 && count <= MAX_BATCH && (size_t)count * BKV_NAME_BYTES == bytes->len);
+        assert(memcmp(names[count - 1].key.bytes, bytes->data + bytes->len - BKV_KEY_BYTES, BKV_KEY_BYTES) == 0);
+    }
+}
+
+static void fuzz_have(const ProtobufCMessage *message, bkv_bump_t *bump) {
+    (void)bump;
+    check_names(&((const Balancekv__Cluster__V1__HaveRequest *)message)->names);
+}
+
+static void fuzz_locate(const ProtobufCMessage *message, bkv_bump_t *bump) {
+    (void)bump;
+    check_names(&((const Balancekv__Cluster__V1__LocateRequest *)message)->names);
+}
+
 static void ignore(const ProtobufCMessage *message, bkv_bump_t *bump) {
     (void)message;
     (void)bump;
@@ -219,19 +243,27 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         {&grpc__health__v1__health_check_request__descriptor, ignore},
         {&balancekv__v1__attach_request__descriptor, fuzz_attach},
         {&balancekv__v1__detach_request__descriptor, fuzz_detach},
+        {NULL, NULL}, // Put
+        {NULL, NULL}, // Attend
+        {&balancekv__cluster__v1__have_request__descriptor, fuzz_have},
+        {&balancekv__cluster__v1__fetch_request__descriptor, fuzz_have}, // the same fields
+        {&balancekv__cluster__v1__forget_request__descriptor, fuzz_have},
+        {&balancekv__cluster__v1__peer_drain_request__descriptor, ignore},
+        {&balancekv__cluster__v1__link_request__descriptor, ignore},
+        {&balancekv__cluster__v1__locate_request__descriptor, fuzz_locate},
     };
-    const size_t kinds = sizeof(whole) / sizeof(whole[0]);
+    const size_t put = 11, attend = 12, kinds = sizeof(whole) / sizeof(whole[0]);
     if (size < 2) {
         return 0;
     }
-    size_t kind = data[0] % (kinds + 2);
+    size_t kind = data[0] % kinds;
     size_t piece = (size_t)data[1] + 1;
     grpc_byte_buffer *message = received(data + 2, size - 2, piece);
     bkv_bump_t bump;
     bkv_bump_init(&bump, LIMIT);
-    if (kind == kinds) {
+    if (kind == put) {
         fuzz_put(message, &bump, data + 2, size - 2);
-    } else if (kind == kinds + 1) {
+    } else if (kind == attend) {
         fuzz_attend(message, &bump);
     } else {
         const ProtobufCMessage *request;
