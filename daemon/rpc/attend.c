@@ -1,21 +1,29 @@
 // attend.c - Attend: queries in, attention over resident records on a compute thread, partial output and log-sum-exp out.
 //
-// The queries are copied out of the message once, into aligned memory; the output goes out from where it was computed.
+// The queries are copied out of the message once, into aligned memory; the output goes out from where it was computed. In a
+// cluster, records that are not here are brought first, and stay pinned until the output is there.
 #include "daemon/observe/clock.h"
+#include "daemon/rpc/bring.h"
 #include "daemon/rpc/keyed.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #define ALIGNMENT 64
 
 typedef struct attend {
-    bkv_call_t *call;
     float *q, *out, *lse;
     uint64_t out_bytes, lse_bytes;
+    bkv_attend_args_t args;
+    bkv_spec_id_t spec_id;
+    bkv_bring_t *bring; // NULL: without a cluster
+    uint32_t count;
+    bkv_key_t keys[]; // [count], in a cluster
 } attend_t;
 
 static void attend_free(void *body) {
     attend_t *attend = body;
+    bkv_bring_free(attend->bring);
     free(attend->q);
     free(attend->out);
     free(attend->lse);
@@ -81,11 +89,49 @@ static void reply_attend(bkv_call_t *call) {
 
 static void on_attended(void *user, const bkv_error_t *error) {
     bkv_call_t *call = user;
+    attend_t *attend = call->body;
+    if (attend->bring != NULL) {
+        bkv_bring_used(attend->bring);
+    }
     if (error->status != BKV_OK) {
         bkv_call_fail(call, error);
     } else {
         reply_attend(call);
     }
+}
+
+static bkv_status_t attend_now(bkv_call_t *call, const bkv_key_t *keys, uint32_t count, bkv_error_t *err) {
+    const attend_t *attend = call->body;
+    return bkv_attend_start(call->server->config.pipeline, &attend->spec_id, keys, count, &attend->args, bkv_now_ms(),
+                            on_attended, call, err);
+}
+
+// On a thread of the cluster's or the handler's: the records are here, or cannot be had.
+static void on_brought(void *user) {
+    bkv_call_t *call = user;
+    const attend_t *attend = call->body;
+    bkv_error_t error;
+    bkv_status_t status = bkv_bring_result(attend->bring, &error);
+    if (status == BKV_OK) {
+        status = attend_now(call, attend->keys, attend->count, &error);
+    }
+    if (status != BKV_OK) {
+        bkv_call_fail(call, &error);
+    } // else on_attended may have ended the call already
+}
+
+static bkv_status_t bring(bkv_call_t *call, const bkv_keyed_t *keyed, bkv_error_t *err) {
+    attend_t *attend = call->body;
+    memcpy(attend->keys, keyed->keys, keyed->count * sizeof(attend->keys[0]));
+    attend->count = keyed->count;
+    attend->bring = bkv_bring_new(call->server, &keyed->spec_id, keyed->keys, keyed->count);
+    if (attend->bring == NULL) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for them");
+    }
+    if (bkv_bring_start(attend->bring, call->deadline_ms, on_brought, call)) {
+        on_brought(call);
+    }
+    return BKV_OK;
 }
 
 static bkv_status_t attend_start(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__AttendRequest *request,
@@ -98,7 +144,8 @@ static bkv_status_t attend_start(bkv_call_t *call, bkv_bump_t *bump, const Balan
     if (status != BKV_OK) {
         return status;
     }
-    attend_t *attend = calloc(1, sizeof(*attend));
+    bool alone = call->server->config.cluster == NULL;
+    attend_t *attend = calloc(1, sizeof(*attend) + (alone ? 0 : keyed.count) * sizeof(attend->keys[0]));
     if (attend == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "queries: no memory for them");
     }
@@ -112,7 +159,8 @@ static bkv_status_t attend_start(bkv_call_t *call, bkv_bump_t *bump, const Balan
     if (status != BKV_OK) {
         return status;
     }
-    const bkv_attend_args_t args = {
+    attend->spec_id = keyed.spec_id;
+    attend->args = (bkv_attend_args_t){
         .first_layer = request->first_layer,
         .layers = request->layers,
         .query_heads = request->query_heads,
@@ -122,8 +170,7 @@ static bkv_status_t attend_start(bkv_call_t *call, bkv_bump_t *bump, const Balan
         .out = attend->out,
         .lse = attend->lse,
     };
-    return bkv_attend_start(call->server->config.pipeline, &keyed.spec_id, keyed.keys, keyed.count, &args, bkv_now_ms(),
-                            on_attended, call, err);
+    return alone ? attend_now(call, keyed.keys, keyed.count, err) : bring(call, &keyed, err);
 }
 
 void bkv_handle_attend(bkv_call_t *call, bkv_bump_t *bump) {

@@ -7,8 +7,9 @@
 // therefore counts as a holder of its record, which is released by the last of them.
 //
 // Who may touch what: everything belongs to the sender, the event or callback that is being run; of a record that a transport
-// has, error and state belong to its callback. When the sender finds the record that is due still moving, it leaves, and the
-// next callback is the sender. `busy` counts the sender and the records that transports have; who takes it to 0 ends the call.
+// has, error and state belong to its callback, and a window that is being brought from the pool to the cluster. When the sender
+// finds what is due still moving, it leaves, and the next callback is the sender. `busy` counts the sender, the records that
+// transports have, and such windows; who takes it to 0 ends the call.
 #include "daemon/rpc/records.h"
 
 #include "daemon/observe/clock.h"
@@ -27,6 +28,8 @@
 struct bkv_parcel {
     bkv_server_t *server;
     bkv_delivery_t delivery;
+    bkv_name_t name; // where it came from the pool
+    bool came;
     _Atomic uint32_t holders; // the call while it sends, and every chunk that gRPC has not let go of
 };
 
@@ -38,6 +41,9 @@ static void parcel_release(void *user) {
     if (atomic_fetch_sub(&parcel->holders, 1) == 1) {
         bkv_server_t *server = parcel->server;
         bkv_delivery_release(server->config.pipeline, &parcel->delivery);
+        if (parcel->came) {
+            bkv_cluster_used(server->config.cluster, &parcel->name);
+        }
         free(parcel);
         bkv_server_release(server);
     }
@@ -73,6 +79,11 @@ static void records_free(void *body) {
         bkv_session_release(records->session);
     }
     bkv_fold_release(records->server->config.pipeline, &records->folded);
+    bkv_bring_free(records->brought);
+    if (records->ahead != NULL) {
+        bkv_ahead_deinit(records->ahead);
+        free(records->ahead);
+    }
     free(records->names);
     free(records);
 }
@@ -127,6 +138,37 @@ static void stop(bkv_call_t *call, const bkv_error_t *error) {
     records_release(call);
 }
 
+// ---- from the pool ----
+
+static void advance(bkv_call_t *call);
+
+static void on_begins(bkv_call_t *call) {
+    bkv_records_t *records = call->body;
+    atomic_fetch_add(&records->busy, 1);
+}
+
+static void on_arrived(void *user) {
+    bkv_call_t *call = user;
+    bkv_records_t *records = call->body;
+    if (atomic_exchange(&records->waiting, false)) {
+        advance(call);
+    }
+    records_release(call);
+}
+
+bkv_status_t bkv_records_reach_out(bkv_call_t *call, bkv_error_t *err) {
+    bkv_records_t *records = call->body;
+    if (call->server->config.cluster == NULL) {
+        return BKV_OK;
+    }
+    records->ahead = malloc(sizeof(*records->ahead));
+    if (records->ahead == NULL) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory to look for them");
+    }
+    bkv_ahead_init(records->ahead, call, &records->spec_id, records->keys, records->count, on_begins, on_arrived);
+    return BKV_OK;
+}
+
 // ---- taking up ----
 
 static bkv_due_t *due_of(bkv_records_t *records, uint32_t number) {
@@ -164,18 +206,22 @@ static bkv_status_t get_parcel(bkv_records_t *records, uint32_t number, bkv_parc
     return BKV_OK;
 }
 
-// Of one key; the others are delivered all the same.
-static bool is_missing(bkv_status_t status) {
+// It is not here, or not as it should be.
+static bool is_gone(bkv_status_t status) {
     return status == BKV_NOT_FOUND || status == BKV_DATA_LOSS;
+}
+
+// Of one key; the others are delivered all the same.
+static bool is_missing(const bkv_records_t *records, bkv_status_t status) {
+    bool in_pool = status == BKV_BUSY || status == BKV_DEADLINE_EXCEEDED || status == BKV_RESOURCE_EXHAUSTED;
+    return is_gone(status) || (records->ahead != NULL && in_pool);
 }
 
 static void due_fail(bkv_records_t *records, bkv_due_t *due, const bkv_error_t *error) {
     due->error = *error;
     atomic_store(&due->state, BKV_DUE_FAILED);
-    records->closed = !is_missing(error->status);
+    records->closed = !is_missing(records, error->status);
 }
-
-static void advance(bkv_call_t *call);
 
 static void on_delivered(void *user, const bkv_error_t *error) {
     bkv_due_t *due = user;
@@ -219,15 +265,41 @@ static void place(bkv_records_t *records, bkv_due_t *due) {
     }
 }
 
-// Takes the next record up. False: not yet, as those before it are in its way.
+// The next record, which may have to be brought here first. *later: not yet, as it is on its way, or those before it are in its.
+static bkv_status_t reach_next(bkv_records_t *records, bkv_parcel_t **parcel, bool *later, bkv_error_t *err) {
+    bkv_ahead_t *ahead = records->ahead;
+    const uint32_t number = records->next;
+    bkv_reach_t reach;
+    bkv_status_t status;
+    do {
+        reach = bkv_ahead_reach(ahead, number, err);
+        status = reach == BKV_REACH_HERE ? get_parcel(records, number, parcel, err) : err->status;
+        *later = reach == BKV_REACH_COMING || (reach == BKV_REACH_NO_ROOM && number > records->index);
+    } while (!*later && (reach == BKV_REACH_NO_ROOM || (reach == BKV_REACH_HERE && is_gone(status))) &&
+             bkv_ahead_retry(ahead, number));
+    bool busy = status == BKV_BUSY && number > records->index;
+    if (*later || busy || ahead->now == NULL) {
+        return status;
+    }
+    bool came = bkv_ahead_taken(ahead, number);
+    if (status == BKV_OK) {
+        (*parcel)->came = came;
+        (*parcel)->name = (bkv_name_t){.spec_id = records->spec_id, .key = records->keys[number]};
+    }
+    return status;
+}
+
+// Takes the next record up. False: not yet, as it is not here, or those before it are in its way.
 static bool take_next(bkv_call_t *call) {
     bkv_records_t *records = call->body;
     bkv_due_t *due = due_of(records, records->next);
-    bkv_error_t error;
+    bkv_error_t error = {.status = BKV_OK};
+    bool later = false;
     due->call = call;
     atomic_store(&due->state, BKV_DUE_INLINE);
-    bkv_status_t status = get_parcel(records, records->next, &due->parcel, &error);
-    if (status == BKV_BUSY && records->next > records->index) {
+    bkv_status_t status = records->ahead != NULL ? reach_next(records, &due->parcel, &later, &error)
+                                                 : get_parcel(records, records->next, &due->parcel, &error);
+    if (later || (status == BKV_BUSY && records->next > records->index)) {
         return false;
     }
     if (status != BKV_OK) {
@@ -374,25 +446,42 @@ static void send_due(bkv_call_t *call, bkv_due_t *due) {
         send_chunk(call, due);
     } else if (state == BKV_DUE_PLACED) {
         send_placed(call, due);
-    } else if (is_missing(due->error.status)) {
+    } else if (is_missing(records, due->error.status)) {
         send_missing(call, &due->error);
     } else {
         stop(call, &due->error);
     }
 }
 
-// Whether the record has come as far as it can. False: somebody else is the sender now.
-static bool wait_for(bkv_records_t *records, const bkv_due_t *due) {
-    while (atomic_load(&due->state) == BKV_DUE_MOVING) {
-        atomic_store(&records->waiting, true);
-        if (atomic_load(&due->state) == BKV_DUE_MOVING) {
-            return false; // the callback that comes next sees `waiting`
-        }
-        if (!atomic_exchange(&records->waiting, false)) {
-            return false; // a callback has seen it
+static uint32_t arrivals(const bkv_records_t *records) {
+    return records->ahead != NULL ? atomic_load(&records->ahead->arrivals) : 0;
+}
+
+// Whether what the sender needs has yet to come: the record to the client's memory or, where none could be taken up, a window of
+// records to this daemon, of which so many had come before.
+static bool is_under_way(const bkv_records_t *records, const bkv_due_t *due, uint32_t had_come) {
+    return due != NULL ? atomic_load(&due->state) == BKV_DUE_MOVING : arrivals(records) == had_come;
+}
+
+// Takes up what can be, until the record that is due has come as far as it can. False: somebody else is the sender now.
+static bool come_to_due(bkv_call_t *call) {
+    bkv_records_t *records = call->body;
+    for (;;) {
+        uint32_t had_come = arrivals(records);
+        take_up(call);
+        const bkv_due_t *due = records->next > records->index ? due_of(records, records->index) : NULL;
+        if (is_under_way(records, due, had_come)) {
+            atomic_store(&records->waiting, true);
+            if (is_under_way(records, due, had_come)) {
+                return false; // the callback that comes next sees `waiting`
+            }
+            if (!atomic_exchange(&records->waiting, false)) {
+                return false; // a callback has seen it
+            }
+        } else if (due != NULL) {
+            return true;
         }
     }
-    return true;
 }
 
 // The sender: starts what can be started, then sends what is due. It counts twice, as another one may follow it, and end the
@@ -400,12 +489,10 @@ static bool wait_for(bkv_records_t *records, const bkv_due_t *due) {
 static void advance(bkv_call_t *call) {
     bkv_records_t *records = call->body;
     atomic_fetch_add(&records->busy, 1);
-    take_up(call);
-    bkv_due_t *due = due_of(records, records->index);
     if (records->count == 0) { // a request without keys
         records_release(call);
-    } else if (wait_for(records, due)) {
-        send_due(call, due);
+    } else if (come_to_due(call)) {
+        send_due(call, due_of(records, records->index));
     }
     records_release(call);
 }

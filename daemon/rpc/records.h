@@ -3,7 +3,7 @@
 #ifndef BKV_RPC_RECORDS_H
 #define BKV_RPC_RECORDS_H
 
-#include "daemon/rpc/call.h"
+#include "daemon/rpc/ahead.h"
 
 // How many records of a call transports may move at a time, so that neither waits for the other.
 #define BKV_RECORDS_AHEAD 8
@@ -32,7 +32,10 @@ typedef struct bkv_records {
     bkv_deliver_range_t range;
     bkv_fold_result_t folded; // Fold: the records; those taken up are empty
     bool fold, no_data;       // no_data: only say what there is
+    bkv_fold_args_t parts;    // Fold in a cluster: of what, to be folded again once that has been brought here. keys are `keys`
+    bkv_bring_t *brought;     // likewise: what is being brought, or has been. NULL: nothing
     bkv_name_t *names;        // Fetch: whole records of any specs, in place of the keys; owned. Missing ones are no failure
+    bkv_ahead_t *ahead;       // Get in a cluster: what is not here comes from the pool. NULL: nothing does
     bkv_session_t *session;   // NULL: everything goes through messages
     bkv_wire_place_t room;    // what is left of the request's place; moves on as records are packed
 
@@ -44,7 +47,7 @@ typedef struct bkv_records {
     bkv_error_t error;                // what ended the call early
     grpc_byte_buffer *last;           // message, which goes with the status
 
-    _Atomic uint32_t busy; // the sender, and the records that transports have
+    _Atomic uint32_t busy; // the sender, records that transports have, and windows that are being brought here
     _Atomic bool waiting;  // for a callback, which is the sender from then on
     bkv_key_t keys[];
 } bkv_records_t;
@@ -54,6 +57,9 @@ bkv_records_t *bkv_records_new(bkv_call_t *call, uint32_t count);
 
 // The same of whole records of any specs, whose names are copied.
 bkv_records_t *bkv_records_new_names(bkv_call_t *call, const bkv_name_t *names, uint32_t count);
+
+// Has records that are not here brought from the pool, once spec_id and keys are filled in. Without a cluster: nothing.
+bkv_status_t bkv_records_reach_out(bkv_call_t *call, bkv_error_t *err);
 
 // Takes a request's place, NULL where it has none, as room for the records.
 bkv_status_t bkv_records_set_room(bkv_records_t *records, const Balancekv__V1__Place *place, bkv_error_t *err);

@@ -1,8 +1,10 @@
 // unary.c - the calls that are answered on the spot: Open, Lookup, Pin, Unpin, Drop and Stats. One request in, one reply out,
-// no waiting in between. Attend, which waits for a compute thread, is in attend.c.
+// no waiting in between; what others of a cluster must be asked for goes on in pooled.c. Attend, which waits for a compute thread,
+// is in attend.c.
 #include "daemon/observe/clock.h"
 #include "daemon/rpc/call.h"
 #include "daemon/rpc/keyed.h"
+#include "daemon/rpc/pooled.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -89,10 +91,16 @@ void bkv_handle_lookup(bkv_call_t *call, bkv_bump_t *bump) {
     }
     Balancekv__V1__LookupResponse reply = BALANCEKV__V1__LOOKUP_RESPONSE__INIT;
     uint64_t now_ms = bkv_now_ms();
+    uint32_t absent = 0;
     for (uint32_t i = 0; i < keyed.count; i++) {
         bool resident = bkv_store_contains(call->server->config.store, &keyed.spec_id, &keyed.keys[i], now_ms);
         states[i] = resident ? BALANCEKV__V1__KEY_STATE__KEY_RESIDENT : BALANCEKV__V1__KEY_STATE__KEY_ABSENT;
         reply.prefix += resident && reply.prefix == i;
+        absent += !resident;
+    }
+    if (absent > 0 && call->server->config.cluster != NULL) {
+        bkv_pooled_lookup(call, &keyed, states);
+        return;
     }
     reply.n_states = keyed.count;
     reply.states = states;
@@ -100,22 +108,17 @@ void bkv_handle_lookup(bkv_call_t *call, bkv_bump_t *bump) {
     bkv_call_reply(call, &reply.base);
 }
 
-static bkv_status_t pin(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__PinRequest *request, uint64_t *lease,
-                        bkv_error_t *err) {
-    bkv_keyed_t keyed;
-    bkv_status_t status = bkv_keyed_get(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, err);
+static bkv_status_t get_pin(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__PinRequest *request, bkv_keyed_t *keyed,
+                            bkv_error_t *err) {
+    bkv_status_t status = bkv_keyed_get(call, bump, &request->spec_id, request->n_keys, request->keys, keyed, err);
     if (status == BKV_OK) {
-        status = bkv_keyed_need(&keyed, err);
+        status = bkv_keyed_need(keyed, err);
     }
-    if (status != BKV_OK) {
-        return status;
-    }
-    if (request->ttl_ms == 0 || request->ttl_ms > MAX_LEASE_MS) {
+    if (status == BKV_OK && (request->ttl_ms == 0 || request->ttl_ms > MAX_LEASE_MS)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "ttl_ms: %llu is not within 1..%d", (unsigned long long)request->ttl_ms,
                         MAX_LEASE_MS);
     }
-    return bkv_store_lease(call->server->config.store, &keyed.spec_id, keyed.keys, keyed.count, request->ttl_ms, bkv_now_ms(),
-                           lease, err);
+    return status;
 }
 
 void bkv_handle_pin(bkv_call_t *call, bkv_bump_t *bump) {
@@ -124,14 +127,15 @@ void bkv_handle_pin(bkv_call_t *call, bkv_bump_t *bump) {
     if (request == NULL) {
         return;
     }
-    Balancekv__V1__PinResponse reply = BALANCEKV__V1__PIN_RESPONSE__INIT;
+    bkv_keyed_t keyed;
     bkv_error_t error;
-    if (pin(call, bump, request, &reply.lease, &error) != BKV_OK) {
+    if (get_pin(call, bump, request, &keyed, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
-        return;
+    } else if (call->server->config.cluster != NULL) {
+        bkv_pooled_pin(call, &keyed, request->ttl_ms);
+    } else {
+        bkv_reply_pin(call, &keyed.spec_id, keyed.keys, keyed.count, request->ttl_ms);
     }
-    reply.boot_epoch = call->server->config.boot_epoch;
-    bkv_call_reply(call, &reply.base);
 }
 
 void bkv_handle_unpin(bkv_call_t *call, bkv_bump_t *bump) {
@@ -160,6 +164,10 @@ void bkv_handle_drop(bkv_call_t *call, bkv_bump_t *bump) {
     bkv_error_t error;
     if (bkv_keyed_get(call, bump, &request->spec_id, request->n_keys, request->keys, &keyed, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
+        return;
+    }
+    if (call->server->config.cluster != NULL) {
+        bkv_pooled_drop(call, &keyed);
         return;
     }
     Balancekv__V1__DropResponse reply = BALANCEKV__V1__DROP_RESPONSE__INIT;
