@@ -224,6 +224,79 @@ BKV_API void bkv_stats_free(bkv_stats_t *stats);
 // restart it may take a second until the client looks again. round_trip_ns may be NULL.
 BKV_API bkv_status_t bkv_ping(bkv_client_t *client, uint32_t timeout_ms, uint64_t *round_trip_ns, bkv_error_t *err);
 
+// ---- the cluster, as the daemon that is asked sees it; FAILED_PRECONDITION: that one runs alone ----
+
+typedef struct bkv_cluster_node {
+    const char *id, *domain, *version; // domain: failure domain; "": one of its own
+    uint64_t epoch;                    // of its present start
+    size_t address_count, transport_count;
+    const char *const *addresses;  // host:port, the best first
+    const char *const *transports; // "shm", "cuda-ipc", "verbs", "inline"
+    uint64_t capacity_bytes;
+    uint32_t weight;
+    bool draining;
+    bool suspected;      // did not answer the asked daemon in time lately
+    uint64_t latency_us; // from the asked daemon; 0 for itself, and where it has not been measured
+} bkv_cluster_node_t;
+
+typedef struct bkv_cluster_info {
+    const char *name;
+    const char *self;    // id of the daemon that was asked
+    const char *state;   // of its membership: "member", "joining", "cut off", "blocked" or "left"
+    const char *trouble; // why it is not a member; ""
+    uint64_t view;       // counts changes of the members, in that process
+    int64_t revision;    // etcd's, of the view
+    uint64_t seed;       // of the placement
+    uint32_t replicas;
+    const char *repair;                           // "idle", "waiting" (for the view to stay as it is) or "moving"
+    uint64_t repair_left_keys, repair_left_bytes; // estimates
+    uint64_t repaired_bytes;                      // sent by that daemon since its start
+    uint64_t boot_epoch;
+    size_t count;
+    const bkv_cluster_node_t *nodes; // ascending by id
+} bkv_cluster_info_t;
+
+// *info is the caller's; free it with bkv_cluster_free.
+BKV_API bkv_status_t bkv_cluster_get(bkv_client_t *client, uint32_t timeout_ms, bkv_cluster_info_t **info, bkv_error_t *err);
+BKV_API void bkv_cluster_free(bkv_cluster_info_t *info); // NULL is allowed
+
+// Where one block is.
+typedef struct bkv_where_key {
+    size_t owner_count, holder_count;
+    const char *const *owners;  // ids of the members that are to have it, the first one first
+    const char *const *holders; // of these and the asked daemon, those that have it now
+    uint64_t record_bytes;      // 0: nobody has it
+} bkv_where_key_t;
+
+typedef struct bkv_where {
+    size_t count;
+    const bkv_where_key_t *keys;
+} bkv_where_t;
+
+// Who owns `count` blocks of a spec and who of these has them now. id NULL: owners alone, for which nobody else is asked. *where is
+// the caller's; free it with bkv_where_free.
+BKV_API bkv_status_t bkv_where(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+                               uint32_t timeout_ms, bkv_where_t **where, bkv_error_t *err);
+BKV_API void bkv_where_free(bkv_where_t *where); // NULL is allowed
+
+typedef enum bkv_drain_step {
+    BKV_DRAIN_LOOK,  // change nothing
+    BKV_DRAIN_SET,   // the member is to hand all that it holds to others
+    BKV_DRAIN_CLEAR, // it is not, after all
+} bkv_drain_step_t;
+
+typedef struct bkv_drain_state {
+    bool draining;
+    bool done;                        // all that it held is with others: it may be stopped
+    uint64_t left_keys, left_bytes;   // estimates of what it still must send
+    uint64_t moved_keys, moved_bytes; // since the drain began
+} bkv_drain_state_t;
+
+// Has a member (by id; NULL: the daemon that is asked) hand its blocks over before it goes, and says how far it is: set it once,
+// then look until it is done. For operators: through a daemon's unix socket, PERMISSION_DENIED elsewhere. state may be NULL.
+BKV_API bkv_status_t bkv_drain(bkv_client_t *client, const char *member, bkv_drain_step_t step, uint32_t timeout_ms,
+                               bkv_drain_state_t *state, bkv_error_t *err);
+
 BKV_API void bkv_record_free(bkv_record_t *record); // frees data, not the struct; NULL data is allowed
 
 // Which transports there are and which is in use: asks the daemon, and tries those that are not in use yet. info has room for

@@ -31,7 +31,8 @@
 #define BKV_CLI_BENCH     0x20000u
 #define BKV_CLI_CALIBRATE 0x40000u
 #define BKV_CLI_PING      0x80000u
-#define BKV_CLI_ANY_GROUP 0xfffffu
+#define BKV_CLI_CLUSTER   0x100000u
+#define BKV_CLI_ANY_GROUP 0x1fffffu
 
 // Options of several groups.
 #define BKV_CLI_COMPRESS (BKV_CLI_CODEC | BKV_CLI_CALIBRATE)
@@ -58,7 +59,7 @@ typedef struct bkv_cli_range {
     X(json, "json", FLAG, NULL, ALL, "JSON on stdout, errors as JSON on stderr")                                               \
     X(help, "help", FLAG, NULL, ALL, "this text")                                                                              \
     X(endpoint, "endpoint", STRING, "ADDR", CONNECT,                                                                           \
-      "daemon: unix:/PATH or HOST:PORT (default $BKV_ENDPOINT, else " BKV_DEFAULT_ENDPOINT ")")                                \
+      "daemon: unix:/PATH or HOST:PORT, or several, by commas (default $BKV_ENDPOINT, else " BKV_DEFAULT_ENDPOINT ")")         \
     X(timeout, "timeout", MS, "TIME", CONNECT, "deadline of each call: 500ms, 10s, 2m (default 10s)")                          \
     X(tls_ca, "tls-ca", STRING, "FILE", CONNECT, "PEM file of the CA that signed the daemon; turns TLS on")                    \
     X(tls_cert, "tls-cert", STRING, "FILE", CONNECT, "PEM certificate of this client (mTLS)")                                  \
@@ -69,6 +70,7 @@ typedef struct bkv_cli_range {
     X(verbs_device, "verbs-device", STRING, "DEVICE", CONNECT,                                                                 \
       "for verbs: NAME[:PORT[:GID INDEX]] (default the first with an active port)")                                            \
     X(window_bytes, "window-bytes", SIZE, "BYTES", CONNECT, "memory to share with the daemon for that (default 256M)")         \
+    X(route, "route", FLAG, NULL, CONNECT, "in a cluster: ask the daemons that own the blocks themselves")                     \
     X(model, "model", STRING, "NAME", NAME, "model the cache belongs to (put: default from FILE)")                             \
     X(tenant, "tenant", STRING, "NAME", NAME, "tenant it belongs to (default the default tenant)")                             \
     X(codec, "codec", CODEC, "CODEC", CODEC, "raw, dense8, dense4 or balance (default balance; bench: raw)")                   \
@@ -104,7 +106,9 @@ typedef struct bkv_cli_range {
     X(count, "count", U32, "N", COUNT, "how often (ping: default 1; stats --watch: default until interrupted)")                \
     X(blocks, "blocks", U32, "N", BENCH, "different blocks to put and get (default 32)")                                       \
     X(ops, "ops", STRING, "LIST", BENCH, "any of put,lookup,get, run in that order (default all)")                             \
-    X(keep, "keep", FLAG, NULL, BENCH, "do not drop the blocks at the end")
+    X(keep, "keep", FLAG, NULL, BENCH, "do not drop the blocks at the end")                                                    \
+    X(undo, "undo", FLAG, NULL, CLUSTER, "drain: take it back")                                                                \
+    X(no_wait, "no-wait", FLAG, NULL, CLUSTER, "drain: do not wait until it is done")
 
 typedef enum bkv_cli_option {
 #define X(field, flag, kind, argument, group, help) BKV_OPT_##field,
@@ -137,7 +141,7 @@ typedef struct bkv_command {
 // X(exit status, meaning)
 #define BKV_CLI_EXITS(X)                                                                                                       \
     X(0, "done")                                                                                                               \
-    X(1, "failed: a bad file, a request that was refused as invalid, an internal error")                                       \
+    X(1, "failed: a bad file, a request that was refused as invalid, an internal error; cluster status: not all is well")      \
     X(2, "usage: the command line is wrong")                                                                                   \
     X(3, "not found: spec, block or lease (lookup: not all blocks are resident)")                                              \
     X(4, "the daemon cannot be reached, is busy or draining, or the deadline passed")                                          \
@@ -189,5 +193,9 @@ bkv_status_t bkv_cmd_inspect(bkv_cli_t *cli, bkv_error_t *err);
 bkv_status_t bkv_cmd_summarize(bkv_cli_t *cli, bkv_error_t *err);
 bkv_status_t bkv_cmd_calibrate(bkv_cli_t *cli, bkv_error_t *err);
 bkv_status_t bkv_cmd_bench(bkv_cli_t *cli, bkv_error_t *err);
+bkv_status_t bkv_cmd_cluster(bkv_cli_t *cli, bkv_error_t *err);
+
+// The rest of `bkv cluster`: cmd_drain.c.
+bkv_status_t bkv_cluster_drain_command(bkv_cli_t *cli, bkv_error_t *err);
 
 #endif

@@ -1,12 +1,14 @@
 // cmd_stats.c - `bkv ping` and `bkv stats`: is the daemon there, and what it counts.
 #include "cli.h"
 
+#include "memory.h"
 #include "session.h"
 #include "table.h"
 #include "text.h"
 
 #include <inttypes.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <time.h>
@@ -54,9 +56,77 @@ static bkv_status_t ping_transports(const bkv_cli_t *cli, bkv_session_t *session
     return status;
 }
 
+// ---- ping of several endpoints: each by itself ----
+
+typedef struct ping_round {
+    json_t *list;
+    bkv_table_t *table;
+    uint32_t serving;
+} ping_round_t;
+
+// `endpoint` alone. Only a client that cannot be made at all is a failure.
+static bkv_status_t ping_one(const bkv_cli_t *cli, const char *endpoint, ping_round_t *round, bkv_error_t *err) {
+    bkv_session_t session;
+    bkv_cli_t one = *cli;
+    bkv_error_t error = {.status = BKV_OK};
+    uint64_t round_trip_ns = 0;
+    char text[BKV_TEXT_MAX];
+    one.endpoint = endpoint;
+    bkv_status_t status = bkv_session_connect(&session, &one, err);
+    if (status == BKV_OK && bkv_ping(session.client, 0, &round_trip_ns, &error) == BKV_OK) {
+        round->serving++;
+        json_array_append_new(round->list, json_pack("{s:s, s:b, s:I}", "endpoint", endpoint, "serving", 1, "round_trip_ns",
+                                                     (json_int_t)round_trip_ns));
+    } else if (status == BKV_OK) {
+        json_t *reason = json_string(error.message); // NULL where a peer's text is not UTF-8
+        json_array_append_new(round->list, json_pack("{s:s, s:b, s:o?}", "endpoint", endpoint, "serving", 0, "reason", reason));
+    }
+    bkv_table_cell(round->table, "%s", endpoint);
+    bkv_table_cell(round->table, "%s", error.status == BKV_OK ? "serving" : bkv_status_name(error.status));
+    bkv_table_cell(round->table, "%s", error.status == BKV_OK ? bkv_text_of_ns((double)round_trip_ns, text) : error.message);
+    bkv_session_end(&session);
+    return status;
+}
+
+static bkv_status_t ping_each(const bkv_cli_t *cli, const char *endpoints, bkv_error_t *err) {
+    ping_round_t round = {.list = json_array(), .table = bkv_table_create("endpoint|state|round trip")};
+    bkv_status_t status = BKV_OK;
+    char *copy = bkv_xstrdup(endpoints), *rest = copy, *endpoint;
+    while (status == BKV_OK && (endpoint = strsep(&rest, ",")) != NULL) {
+        status = ping_one(cli, endpoint, &round, err);
+    }
+    if (status == BKV_OK && cli->json) {
+        bkv_cli_print_json(json_pack("{s:b, s:O}", "serving", round.serving > 0, "endpoints", round.list), true);
+    } else if (status == BKV_OK) {
+        bkv_table_print(round.table, stdout, bkv_table_color(stdout));
+    }
+    if (status == BKV_OK && round.serving == 0) {
+        status = bkv_fail(err, BKV_BUSY, "none of the endpoints serves");
+    }
+    free(copy);
+    json_decref(round.list);
+    bkv_table_destroy(round.table);
+    return status;
+}
+
+static bkv_status_t ping_list(const bkv_cli_t *cli, const char *endpoints, uint32_t count, bkv_error_t *err) {
+    bkv_status_t status = BKV_OK;
+    for (uint32_t i = 0; i < count && status == BKV_OK; i++) {
+        if (i > 0) {
+            pause_ms(DEFAULT_INTERVAL_MS);
+        }
+        status = ping_each(cli, endpoints, err);
+    }
+    return status;
+}
+
 bkv_status_t bkv_cmd_ping(bkv_cli_t *cli, bkv_error_t *err) {
     bkv_session_t session;
     uint32_t count = bkv_cli_given(cli, BKV_OPT_count) ? cli->count : 1;
+    const char *endpoints = cli->endpoint != NULL ? cli->endpoint : getenv("BKV_ENDPOINT");
+    if (endpoints != NULL && strchr(endpoints, ',') != NULL && !cli->transports) {
+        return ping_list(cli, endpoints, count, err);
+    }
     bkv_status_t status = bkv_session_connect(&session, cli, err);
     if (status == BKV_OK && cli->transports) {
         status = ping_transports(cli, &session, err);

@@ -42,6 +42,13 @@ static const bkv_command_t commands[] = {
     {"bench", "[FILE]", "load a daemon and measure it",
      BKV_CLI_CONNECT | BKV_CLI_NAME | BKV_CLI_CODEC | BKV_CLI_SHAPE | BKV_CLI_PARALLEL | BKV_CLI_BENCH, 0, 1, bkv_cmd_bench,
      "Blocks come from FILE, or are made up: 8 layers, 4 KV heads, dim 128 (4 MiB each) unless the options say otherwise.\n"},
+    {"cluster", "status | nodes | where [KEY...] | drain NODE", "the cluster a daemon belongs to",
+     SPEC_OF_KEYS | BKV_CLI_CLUSTER, 1, -1, bkv_cmd_cluster,
+     "status: is all well (exit status 1 if not). nodes: who is in it. where: who owns blocks, and who has them; without a "
+     "spec\n"
+     "(--keys, or --model and the shape) only who owns them. drain: has a node hand its blocks to others, and waits until it "
+     "has,\n"
+     "at most --timeout; --undo has it take part again.\n"},
 };
 
 #define COMMAND_COUNT (sizeof commands / sizeof *commands)

@@ -15,6 +15,7 @@ bkv_status_t bkv_session_connect(bkv_session_t *session, const bkv_cli_t *cli, b
         .transport = cli->transport,
         .window_bytes = cli->window_bytes,
         .verbs_device = cli->verbs_device,
+        .route = cli->route,
     };
     return bkv_client_create(&options, &session->client, err);
 }
