@@ -23,8 +23,8 @@
 #define SILENCES_MOST  3 // doublings
 
 // When one that is down is asked: soon, and then every second; a member that only routing knows (route.h) ever more rarely.
-#define AGAIN_FIRST_MS 500
-#define AGAIN_MS       1000
+#define AGAIN_FIRST_MS 500u
+#define AGAIN_MS       1000u
 #define AGAIN_DOUBLED  3 // times
 #define AGAIN_LIMIT_MS 1000
 
