@@ -62,7 +62,7 @@ struct bkv_peers {
     pthread_mutex_t lock;
     pthread_cond_t idle;                   // live has become 0
     bkv_peer_t *buckets[BKV_PEER_BUCKETS]; // [lock] by member
-    bool closing;                          // [lock] no new calls
+    _Atomic bool closing;                  // [lock] no new calls
     uint64_t live;                         // [lock] calls, attempts, and records that gRPC refers to
 };
 
