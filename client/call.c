@@ -524,7 +524,11 @@ static void call_begin(bkv_call_t *call) {
     call->started_ns = bkv_client_now_ns();
     call->deadline_ns = call->started_ns + call->timeout_ms * NS_PER_MS;
     bkv_client_enter(call->client, call);
-    bkv_call_start(call);
+    if (call->kind->start != NULL) {
+        call->kind->start(call);
+    } else {
+        bkv_call_start(call);
+    }
 }
 
 void bkv_call_bind(bkv_call_t *call, bkv_client_endpoint_t *endpoint) {

@@ -53,6 +53,8 @@ typedef struct bkv_call_kind {
     void (*finish)(bkv_call_t *call);
     // Frees what the operation owns. Optional.
     void (*clean)(bkv_call_t *call);
+    // In the place of a first attempt, of a call that is made of others (route.h). Optional.
+    void (*start)(bkv_call_t *call);
 } bkv_call_kind_t;
 
 // A batch of gRPC operations under way: what the completion queue hands back.
@@ -104,6 +106,7 @@ struct bkv_call {
     uint32_t asked_next;            // because it was not found (one_has_it)
     uint64_t begun_ns;              // of the attempt, the wait for a window included
     bool moving;                    // the attempt was cancelled, so that the call can go elsewhere
+    bkv_call_t *parent;             // that this one is a part of (route.h); NULL: none
     void (*over)(bkv_call_t *call); // of a call that nobody waits for: takes it when it has its result
 
     uint32_t attempts;

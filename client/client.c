@@ -203,6 +203,7 @@ void bkv_client_cancel(bkv_client_t *client, const bkv_queue_t *queue) {
 
 void bkv_client_free(bkv_client_t *client) {
     bkv_client_shared_free(client);
+    bkv_client_route_deinit(client);
     bkv_client_endpoints_deinit(client);
     if (client->completions != NULL) {
         grpc_completion_queue_destroy(client->completions);
@@ -267,7 +268,7 @@ bkv_status_t bkv_client_create(const bkv_client_options_t *options, bkv_client_t
         return status;
     }
     made->timeout_ms = made->options.timeout_ms != 0 ? made->options.timeout_ms : DEFAULT_TIMEOUT_MS;
-    made->watched = made->listed > 1;
+    made->watched = made->listed > 1 || made->options.route;
     atomic_init(&made->jitter, bkv_client_now_ns());
     made->pool = bkv_client_pool_create();
     made->buffers = bkv_client_buffers_create();

@@ -9,6 +9,7 @@
 #include "call.h"
 #include "endpoint.h"
 #include "pool.h"
+#include "route.h"
 
 // Where a spec is open, as far as we know.
 typedef struct bkv_client_opened {
@@ -50,6 +51,7 @@ struct bkv_client {
     bkv_client_shared_t *shared;
     bkv_client_endpoint_t *endpoints[BKV_ENDPOINTS_MAX]; // entries do not change once they are there
     uint32_t endpoint_count;
+    bkv_client_route_t route;
     bool closing; // no new attempts
 
     // Looking after the endpoints (watch.c).

@@ -95,16 +95,37 @@ bkv_client_endpoint_t *bkv_client_endpoint_learn(bkv_client_t *client, const cha
         return known;
     }
     pthread_mutex_lock(&client->lock);
-    made->number = client->endpoint_count; // only the one who learns members adds any
-    client->endpoints[client->endpoint_count++] = made;
+    known = find(client, address); // another thread may have made it meanwhile
+    if (known == NULL && client->endpoint_count < BKV_ENDPOINTS_MAX) {
+        made->number = client->endpoint_count;
+        client->endpoints[client->endpoint_count++] = known = made;
+    }
     pthread_mutex_unlock(&client->lock);
-    return made;
+    if (known != made) {
+        endpoint_free(made);
+    }
+    return known;
+}
+
+bkv_client_endpoint_t *bkv_client_endpoint_find(bkv_client_t *client, char *const *addresses, size_t count) {
+    for (uint32_t i = 0; i < client->listed; i++) {
+        for (size_t j = 0; j < count; j++) {
+            if (strcmp(client->endpoints[i]->target.address, addresses[j]) == 0) {
+                return client->endpoints[i];
+            }
+        }
+    }
+    return NULL;
 }
 
 // ---- where a call goes ----
 
 bool bkv_client_endpoint_others(const bkv_call_t *call) {
-    return !call->bound && (call->client->listed > 1 || call->owner_count > 0);
+    bool others = call->client->listed > 1;
+    for (uint32_t i = 0; i < call->owner_count && !others; i++) {
+        others = call->owners[i] != call->client->endpoints[0];
+    }
+    return others && !call->bound;
 }
 
 static uint32_t bit(const bkv_client_endpoint_t *endpoint) {

@@ -52,6 +52,9 @@ void bkv_client_endpoints_deinit(bkv_client_t *client);
 // The endpoint with that address, made if there is none: NULL where that is no address of ours to go to, or there are too many.
 bkv_client_endpoint_t *bkv_client_endpoint_learn(bkv_client_t *client, const char *address);
 
+// The listed one that has one of these addresses; NULL: none has.
+bkv_client_endpoint_t *bkv_client_endpoint_find(bkv_client_t *client, char *const *addresses, size_t count);
+
 // Is there another one to go to from here, for a call that is not bound to its own?
 bool bkv_client_endpoint_others(const bkv_call_t *call);
 

@@ -31,6 +31,11 @@ static void record_fail(bkv_record_t *record, bkv_status_t status) {
     record->status = status;
 }
 
+// A record's number to the caller.
+static size_t number_of(const bkv_fetch_t *fetch, size_t i) {
+    return fetch->numbers != NULL ? fetch->numbers[i] : i;
+}
+
 // ---- room in the window ----
 
 // Takes what there is, as records that do not fit come as data: all of the room, or half of it, and so on, as long as one record
@@ -118,7 +123,7 @@ static bkv_status_t take_missing(bkv_fetch_t *fetch, const Balancekv__V1__Record
     if (fetch->first.status == BKV_OK) {
         char text[160];
         bkv_client_text(head->message, strlen(head->message), text, sizeof text);
-        bkv_fail(&fetch->first, record->status, "keys[%zu]: %s", fetch->index, text);
+        bkv_fail(&fetch->first, record->status, "keys[%zu]: %s", number_of(fetch, fetch->index), text);
     }
     return BKV_OK;
 }
@@ -181,7 +186,7 @@ static void take_last(bkv_fetch_t *fetch) {
         record_fail(record, BKV_DATA_LOSS);
         if (fetch->first.status == BKV_OK) {
             bkv_fail(&fetch->first, BKV_DATA_LOSS, "record %zu: checksum: the record says %016llx, its bytes give %016llx",
-                     fetch->index, (unsigned long long)said, (unsigned long long)sum);
+                     number_of(fetch, fetch->index), (unsigned long long)said, (unsigned long long)sum);
         }
     }
     fetch->open = false;
@@ -329,12 +334,12 @@ static void fetch_finish(bkv_call_t *call) {
         } else if (complete(fetch, i)) {
             bkv_error_t cause = {.status = BKV_OK};
             if (record_validate(fetch, i, &cause) != BKV_OK) {
-                bkv_fail(&error, BKV_DATA_LOSS, "record %zu: %.200s", i, cause.message);
+                bkv_fail(&error, BKV_DATA_LOSS, "record %zu: %.200s", number_of(fetch, i), cause.message);
             }
         } else if (call->error.status != BKV_OK) {
             error = call->error;
         } else {
-            bkv_fail(&error, BKV_INTERNAL, "record %zu: never came, though the call ended well", i);
+            bkv_fail(&error, BKV_INTERNAL, "record %zu: never came, though the call ended well", number_of(fetch, i));
         }
         if (error.status != BKV_OK) {
             record_fail(record, record->status != BKV_OK ? record->status : error.status);

@@ -12,10 +12,11 @@ typedef struct bkv_fetch {
     size_t count;
     bkv_record_t *records; // not yet: status OK, no data
     bkv_range_t range;
-    uint64_t record_max; // of the next record; of a Fold: what is left of `budget`
-    uint64_t budget;     // of a Fold: most bytes of all records
-    size_t *folded;      // of a Fold: how many records came, at most `count`; NULL: a Get
-    uint64_t room_bytes; // to be taken from the window for them, as a guess; less than BKV_PLACE_LEAST: none
+    uint64_t record_max;   // of the next record; of a Fold: what is left of `budget`
+    uint64_t budget;       // of a Fold: most bytes of all records
+    const size_t *numbers; // of a part of a Get: which of the whole's its records are; NULL: it is the whole
+    size_t *folded;        // of a Fold: how many records came, at most `count`; NULL: a Get
+    uint64_t room_bytes;   // to be taken from the window for them, as a guess; less than BKV_PLACE_LEAST: none
 
     size_t index;      // the record that is coming
     uint64_t received; // bytes of it

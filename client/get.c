@@ -15,7 +15,8 @@ static void records_init(bkv_record_t *records, const bkv_key_t *keys, size_t co
     }
 }
 
-static bkv_call_t *get_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+// NULL: out of memory, and every record says so.
+static bkv_call_t *get_one(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                            const bkv_range_t *range, uint32_t timeout_ms, bkv_record_t *records) {
     bkv_fetch_t *fetch = bkv_fetch_new(&bkv_fetch_get, client, id, timeout_ms, records, count);
     ProtobufCBinaryData *list = bkv_client_key_list(keys, count);
@@ -40,6 +41,91 @@ static bkv_call_t *get_new(bkv_client_t *client, const bkv_spec_id_t *id, const 
     fetch->call.request = bkv_client_pack(&request.base);
     free(list);
     return (bkv_call_t *)fetch;
+}
+
+// A Get in parts, each with records of its own.
+typedef struct get_fan {
+    bkv_fan_t fan; // first
+    bkv_record_t *records;
+    bkv_record_t *came; // those of the parts, one part after the other
+} get_fan_t;
+
+// The records go where they belong; the call's error is that of the first of all that is not there.
+static void get_fan_finish(bkv_call_t *call) {
+    get_fan_t *get = (get_fan_t *)call;
+    const bkv_client_split_t *split = get->fan.split;
+    bkv_fan_finish(&get->fan);
+    bkv_record_t *came = get->came;
+    size_t first = SIZE_MAX;
+    for (size_t i = 0; i < split->count; i++) {
+        const bkv_client_part_t *part = &split->parts[i];
+        for (size_t j = 0; j < part->count; j++) {
+            get->records[part->numbers[j]] = came[j];
+            if (came[j].status != BKV_OK && part->numbers[j] < first) {
+                first = part->numbers[j];
+                call->error = get->fan.parts[i]->error; // of the part's first record that is not there, which is this one
+            }
+        }
+        came += part->count;
+    }
+}
+
+static void get_fan_clean(bkv_call_t *call) {
+    bkv_fan_clean(call);
+    free(((get_fan_t *)call)->came);
+}
+
+static const bkv_call_kind_t get_fan_kind = {
+    .method = BKV_CLIENT_SERVICE "Get",
+    .start = bkv_fan_start,
+    .finish = get_fan_finish,
+    .clean = get_fan_clean,
+};
+
+// Takes the split over, also where it fails.
+static bkv_call_t *get_fan_new(bkv_client_t *client, const bkv_spec_id_t *id, size_t count, const bkv_range_t *range,
+                               uint32_t timeout_ms, bkv_record_t *records, bkv_client_split_t *split) {
+    get_fan_t *get = bkv_fan_new(sizeof *get, &get_fan_kind, client, id, timeout_ms, split);
+    if (get == NULL) {
+        free(split);
+        return NULL;
+    }
+    get->records = records;
+    get->came = calloc(count, sizeof *get->came);
+    bool good = get->came != NULL;
+    bkv_record_t *came = get->came;
+    for (size_t i = 0; good && i < split->count; i++) {
+        const bkv_client_part_t *part = &split->parts[i];
+        bkv_call_t *call = get_one(client, id, part->keys, part->count, range, timeout_ms, came);
+        good = call != NULL;
+        if (good) {
+            ((bkv_fetch_t *)call)->numbers = part->numbers;
+            bkv_fan_set(&get->fan, i, call);
+        }
+        came += part->count;
+    }
+    if (!good) {
+        bkv_call_free(&get->fan.call);
+        return NULL;
+    }
+    return &get->fan.call;
+}
+
+static bkv_call_t *get_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+                           const bkv_range_t *range, uint32_t timeout_ms, bkv_record_t *records) {
+    bkv_client_split_t *split = bkv_client_route_split(client, keys, count);
+    bool parts = split != NULL && split->count > 1;
+    bkv_call_t *call = parts ? get_fan_new(client, id, count, range, timeout_ms, records, split)
+                             : get_one(client, id, keys, count, range, timeout_ms, records);
+    if (parts) {
+        records_init(records, keys, count, call != NULL ? BKV_OK : BKV_RESOURCE_EXHAUSTED);
+        return call;
+    }
+    if (call != NULL && split != NULL) {
+        bkv_client_route_to(call, &split->parts[0]);
+    }
+    free(split);
+    return call;
 }
 
 bkv_status_t bkv_get(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,

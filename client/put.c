@@ -230,6 +230,23 @@ static uint64_t largest(const bkv_put_t *blocks, size_t count) {
     return most;
 }
 
+// To the owner of all blocks, if that is one.
+static void route(put_call_t *put) {
+    bkv_client_split_t *split = NULL;
+    bkv_key_t *keys = calloc(put->count, sizeof *keys);
+    if (keys != NULL) {
+        for (size_t i = 0; i < put->count; i++) {
+            keys[i] = put->blocks[i].key;
+        }
+        split = bkv_client_route_split(put->call.client, keys, put->count);
+    }
+    if (split != NULL && split->count == 1) {
+        bkv_client_route_to(&put->call, &split->parts[0]);
+    }
+    free(split);
+    free(keys);
+}
+
 static bkv_call_t *put_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_put_t *blocks, size_t count,
                            uint32_t timeout_ms, bkv_put_result_t *results) {
     put_call_t *put = bkv_call_new(sizeof *put, &put_kind, client, id, timeout_ms);
@@ -240,6 +257,9 @@ static bkv_call_t *put_new(bkv_client_t *client, const bkv_spec_id_t *id, const 
     put->blocks = blocks;
     put->count = count;
     put->results = results;
+    if (!client->local) {
+        route(put);
+    }
     put->call.places = true;
     put->call.place_bytes = largest(blocks, count);
     return &put->call;

@@ -1,4 +1,4 @@
-// unary.c - the operations of one request and one response: Lookup, Pin, Unpin, Drop. Each is a request packed once, a
+// unary.c - the operations of one request and one response: Pin, Unpin, Drop. Each is a request packed once, a
 // function that takes the response, and the public function.
 #include "client.h"
 
@@ -17,91 +17,6 @@ static void *unpack(const bkv_call_t *call, const ProtobufCMessageDescriptor *de
 
 static bkv_status_t no_keys(bkv_error_t *err) {
     return bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: none given");
-}
-
-// ---- Lookup ----
-
-typedef struct lookup_call {
-    bkv_call_t call; // first
-    size_t count;
-    bool *resident; // NULL: not wanted
-    size_t *prefix; // NULL: not wanted
-} lookup_call_t;
-
-static bkv_status_t lookup_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
-    lookup_call_t *lookup = (lookup_call_t *)call;
-    Balancekv__V1__LookupResponse *response = unpack(call, &balancekv__v1__lookup_response__descriptor, message, err);
-    if (response == NULL) {
-        return BKV_INTERNAL;
-    }
-    bkv_status_t status = BKV_OK;
-    if (response->n_states != lookup->count) {
-        status = bkv_fail(err, BKV_INTERNAL, "Lookup: %zu states for %zu keys", response->n_states, lookup->count);
-    } else {
-        bkv_client_saw_epoch(call->client, call, response->boot_epoch);
-        size_t prefix = 0;
-        for (size_t i = 0; i < lookup->count; i++) {
-            bool resident = response->states[i] == BALANCEKV__V1__KEY_STATE__KEY_RESIDENT;
-            prefix += resident && prefix == i;
-            if (lookup->resident != NULL) {
-                lookup->resident[i] = resident;
-            }
-        }
-        if (lookup->prefix != NULL) {
-            *lookup->prefix = prefix;
-        }
-    }
-    balancekv__v1__lookup_response__free_unpacked(response, NULL);
-    return status;
-}
-
-static const bkv_call_kind_t lookup_kind = {
-    .method = BKV_CLIENT_SERVICE "Lookup",
-    .shape = BKV_CALL_UNARY,
-    .names_spec = true,
-    .take = lookup_take,
-};
-
-static bkv_call_t *lookup_new(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                              uint32_t timeout_ms, bool *resident, size_t *prefix) {
-    lookup_call_t *lookup = bkv_call_new(sizeof *lookup, &lookup_kind, client, id, timeout_ms);
-    ProtobufCBinaryData *list = bkv_client_key_list(keys, count);
-    if (lookup == NULL || list == NULL) {
-        free(list);
-        bkv_call_free((bkv_call_t *)lookup);
-        return NULL;
-    }
-    lookup->count = count;
-    lookup->resident = resident;
-    lookup->prefix = prefix;
-    Balancekv__V1__LookupRequest request = BALANCEKV__V1__LOOKUP_REQUEST__INIT;
-    request.spec_id = bkv_client_spec_bytes(id);
-    request.n_keys = count;
-    request.keys = list;
-    lookup->call.request = bkv_client_pack(&request.base);
-    free(list);
-    return (bkv_call_t *)lookup;
-}
-
-bkv_status_t bkv_lookup(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count, uint32_t timeout_ms,
-                        bool *resident, size_t *prefix, bkv_error_t *err) {
-    assert(client != NULL && id != NULL && (keys != NULL || count == 0));
-    if (count == 0) {
-        return no_keys(err);
-    }
-    bkv_call_t *call = lookup_new(client, id, keys, count, timeout_ms, resident, prefix);
-    bkv_status_t status = bkv_call_run(call, err);
-    bkv_call_free(call);
-    return status;
-}
-
-bkv_status_t bkv_lookup_submit(bkv_queue_t *queue, uint64_t tag, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
-                               uint32_t timeout_ms, bool *resident, size_t *prefix) {
-    assert(queue != NULL && id != NULL && (keys != NULL || count == 0));
-    if (count == 0) {
-        return BKV_INVALID_ARGUMENT;
-    }
-    return bkv_call_submit(lookup_new(bkv_queue_client(queue), id, keys, count, timeout_ms, resident, prefix), queue, tag);
 }
 
 // ---- Pin, Unpin, Drop: one number comes back ----

@@ -53,6 +53,7 @@ void bkv_client_watch_down(bkv_client_endpoint_t *endpoint) {
         endpoint->fruitless = 0;
         endpoint->down_ns = bkv_client_now_ns();
         ask_again(endpoint, endpoint->down_ns);
+        bkv_client_route_stale(endpoint->client);
     }
 }
 

@@ -1,6 +1,8 @@
 // herd.c - see herd.h.
 #include "herd.h"
 
+#include "proto/placement.h"
+
 #include <arpa/inet.h>
 #include <criterion/criterion.h>
 #include <netinet/in.h>
@@ -63,10 +65,63 @@ static void serve_cluster(fake_call_t *call, herd_daemon_t *daemon) {
     fake_finish(call, GRPC_STATUS_OK, "");
 }
 
+// Counts keys, and those whose first owner is another daemon. Owners are raced for here and now.
+static void count_keys(herd_daemon_t *daemon, const ProtobufCBinaryData *keys, size_t count) {
+    const herd_t *herd = daemon->herd;
+    bkv_placement_member_t members[HERD_MOST];
+    bkv_placement_t *placement = NULL;
+    memset(members, 0, sizeof members);
+    for (uint32_t i = 0; i < herd->members; i++) {
+        snprintf(members[i].id, sizeof members[i].id, "n%u", i);
+        members[i].weight = 1;
+    }
+    bkv_placement_config_t config = {
+        .members = members, .count = herd->members, .replicas = herd->replicas, .seed = herd->seed};
+    atomic_fetch_add(&daemon->keys, (unsigned)count);
+    if (herd->replicas == 0) {
+        return;
+    }
+    cr_assert(bkv_placement_create(&config, NULL, &placement, NULL) == BKV_OK);
+    for (size_t i = 0; i < count; i++) {
+        uint16_t owners[BKV_REPLICAS_MAX];
+        bkv_key_t key;
+        memcpy(key.bytes, keys[i].data, BKV_KEY_BYTES);
+        bkv_placement_owners(placement, &key, owners);
+        atomic_fetch_add(&daemon->strays, owners[0] != daemon - herd->daemons);
+    }
+    bkv_placement_destroy(placement);
+}
+
+// As fake_lookup.
+static void serve_lookup(fake_call_t *call, herd_daemon_t *daemon) {
+    Balancekv__V1__LookupRequest *request = fake_read(call, &balancekv__v1__lookup_request__descriptor);
+    if (request == NULL) {
+        fake_finish(call, GRPC_STATUS_CANCELLED, "gone");
+        return;
+    }
+    Balancekv__V1__LookupResponse response = BALANCEKV__V1__LOOKUP_RESPONSE__INIT;
+    Balancekv__V1__KeyState *states = calloc(request->n_keys + 1, sizeof *states);
+    for (size_t i = 0; i < request->n_keys; i++) {
+        bool resident = request->keys[i].data[0] % 2 == 0;
+        states[i] = resident ? BALANCEKV__V1__KEY_STATE__KEY_RESIDENT : BALANCEKV__V1__KEY_STATE__KEY_ABSENT;
+    }
+    count_keys(daemon, request->keys, request->n_keys);
+    response.n_states = request->n_keys;
+    response.states = states;
+    response.boot_epoch = daemon->epoch;
+    fake_write(call, &response.base);
+    fake_finish(call, GRPC_STATUS_OK, "");
+    free(states);
+    balancekv__v1__lookup_request__free_unpacked(request, NULL);
+}
+
 static void serve_get(fake_call_t *call, herd_daemon_t *daemon) {
     Balancekv__V1__GetRequest *request = fake_read(call, &balancekv__v1__get_request__descriptor);
     atomic_fetch_add(&daemon->gets, 1);
     bool all = request != NULL;
+    if (request != NULL) {
+        count_keys(daemon, request->keys, request->n_keys);
+    }
     for (size_t i = 0; request != NULL && i < request->n_keys; i++) {
         bkv_key_t key;
         size_t length;
@@ -100,7 +155,7 @@ static void serve_known(fake_call_t *call, herd_daemon_t *daemon) {
     } else if (daemon->forgets) {
         fake_finish(call, GRPC_STATUS_NOT_FOUND, "spec_id: not known");
     } else if (fake_is(call, "Lookup")) {
-        fake_lookup(call, daemon->epoch);
+        serve_lookup(call, daemon);
     } else if (fake_is(call, "Put")) {
         atomic_fetch_add(&daemon->puts, 1);
         fake_put(call, daemon->epoch);

@@ -25,7 +25,8 @@ typedef struct herd_daemon {
     atomic_bool forgets; // specs: until the next Open
     atomic_uint opens, lookups, puts, checks, unpins, clusters, gets;
     _Atomic uint64_t lease; // that it knows
-    atomic_uint keys;       // looked up
+    atomic_uint keys;       // of Lookups and Gets
+    atomic_uint strays;     // those of them that another owns first
 } herd_daemon_t;
 
 typedef struct herd {
