@@ -13,6 +13,10 @@
 // What a daemon sends along with each failure (daemon/rpc/call.c): it was not gRPC, at this end, that ended the call.
 #define REQUEST_ID_KEY "bkv-request-id"
 
+// What may be in buffers on its way, and the slowest link on which that is no reason to give a call up.
+#define BUFFERED_MOST (16u << 20)
+#define SLOW_LINK     4096 // bytes a millisecond
+
 // ---- batches ----
 
 static void attempt_end(bkv_peer_attempt_t *attempt);
@@ -117,6 +121,7 @@ static void send_prepared(bkv_peer_attempt_t *attempt, bool first) {
         ops[n++].op = GRPC_OP_SEND_INITIAL_METADATA;
     }
     if (attempt->message != NULL) {
+        attempt->sent_bytes += grpc_byte_buffer_length(attempt->message); // which sending empties
         ops[n].op = GRPC_OP_SEND_MESSAGE;
         ops[n++].data.send_message.send_message = attempt->message;
     }
@@ -139,19 +144,27 @@ static void send_next(bkv_peer_attempt_t *attempt) {
     }
 }
 
+// gRPC says that a message is sent when it is in somebody's buffers: those of sockets and windows at both ends. Until what is in
+// them has gone through a slow link, even a good peer can say nothing.
+static void note_sent(bkv_peer_attempt_t *attempt) {
+    uint64_t buffered = attempt->sent_bytes < BUFFERED_MOST ? attempt->sent_bytes : BUFFERED_MOST;
+    atomic_store(&attempt->way_ms, buffered / SLOW_LINK);
+    atomic_store(&attempt->progress_ms, bkv_now_ms());
+}
+
 static void on_send(void *self, bool ok) {
     bkv_peer_attempt_t *attempt = self;
     bool more = !attempt->last || attempt->is_prepared;
+    if (ok) {
+        note_sent(attempt);
+    }
     grpc_byte_buffer_destroy(attempt->message);
     attempt->message = NULL;
     attempt->sending = false;
     if (attempt->call == NULL) {
         attempt_free(attempt); // it was kept for this
-    } else if (ok) {
-        atomic_store(&attempt->progress_ms, bkv_now_ms());
-        if (more && attempt->fault.status == BKV_OK) {
-            send_next(attempt);
-        }
+    } else if (ok && more && attempt->fault.status == BKV_OK) {
+        send_next(attempt);
     }
 }
 

@@ -165,7 +165,8 @@ static bool lane_watch(bkv_peer_lane_t *lane, uint64_t now_ms) {
     pthread_mutex_lock(&lane->lock);
     for (bkv_peer_call_t *call = lane->calls; call != NULL && count < CANCEL_STEP; call = call->next_call) {
         bkv_peer_attempt_t *attempt = call->attempt;
-        if (attempt != NULL && !attempt->silent && now_ms >= atomic_load(&attempt->progress_ms) + lane->peers->timeout_ms) {
+        if (attempt != NULL && !attempt->silent &&
+            now_ms >= atomic_load(&attempt->progress_ms) + atomic_load(&attempt->way_ms) + lane->peers->timeout_ms) {
             attempt->silent = true;
             found[count++] = attempt->grpc;
             grpc_call_ref(attempt->grpc);

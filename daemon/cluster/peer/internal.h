@@ -143,9 +143,11 @@ typedef struct bkv_peer_attempt {
     grpc_slice details;
     uint64_t started_us;
     _Atomic uint64_t progress_ms; // when something last came of it
-    bool answered;                // a message has come
-    bool silent;                  // nothing came for too long: it was given up
-    bkv_error_t fault;            // of a message that came, or that could not be made
+    _Atomic uint64_t way_ms;      // how long what it has sent may be on its way, beyond the timeout
+    uint64_t sent_bytes;
+    bool answered;     // a message has come
+    bool silent;       // nothing came for too long: it was given up
+    bkv_error_t fault; // of a message that came, or that could not be made
 } bkv_peer_attempt_t;
 
 // Zeroed memory of that size, which begins with a call. NULL: no memory.
