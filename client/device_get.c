@@ -1,6 +1,8 @@
 // device_get.c - Get into GPU memory: the daemon says of each record where in the room it lies.
 #include "device.h"
 
+#include "proto/chunk.h"
+
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
@@ -94,8 +96,8 @@ static bkv_status_t take_head(get_call_t *get, const Balancekv__V1__RecordChunk 
 }
 
 static bkv_status_t get_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
-    bkv_client_chunk_t chunk;
-    if (!bkv_client_chunk_parse(&chunk, message)) {
+    bkv_chunk_t chunk;
+    if (!bkv_chunk_parse(&chunk, message)) {
         return bkv_fail(err, BKV_INTERNAL, "Get: the response is not a RecordChunk");
     }
     bkv_status_t status = take_head((get_call_t *)call, chunk.head, err);

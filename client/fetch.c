@@ -7,6 +7,8 @@
 // find nothing but a daemon that lies, and that one can as well lie in the sum.
 #include "fetch.h"
 
+#include "proto/chunk.h"
+
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
@@ -152,7 +154,7 @@ static bkv_status_t take_first(bkv_fetch_t *fetch, const Balancekv__V1__RecordCh
 }
 
 // All of it lies in our room, or so the daemon says: behind those placed before it, and nowhere else.
-static bkv_status_t take_placed(bkv_fetch_t *fetch, const bkv_client_chunk_t *chunk, bkv_error_t *err) {
+static bkv_status_t take_placed(bkv_fetch_t *fetch, const bkv_chunk_t *chunk, bkv_error_t *err) {
     bkv_record_t *record = &fetch->records[fetch->index];
     if (fetch->room == NULL) {
         return bkv_fail(err, BKV_INTERNAL, "record %zu: placed: no room was given for it", fetch->index);
@@ -194,7 +196,7 @@ static void take_last(bkv_fetch_t *fetch) {
 }
 
 // The next bytes of a record, into memory of its own.
-static bkv_status_t take_data(bkv_fetch_t *fetch, const bkv_client_chunk_t *chunk, grpc_byte_buffer *message, bool first,
+static bkv_status_t take_data(bkv_fetch_t *fetch, const bkv_chunk_t *chunk, grpc_byte_buffer *message, bool first,
                               bkv_error_t *err) {
     bkv_record_t *record = &fetch->records[fetch->index];
     if (first && (record->data = bkv_client_buffer_take(fetch->call.client->buffers, record->length)) == NULL) {
@@ -204,7 +206,7 @@ static bkv_status_t take_data(bkv_fetch_t *fetch, const bkv_client_chunk_t *chun
         return bkv_fail(err, BKV_INTERNAL, "record %zu: data: %llu bytes where %llu were missing", fetch->index,
                         (unsigned long long)chunk->data_bytes, (unsigned long long)(record->length - fetch->received));
     }
-    bkv_client_copy(message, chunk->data_at, chunk->data_bytes, (uint8_t *)record->data + fetch->received);
+    bkv_chunk_copy(message, chunk->data_at, chunk->data_bytes, (uint8_t *)record->data + fetch->received);
     fetch->received += chunk->data_bytes;
     bkv_sum_advance(fetch->sum, record->data, fetch->received);
     if (fetch->received == record->length) {
@@ -230,8 +232,7 @@ static bkv_status_t take_index(bkv_fetch_t *fetch, const Balancekv__V1__RecordCh
     return BKV_OK;
 }
 
-static bkv_status_t take_chunk(bkv_fetch_t *fetch, const bkv_client_chunk_t *chunk, grpc_byte_buffer *message,
-                               bkv_error_t *err) {
+static bkv_status_t take_chunk(bkv_fetch_t *fetch, const bkv_chunk_t *chunk, grpc_byte_buffer *message, bkv_error_t *err) {
     bkv_status_t status = take_index(fetch, chunk->head, err);
     if (status != BKV_OK) {
         return status;
@@ -258,8 +259,8 @@ static bkv_status_t take_chunk(bkv_fetch_t *fetch, const bkv_client_chunk_t *chu
 
 static bkv_status_t fetch_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
     bkv_fetch_t *fetch = (bkv_fetch_t *)call;
-    bkv_client_chunk_t chunk;
-    if (!bkv_client_chunk_parse(&chunk, message)) {
+    bkv_chunk_t chunk;
+    if (!bkv_chunk_parse(&chunk, message)) {
         return bkv_fail(err, BKV_INTERNAL, "%s: the response is not a RecordChunk", call->kind->method);
     }
     bkv_status_t status = take_chunk(fetch, &chunk, message, err);

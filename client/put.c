@@ -7,13 +7,13 @@
 // A place needs no checksum: over shm nothing lies between the two ends that could change a bit, and RDMA has the link's own
 // (ICRC, 32 bits, end to end).
 #include "client.h"
+#include "proto/chunk.h"
 
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
 
-#define DATA_FIELD   15
 #define MESSAGE_DATA BKV_CLIENT_BUFFER
 #define MESSAGE_HEAD 1024 // more than a PutBlock takes
 
@@ -152,7 +152,7 @@ static grpc_byte_buffer *put_next(bkv_call_t *call, bool *last) {
     }
     size_t left = block->payload_bytes - put->offset;
     size_t length = left < put->message_data ? left : put->message_data;
-    grpc_slice head = bkv_client_pack_before(&request.base, DATA_FIELD, length);
+    grpc_slice head = bkv_chunk_pack_before(&request.base, length);
     grpc_slice data = bkv_client_pool_copy(call->client->pool, (const uint8_t *)block->payload + put->offset, length);
     grpc_byte_buffer *message = grpc_raw_byte_buffer_create((grpc_slice[]){head, data}, 2);
     grpc_slice_unref(head);

@@ -1,4 +1,4 @@
-// chunk.c - takes a RecordChunk apart. Fields of a message may come in any order and split anywhere, so all but the data is gathered
+// chunk.c - packs around large data, and takes a RecordChunk apart. Fields of a message may come in any order and split anywhere, so all but the data is gathered
 // first; nothing that a message says of lengths is believed.
 #include "proto/chunk.h"
 
@@ -10,6 +10,22 @@
 
 // Wire types of protobuf.
 enum { WIRE_VARINT = 0, WIRE_FIXED64 = 1, WIRE_BYTES = 2, WIRE_FIXED32 = 5 };
+
+// ---- packing ----
+
+grpc_slice bkv_chunk_pack_before(const ProtobufCMessage *message, uint64_t length) {
+    uint8_t head[1 + 10];
+    size_t n = 0;
+    head[n++] = DATA_FIELD << 3 | WIRE_BYTES;
+    for (uint64_t rest = length; n == 1 || rest > 0; rest >>= 7) {
+        head[n++] = (uint8_t)((rest & 0x7f) | (rest > 0x7f ? 0x80 : 0));
+    }
+    size_t packed = protobuf_c_message_get_packed_size(message);
+    grpc_slice slice = grpc_slice_malloc(packed + n);
+    protobuf_c_message_pack(message, GRPC_SLICE_START_PTR(slice));
+    memcpy(GRPC_SLICE_START_PTR(slice) + packed, head, n);
+    return slice;
+}
 
 // ---- reading across slices ----
 

@@ -1,13 +1,18 @@
-// chunk.h - a RecordChunk out of a gRPC message, its data left where it lies, for whoever receives records.
+// chunk.h - messages with a large field of bytes, `data` (15), which is left where it lies: those that are sent, and RecordChunks
+// that come.
 #ifndef BKV_CHUNK_H
 #define BKV_CHUNK_H
 
 #include "balancekv.pb-c.h"
 
 #include <grpc/byte_buffer.h>
+#include <grpc/slice.h>
 #include <stdbool.h>
 
-// A response whose `data` (field 15) may be large: everything else unpacked, and where in the message its data lies.
+// Packs a message, and behind its fields the head of its data of so many bytes, which are to follow. The slice is the caller's.
+grpc_slice bkv_chunk_pack_before(const ProtobufCMessage *message, uint64_t length);
+
+// A response: everything but its data unpacked, and where in the message that lies.
 typedef struct bkv_chunk {
     Balancekv__V1__RecordChunk *head;
     uint64_t data_at, data_bytes;

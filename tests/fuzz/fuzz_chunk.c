@@ -1,7 +1,7 @@
-// fuzz_chunk.c - responses as a hostile daemon may send them: the client's reading of a RecordChunk.
+// fuzz_chunk.c - responses as a hostile daemon may send them: what reads a RecordChunk.
 //
 // The first byte says how the rest is cut into slices. What is accepted is compared with protobuf-c's reading of the whole.
-#include "client/wire.h"
+#include "proto/chunk.h"
 
 #include <assert.h>
 #include <stdlib.h>
@@ -23,13 +23,13 @@ static grpc_byte_buffer *received(const uint8_t *data, size_t size, size_t piece
     return message;
 }
 
-static void compare(const bkv_client_chunk_t *chunk, grpc_byte_buffer *message, const uint8_t *data, size_t size) {
+static void compare(const bkv_chunk_t *chunk, grpc_byte_buffer *message, const uint8_t *data, size_t size) {
     Balancekv__V1__RecordChunk *whole = balancekv__v1__record_chunk__unpack(NULL, size, data);
     if (whole == NULL) {
         return; // protobuf-c is the stricter one about bytes that the client skips
     }
     uint8_t *bytes = malloc((size_t)chunk->data_bytes + 1);
-    bkv_client_copy(message, chunk->data_at, chunk->data_bytes, bytes);
+    bkv_chunk_copy(message, chunk->data_at, chunk->data_bytes, bytes);
     assert(whole->data.len == chunk->data_bytes);
     assert(chunk->data_bytes == 0 || memcmp(bytes, whole->data.data, whole->data.len) == 0);
     assert(whole->index == chunk->head->index && whole->code == chunk->head->code);
@@ -43,8 +43,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         return 0;
     }
     grpc_byte_buffer *message = received(data + 1, size - 1, 1 + (size_t)data[0]);
-    bkv_client_chunk_t chunk;
-    if (bkv_client_chunk_parse(&chunk, message)) {
+    bkv_chunk_t chunk;
+    if (bkv_chunk_parse(&chunk, message)) {
         compare(&chunk, message, data + 1, size - 1);
         balancekv__v1__record_chunk__free_unpacked(chunk.head, NULL);
     }

@@ -7,6 +7,7 @@
 
 #include "daemon/observe/clock.h"
 #include "peer.pb-c.h"
+#include "proto/chunk.h"
 #include "proto/handover.h"
 
 #include <grpc/byte_buffer.h>
@@ -17,8 +18,6 @@
 // As what daemons send to clients: a record a little over a whole number of chunks does not get a tiny last one.
 #define CHUNK_BYTES ((uint64_t)1 << 20)
 #define CHUNK_SLACK ((uint64_t)64 << 10)
-
-#define DATA_FIELD 15
 
 // A record on its way out.
 typedef struct parcel {
@@ -82,19 +81,8 @@ static grpc_slice parcel_slice(parcel_t *parcel, uint64_t offset, uint64_t lengt
 
 // A message, and behind its other fields the data.
 static grpc_byte_buffer *pack_with(const ProtobufCMessage *message, grpc_slice data) {
-    uint8_t tail[1 + 10];
-    size_t length = 0;
-    tail[length++] = DATA_FIELD << 3 | 2; // bytes
-    uint64_t rest = GRPC_SLICE_LENGTH(data);
-    for (; rest >= 0x80; rest >>= 7) {
-        tail[length++] = (uint8_t)(rest | 0x80);
-    }
-    tail[length++] = (uint8_t)rest;
-    size_t packed = protobuf_c_message_get_packed_size(message);
-    grpc_slice slices[2] = {grpc_slice_malloc(packed + length), data};
-    protobuf_c_message_pack(message, GRPC_SLICE_START_PTR(slices[0]));
-    memcpy(GRPC_SLICE_START_PTR(slices[0]) + packed, tail, length);
-    grpc_byte_buffer *buffer = grpc_raw_byte_buffer_create(slices, 2);
+    grpc_slice slices[2] = {bkv_chunk_pack_before(message, GRPC_SLICE_LENGTH(data)), data};
+    grpc_byte_buffer *buffer = grpc_raw_byte_buffer_create(slices, 2); // takes references of its own
     grpc_slice_unref(slices[0]);
     grpc_slice_unref(slices[1]);
     return buffer;

@@ -1,5 +1,5 @@
 // RecordChunks taken apart by hand: fields in any order, data anywhere, bytes that are none.
-#include "client/wire.h"
+#include "proto/chunk.h"
 
 #include <criterion/criterion.h>
 #include <grpc/grpc.h>
@@ -22,9 +22,9 @@ static grpc_byte_buffer *sliced(const uint8_t *bytes, size_t length, size_t step
 }
 
 static bool parses(const uint8_t *bytes, size_t length) {
-    bkv_client_chunk_t chunk;
+    bkv_chunk_t chunk;
     grpc_byte_buffer *message = sliced(bytes, length, 7);
-    bool good = bkv_client_chunk_parse(&chunk, message);
+    bool good = bkv_chunk_parse(&chunk, message);
     if (good) {
         balancekv__v1__record_chunk__free_unpacked(chunk.head, NULL);
     }
@@ -45,39 +45,39 @@ static size_t pack(uint8_t *out, const uint8_t *data, size_t length) {
     return balancekv__v1__record_chunk__pack(&chunk, out);
 }
 
-Test(wire, chunk_in_slices_of_any_size) {
+Test(chunk, chunk_in_slices_of_any_size) {
     uint8_t data[600], bytes[1024], copy[600];
     for (size_t i = 0; i < sizeof data; i++) {
         data[i] = (uint8_t)(i * 7);
     }
     size_t length = pack(bytes, data, sizeof data);
     for (size_t step = 3; step <= length; step += 5) {
-        bkv_client_chunk_t chunk;
+        bkv_chunk_t chunk;
         grpc_byte_buffer *message = sliced(bytes, length, step);
-        cr_assert(bkv_client_chunk_parse(&chunk, message), "step %zu", step);
+        cr_assert(bkv_chunk_parse(&chunk, message), "step %zu", step);
         cr_assert(chunk.head->index == 300 && chunk.head->record_bytes == 1ull << 40 && chunk.head->boot_epoch == UINT64_MAX);
         cr_assert(chunk.head->key.len == 32 && chunk.head->key.data[2] == 3 && strcmp(chunk.head->message, "why") == 0);
         cr_assert(chunk.data_bytes == sizeof data);
-        bkv_client_copy(message, chunk.data_at, chunk.data_bytes, copy);
+        bkv_chunk_copy(message, chunk.data_at, chunk.data_bytes, copy);
         cr_assert(memcmp(copy, data, sizeof data) == 0);
         balancekv__v1__record_chunk__free_unpacked(chunk.head, NULL);
         grpc_byte_buffer_destroy(message);
     }
 }
 
-Test(wire, data_need_not_come_last) {
+Test(chunk, data_need_not_come_last) {
     // data = "abc", then index = 5, then an unknown field of each kind
     static const uint8_t bytes[] = {0x7a, 3, 'a', 'b',  'c',  0x08, 5, 0x80, 0x02, 9, 0x85, 0x02, 1,
                                     2,    3, 4,   0x81, 0x02, 1,    2, 3,    4,    5, 6,    7,    8};
-    bkv_client_chunk_t chunk;
+    bkv_chunk_t chunk;
     grpc_byte_buffer *message = sliced(bytes, sizeof bytes, sizeof bytes);
-    cr_assert(bkv_client_chunk_parse(&chunk, message));
+    cr_assert(bkv_chunk_parse(&chunk, message));
     cr_assert(chunk.head->index == 5 && chunk.data_bytes == 3 && chunk.data_at == 2);
     balancekv__v1__record_chunk__free_unpacked(chunk.head, NULL);
     grpc_byte_buffer_destroy(message);
 }
 
-Test(wire, every_cut_is_noticed_or_a_chunk) {
+Test(chunk, every_cut_is_noticed_or_a_chunk) {
     uint8_t data[40] = {0}, bytes[256];
     size_t length = pack(bytes, data, sizeof data);
     cr_assert(parses(bytes, length) && parses(bytes, 0));
@@ -90,7 +90,7 @@ Test(wire, every_cut_is_noticed_or_a_chunk) {
     }
 }
 
-Test(wire, refuses) {
+Test(chunk, refuses) {
     static const uint8_t twice[] = {0x7a, 1, 'a', 0x7a, 1, 'b'};
     static const uint8_t endless_varint[] = {0x08, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01};
     static const uint8_t group[] = {0x0b, 0x0c};
@@ -101,18 +101,18 @@ Test(wire, refuses) {
     cr_assert(!parses(beyond, sizeof beyond));
 }
 
-Test(wire, no_more_than_a_head_full) {
+Test(chunk, no_more_than_a_head_full) {
     // A message field (3) of 5,000 bytes: larger than anything but data may be.
     uint8_t *bytes = calloc(1, 5003);
     memcpy(bytes, "\x1a\x88\x27", 3);
     grpc_byte_buffer *message = sliced(bytes, 5003, 500);
-    bkv_client_chunk_t chunk;
-    cr_assert(!bkv_client_chunk_parse(&chunk, message));
+    bkv_chunk_t chunk;
+    cr_assert(!bkv_chunk_parse(&chunk, message));
     grpc_byte_buffer_destroy(message);
     free(bytes);
 }
 
-Test(wire, head_before_data) {
+Test(chunk, head_before_data) {
     Balancekv__V1__RecordChunk chunk = BALANCEKV__V1__RECORD_CHUNK__INIT;
     chunk.index = 1;
     static const struct {
@@ -124,7 +124,7 @@ Test(wire, head_before_data) {
                  {128, "\x08\x01\x7a\x80\x01", 5},
                  {1 << 20, "\x08\x01\x7a\x80\x80\x40", 6}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        grpc_slice head = bkv_client_pack_before(&chunk.base, 15, cases[i].length);
+        grpc_slice head = bkv_chunk_pack_before(&chunk.base, cases[i].length);
         cr_assert(GRPC_SLICE_LENGTH(head) == cases[i].n, "length %llu", (unsigned long long)cases[i].length);
         cr_assert(memcmp(GRPC_SLICE_START_PTR(head), cases[i].expected, cases[i].n) == 0);
         grpc_slice_unref(head);
