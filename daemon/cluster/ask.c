@@ -4,8 +4,8 @@
 // checksum are what they should be. Verifying costs what reading the bytes once costs, on the peers' thread that brought them.
 //
 // Silence. Each word of an owner, that a record begins or has ended, gives it as much time again as it usually needs for an
-// answer, and more for the bytes that are coming. When that is over its keys are asked of their next owners as well (a hedge);
-// after the peer timeout without a word the question is given up.
+// answer, and more for the bytes that are coming. When that is over its keys are asked of their next owners as well: a hedge. The
+// question itself goes on, until the peers give it up.
 #include "daemon/cluster/reading.h"
 
 #include "daemon/observe/clock.h"
@@ -15,9 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// Bytes a microsecond below which a record that is coming counts as slow, and as broken off.
-#define SLOW_RATE   64
-#define BROKEN_RATE 8
+#define SLOW_RATE 64 // bytes a microsecond; a record that comes more slowly is worth asking for elsewhere
 
 // ---- taking in ----
 
@@ -59,12 +57,9 @@ static bkv_outcome_t publish(const bkv_ask_t *ask, bkv_ask_item_t *item, bkv_pin
     }
 }
 
-// What a question that failed says of its records.
-static bkv_outcome_t outcome_of(const bkv_ask_t *ask, const bkv_error_t *error) {
-    if (error->status == BKV_NOT_FOUND) {
-        return BKV_ABSENT;
-    }
-    return error->status == BKV_CANCELLED && !ask->given_up ? BKV_INTERRUPTED : BKV_UNANSWERED;
+// What a record that has not begun to come ended with.
+static bkv_outcome_t outcome_of(const bkv_error_t *error) {
+    return error->status == BKV_NOT_FOUND ? BKV_ABSENT : error->status == BKV_DATA_LOSS ? BKV_DAMAGED : BKV_UNANSWERED;
 }
 
 // ---- the sink ----
@@ -115,10 +110,10 @@ static void on_end(void *user, uint32_t index, const bkv_error_t *error) {
     bkv_pin_t pin = {0};
     bkv_outcome_t outcome;
     if (item->slot.data == NULL) {
-        outcome = item->refusal != BKV_CAME ? item->refusal : outcome_of(ask, error);
+        outcome = item->refusal != BKV_CAME ? item->refusal : outcome_of(error);
     } else if (error->status != BKV_OK) {
         bkv_store_abort(store, &item->slot);
-        outcome = outcome_of(ask, error);
+        outcome = BKV_UNANSWERED;
     } else {
         outcome = publish(ask, item, &pin);
     }
@@ -154,26 +149,20 @@ static const bkv_fetch_sink_t sink = {.begin = on_begin, .end = on_end, .done = 
 
 // ---- silence ----
 
-// [lock] How long it may say nothing from heard_us on.
-static uint64_t may_be_silent_us(const bkv_ask_t *ask) {
-    uint64_t patience_us = ask->owner->health.patience_us;
-    if (!ask->hedged) {
-        return patience_us + ask->coming_bytes / SLOW_RATE;
-    }
-    uint64_t timeout_us = (uint64_t)ask->reading->cluster->peer_timeout_ms * 1000;
-    return (patience_us > timeout_us ? patience_us : timeout_us) + ask->coming_bytes / BROKEN_RATE;
+// [lock] Until when it may say nothing.
+static uint64_t may_be_silent_until_us(const bkv_ask_t *ask) {
+    return ask->heard_us + ask->owner->health.patience_us + ask->coming_bytes / SLOW_RATE;
 }
 
 // [lock]
 static void set_alarm(bkv_ask_t *ask) {
     atomic_fetch_add(&ask->reading->refs, 1);
-    bkv_alarm_set(ask->reading->cluster->alarms, &ask->alarm, ask->heard_us + may_be_silent_us(ask));
+    bkv_alarm_set(ask->reading->cluster->alarms, &ask->alarm, may_be_silent_until_us(ask));
 }
 
 // [lock] Its keys are asked of the next owner too, each that no other question is about already.
 static void hedge(bkv_ask_t *ask) {
     bkv_reading_t *reading = ask->reading;
-    ask->hedged = true;
     for (uint32_t i = 0; i < ask->count; i++) {
         bkv_sought_t *sought = &reading->sought[ask->items[i].key];
         if (!ask->items[i].ended && !sought->settled && sought->asked == 1 &&
@@ -189,15 +178,10 @@ static void on_alarm(void *user) {
     bkv_ask_t *ask = user;
     bkv_reading_t *reading = ask->reading;
     pthread_mutex_lock(&reading->lock);
-    bool due = bkv_now_us() >= ask->heard_us + may_be_silent_us(ask);
-    if (!ask->ended && due && ask->hedged) {
-        ask->given_up = true;
-        bkv_ask_cancel(ask);
-    } else if (!ask->ended) {
-        if (due) {
-            hedge(ask);
-        }
+    if (!ask->ended && bkv_now_us() < may_be_silent_until_us(ask)) {
         set_alarm(ask);
+    } else if (!ask->ended) {
+        hedge(ask);
     }
     bkv_reading_unlock(reading);
     bkv_reading_unref(reading);

@@ -57,6 +57,9 @@ typedef struct bkv_cluster_metrics {
 // Begins to watch, and to speak to members; is none itself yet. INVALID_ARGUMENT names the option ("cluster.etcd: ...").
 bkv_status_t bkv_cluster_create(const bkv_cluster_options_t *options, bkv_cluster_t **cluster, bkv_error_t *err);
 
+// Waits until the members are known, for at most timeout_ms; whether they are. Who asks before that is told of what is here alone.
+bool bkv_cluster_await(bkv_cluster_t *cluster, uint32_t timeout_ms);
+
 // Registers this daemon, reached at `address` (host:port), with these transports, and goes on trying for as long as etcd cannot be
 // reached. Once. INVALID_ARGUMENT: the address is too long.
 bkv_status_t bkv_cluster_join(bkv_cluster_t *cluster, const char *address, const char *const *transports, size_t count,
@@ -66,7 +69,7 @@ bkv_status_t bkv_cluster_join(bkv_cluster_t *cluster, const char *address, const
 // answering.
 void bkv_cluster_leave(bkv_cluster_t *cluster, uint32_t timeout_ms);
 
-// Ends what is under way (CANCELLED, absent) and frees. Before the store. NULL: nothing.
+// Ends what is under way (BUSY, absent) and frees. Before the store. NULL: nothing.
 void bkv_cluster_destroy(bkv_cluster_t *cluster);
 
 void bkv_cluster_set_limits(bkv_cluster_t *cluster, uint64_t repair_delay_ms, uint64_t repair_rate, uint32_t hot_copies);

@@ -34,10 +34,9 @@ static void settle(bkv_reading_t *reading, bkv_sought_t *sought, bkv_status_t st
 static void settle_without(bkv_reading_t *reading, bkv_sought_t *sought) {
     bool late = bkv_now_ms() >= reading->deadline_ms;
     settle(reading, sought,
-           sought->interrupted ? BKV_CANCELLED
-           : sought->unheard   ? (late ? BKV_DEADLINE_EXCEEDED : BKV_BUSY)
-           : sought->damaged   ? BKV_DATA_LOSS
-                               : BKV_NOT_FOUND,
+           sought->unheard   ? (late ? BKV_DEADLINE_EXCEEDED : BKV_BUSY)
+           : sought->damaged ? BKV_DATA_LOSS
+                             : BKV_NOT_FOUND,
            NULL);
 }
 
@@ -57,7 +56,6 @@ bool bkv_reading_take(bkv_reading_t *reading, const bkv_ask_t *ask, uint32_t key
     }
     sought->damaged |= outcome == BKV_DAMAGED;
     sought->unheard |= outcome == BKV_UNANSWERED && !ask->owner->gone;
-    sought->interrupted |= outcome == BKV_INTERRUPTED;
     if (sought->asked == 0 && sought->next == reading->owners.of[key].count) {
         settle_without(reading, sought);
     }

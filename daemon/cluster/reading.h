@@ -20,15 +20,14 @@ typedef struct bkv_ask bkv_ask_t;
 
 // A record that is looked for.
 typedef struct bkv_sought {
-    uint32_t place;   // among the caller's names
-    uint16_t to;      // the owner that it is asked of next; only while questions are being put together
-    uint8_t next;     // of its owners, the first that has not been asked
-    uint8_t asked;    // questions under way
-    bool again;       // is to be asked of one more owner, although a question is under way
-    bool settled;     // found[place] has been written, and is the caller's now
-    bool damaged;     // it came from somebody, and not as it should be
-    bool unheard;     // somebody who may have it did not answer
-    bool interrupted; // as this daemon ends
+    uint32_t place; // among the caller's names
+    uint16_t to;    // the owner that it is asked of next; only while questions are being put together
+    uint8_t next;   // of its owners, the first that has not been asked
+    uint8_t asked;  // questions under way
+    bool again;     // is to be asked of one more owner, although a question is under way
+    bool settled;   // found[place] has been written, and is the caller's now
+    bool damaged;   // it came from somebody, and not as it should be
+    bool unheard;   // somebody who may have it did not answer
 } bkv_sought_t;
 
 typedef struct bkv_making {
@@ -57,13 +56,12 @@ struct bkv_reading {
 
 // What came of one record of a question.
 typedef enum bkv_outcome {
-    BKV_CAME,        // it is pinned
-    BKV_ABSENT,      // the owner has it not
-    BKV_DAMAGED,     // what came is not that record
-    BKV_NO_ROOM,     // here
-    BKV_UNANSWERED,  // the question broke off
-    BKV_INTERRUPTED, // this daemon ends
-    BKV_UNWANTED,    // the key was settled before it began to come
+    BKV_CAME,       // it is pinned
+    BKV_ABSENT,     // the owner has it not
+    BKV_DAMAGED,    // what came is not that record
+    BKV_NO_ROOM,    // here
+    BKV_UNANSWERED, // the question broke off
+    BKV_UNWANTED,   // the key was settled before it began to come
 } bkv_outcome_t;
 
 typedef struct bkv_ask_item {
@@ -84,8 +82,7 @@ struct bkv_ask {
     uint64_t heard_us;     // when something last began or ended
     uint64_t coming_bytes; // of records that have begun to come, and not ended
     uint32_t failed;       // ended otherwise than well since keys were last passed on
-    bool hedged, ended;
-    _Atomic bool given_up; // cancelled for its silence
+    bool ended;
     uint32_t count;
     bkv_ask_item_t items[];
 };

@@ -7,10 +7,10 @@
 // A peer is one start of a member, its id and epoch. Peers are made when first asked for and closed when no view has them any
 // more (bkv_peers_keep); who has a reference may go on using one, its calls then fail.
 //
-// Silence. A member that has answered nothing for timeout_ms while it was asked is suspected: calls to it are refused with BUSY
-// at once, so that one dead member costs a request or two and not every one, until it has answered a probe; those are sent
-// now and then. A call that fails because nobody listens makes it suspected too. Suspicion is this daemon's own affair; who is a
-// member is for etcd to say.
+// Silence. A call of which nothing comes for timeout_ms is given up. A member that has answered nothing for as long while it was
+// asked is suspected: calls to it are refused with BUSY at once, so that one dead member costs a request or two and not every
+// one, until it has answered a probe; those are sent now and then. A call that fails because nobody listens makes it suspected
+// too. Suspicion is this daemon's own affair; who is a member is for etcd to say.
 //
 // Threads. Everything here is thread-safe. Callbacks run on threads of the peers', those of one call one after the other; they
 // may start further calls, and must not block. Each accepted start leads to exactly one `done`, soon after its deadline at the
