@@ -13,6 +13,7 @@
 
 #define WEIGHT_BYTES ((uint64_t)64 << 20) // of the arena, for each of weight
 #define PASSWORD_MAX 256
+#define AWAIT_MS     2000 // for etcd to say who is there; without it this daemon begins alone
 
 static bool set(const char *text) {
     return text[0] != '\0';
@@ -172,6 +173,11 @@ bkv_status_t bkv_join_create(const bkv_config_t *config, bkv_store_t *store, bkv
                           : bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "cluster: no memory");
     OPENSSL_cleanse(password, sizeof(password));
     free(list);
+    // Whoever asked a daemon that knows nobody yet would be told that what others have is nowhere.
+    if (status == BKV_OK && !bkv_cluster_await(*cluster, AWAIT_MS)) {
+        bkv_log(BKV_LOG_WARN, 0, "cluster: etcd has not said within %d ms who is there; serving what is here until then",
+                AWAIT_MS);
+    }
     return status;
 }
 

@@ -6,7 +6,8 @@
 #include "daemon/config.h"
 #include "daemon/transport/transport.h"
 
-// Creates the cluster that the configuration names; *cluster is NULL where it names none. Nothing is registered yet.
+// Creates the cluster that the configuration names; *cluster is NULL where it names none. Nothing is registered yet, but
+// the other members are known on return, unless etcd cannot be reached.
 // INVALID_ARGUMENT names the option.
 bkv_status_t bkv_join_create(const bkv_config_t *config, bkv_store_t *store, bkv_cluster_t **cluster, bkv_error_t *err);
 

@@ -115,6 +115,10 @@ bkv_status_t bkv_cluster_create(const bkv_cluster_options_t *options, bkv_cluste
     return BKV_OK;
 }
 
+bool bkv_cluster_await(bkv_cluster_t *cluster, uint32_t timeout_ms) {
+    return bkv_membership_await(cluster->membership, timeout_ms);
+}
+
 bkv_status_t bkv_cluster_join(bkv_cluster_t *cluster, const char *address, const char *const *transports, size_t count,
                               bkv_error_t *err) {
     bkv_member_t self = {.address_count = 1};

@@ -71,6 +71,7 @@ struct bkv_membership {
     bkv_member_t *pending;            // [lock] for the next view; NULL: nothing new
     uint32_t pending_count;           // [lock]
     int64_t pending_revision;         // [lock]
+    bool publishing;                  // [lock] a view is being made
     bool ending;                      // [lock]
     bool detached;                    // [lock] the etcd thread is through with it
     pthread_t publisher;

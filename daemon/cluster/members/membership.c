@@ -105,13 +105,17 @@ static bool publish(bkv_membership_t *membership, const bkv_view_config_t *confi
     return made;
 }
 
-static void wait_ms(bkv_membership_t *membership, uint32_t ms) {
+static struct timespec in_ms(uint32_t ms) {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += ms / 1000;
     until.tv_nsec += (long)(ms % 1000) * 1000000;
-    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_sec += ms / 1000 + until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;
+    return until;
+}
+
+static void wait_ms(bkv_membership_t *membership, uint32_t ms) {
+    struct timespec until = in_ms(ms);
     while (!membership->ending && pthread_cond_timedwait(&membership->changed, &membership->lock, &until) != ETIMEDOUT) {
     }
 }
@@ -133,9 +137,12 @@ static void *publisher_run(void *argument) {
             .cluster = membership->cluster,
         };
         membership->pending = NULL;
+        membership->publishing = true;
         pthread_mutex_unlock(&membership->lock);
         bool made = publish(membership, &config);
         pthread_mutex_lock(&membership->lock);
+        membership->publishing = false;
+        pthread_cond_broadcast(&membership->changed);
         if (!made && membership->pending == NULL) {
             membership->pending = members; // until then somebody gives a view back
             wait_ms(membership, PUBLISH_AGAIN_MS);
@@ -145,6 +152,18 @@ static void *publisher_run(void *argument) {
     }
     pthread_mutex_unlock(&membership->lock);
     return NULL;
+}
+
+bool bkv_membership_await(bkv_membership_t *membership, uint32_t timeout_ms) {
+    struct timespec until = in_ms(timeout_ms);
+    pthread_mutex_lock(&membership->lock);
+    bool known = false, late = false;
+    while (!known && !late) {
+        known = membership->metrics.watching && membership->pending == NULL && !membership->publishing;
+        late = !known && pthread_cond_timedwait(&membership->changed, &membership->lock, &until) == ETIMEDOUT;
+    }
+    pthread_mutex_unlock(&membership->lock);
+    return known;
 }
 
 // ---- create ----
@@ -283,11 +302,7 @@ bkv_status_t bkv_membership_leave(bkv_membership_t *membership, uint32_t timeout
     if (membership->id[0] == '\0') {
         return BKV_OK;
     }
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
-    until.tv_sec += timeout_ms / 1000 + until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
+    struct timespec until = in_ms(timeout_ms);
     bkv_status_t status = post(membership, on_leave);
     if (status != BKV_OK) {
         return bkv_fail(err, status, "cluster: the etcd client takes no more");

@@ -81,6 +81,10 @@ typedef struct bkv_membership_status {
 // Begins to register and watch, and returns at once: with etcd down it goes on trying. INVALID_ARGUMENT names the field.
 bkv_status_t bkv_membership_create(const bkv_membership_config_t *config, bkv_membership_t **membership, bkv_error_t *err);
 
+// Waits until all that etcd knows of the members is in the present view, for at most timeout_ms; whether it is. A cluster of which
+// etcd knows nothing yet is known at once.
+bool bkv_membership_await(bkv_membership_t *membership, uint32_t timeout_ms);
+
 // Ends without leaving: others see it once the lease runs out, as after a crash. All views must have been given back. NULL:
 // nothing.
 void bkv_membership_destroy(bkv_membership_t *membership);

@@ -200,6 +200,7 @@ static void publish(bkv_membership_t *membership) {
 static void set_watching(bkv_membership_t *membership, bool watching) {
     pthread_mutex_lock(&membership->lock);
     membership->metrics.watching = watching;
+    pthread_cond_broadcast(&membership->changed);
     pthread_mutex_unlock(&membership->lock);
 }
 
@@ -248,8 +249,8 @@ static void on_synced(void *user, int64_t revision) {
     if (membership->roster.listing) {
         listing_end(membership, revision);
     }
-    set_watching(membership, true);
     publish_or_hold(membership);
+    set_watching(membership, true); // after the view is due, for who waits for both
     if (membership->registration.failures > 0) {
         bkv_registration_kick(membership); // etcd is there again
     }
