@@ -98,6 +98,7 @@ static bkv_status_t start_pipeline(bkv_app_t *app, bkv_error_t *err) {
         .max_jobs = config->compute_max_jobs,
         .staging_bytes = config->memory_staging,
         .max_block_bytes = config->limits_max_block,
+        .gpu_cache_bytes = config->compute_gpu_cache,
         .max_specs = config->limits_max_specs,
         .max_batch = config->limits_max_batch,
         .default_ttl_ms = config->memory_ttl,

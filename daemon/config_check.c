@@ -59,6 +59,7 @@ static const struct {
     {BKV_OPT_memory_staging, false, UINT64_C(64) << 10, UINT64_C(1) << 40},
     {BKV_OPT_compute_threads, true, 1, 1024},
     {BKV_OPT_compute_max_jobs, false, 1, 1 << 20},
+    {BKV_OPT_compute_gpu_cache, true, UINT64_C(16) << 20, UINT64_C(1) << 40},
     {BKV_OPT_limits_rpc_threads, true, 1, 256},
     {BKV_OPT_limits_max_calls, false, 1, 1 << 20},
     {BKV_OPT_limits_max_message, false, UINT64_C(64) << 10, UINT64_C(1) << 30},

@@ -26,6 +26,7 @@
     X(compute, backend, STRING, "auto", false, "kernels: auto (the best that this CPU has), ref, avx2, avx512, amx or cuda")   \
     X(compute, threads, U32, "0", false, "compute threads; 0: one per CPU")                                                    \
     X(compute, max_jobs, U32, "1024", false, "blocks waiting for a compute thread; beyond it UNAVAILABLE")                     \
+    X(compute, gpu_cache, SIZE, "0", false, "GPU memory for records that Attend reads there; 0: Attend runs on the CPU")       \
     X(limits, rpc_threads, U32, "0", false, "threads that serve gRPC completion queues; 0: one for every 4 CPUs, at most 8")   \
     X(limits, max_calls, U32, "4096", false, "calls in flight; beyond it UNAVAILABLE")                                         \
     X(limits, max_message, SIZE, "80M", false, "largest single gRPC message")                                                  \

@@ -20,6 +20,8 @@ $(BUILD)/tests/unit-$(1): $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard $(2)/*.c)) 
 endef
 $(foreach room,$(UNIT_ROOMS),$(eval $(call UNIT_RULE,$(room),tests/unit/$(room))))
 $(eval $(call UNIT_RULE,daemon,tests/unit))
+# The pipeline's cache of records on a GPU meets the same fake GPU as the transports do.
+$(BUILD)/tests/unit-pipeline: $(addprefix $(BUILD)/obj/tests/unit/transport/,fake_gpu.o fake_gpu_work.o)
 
 .PHONY: test test-run unit integration e2e demo demo-run bench bench-run soak
 ## test: set up, build, then run every test

@@ -1,4 +1,5 @@
-// attend.c - Attend: weighted attention of given queries over resident records, on a compute thread, next to the data.
+// attend.c - Attend: weighted attention of given queries over resident records, on a compute thread, next to the data: on the GPU
+// where the pipeline has a cache there, else and whenever that cannot be on the CPU. And what warms that cache.
 //
 // The arithmetic is kernels/; this file checks the request, pins the records and counts.
 #include "daemon/pipeline/internal.h"
@@ -59,6 +60,11 @@ static bkv_status_t check_queries(const attend_t *attend, bkv_error_t *err) {
 
 static bkv_status_t attend_records(const attend_t *attend, bkv_scratch_t *scratch, const bkv_gather_t *gather,
                                    bkv_error_t *err) {
+    bkv_device_cache_t *device = attend->pipeline->device;
+    if (device != NULL && bkv_device_cache_attend(device, gather->records, gather->count, &attend->args, NULL) == BKV_OK) {
+        bkv_count(&attend->pipeline->counters.attends_gpu_total, 1);
+        return BKV_OK;
+    }
     const bkv_backend_t *backend = attend->pipeline->config.backend;
     void *workspace = bkv_scratch_get(scratch, bkv_attend_workspace(backend, gather->records, gather->count, &attend->args));
     if (workspace == NULL) {
@@ -135,6 +141,79 @@ bkv_status_t bkv_attend_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spe
     status = bkv_pipeline_submit(pipeline, &attend->job, err);
     if (status != BKV_OK) {
         free(attend);
+    }
+    return status;
+}
+
+// ---- warming ----
+
+typedef struct warm {
+    bkv_job_t job; // first: the pool knows only this
+    bkv_pipeline_t *pipeline;
+    bkv_spec_id_t spec_id;
+    bkv_warm_done_t done;
+    void *user;
+    uint32_t count;
+    bkv_key_t keys[];
+} warm_t;
+
+static void warm_finish(warm_t *warm, const bkv_error_t *error) {
+    bkv_warm_done_t done = warm->done;
+    void *user = warm->user;
+    free(warm);
+    done(user, error);
+}
+
+// Those that are resident, pinned.
+static bkv_status_t warm_gather(const warm_t *warm, bkv_gather_t *gather, bkv_error_t *err) {
+    uint64_t now_ms = warm->pipeline->config.now_ms();
+    bkv_status_t status = bkv_gather_init(gather, warm->count, err);
+    for (uint32_t i = 0; i < warm->count && status == BKV_OK; i++) {
+        bkv_pin_t pin;
+        if (bkv_pin_checked(warm->pipeline, &warm->spec_id, &warm->keys[i], now_ms, &pin, NULL) == BKV_OK) {
+            bkv_gather_add(gather, &pin);
+        }
+    }
+    return status;
+}
+
+static void warm_run(bkv_job_t *job, bkv_scratch_t *scratch) {
+    (void)scratch;
+    warm_t *warm = (warm_t *)job;
+    bkv_error_t error = {.status = BKV_OK};
+    bkv_gather_t gather;
+    if (warm_gather(warm, &gather, &error) == BKV_OK) {
+        bkv_device_cache_load(warm->pipeline->device, gather.records, gather.count, &error);
+    }
+    bkv_gather_unpin(warm->pipeline, &gather);
+    warm_finish(warm, &error);
+}
+
+static void warm_cancel(bkv_job_t *job) {
+    bkv_error_t error;
+    bkv_fail(&error, BKV_CANCELLED, "the daemon stopped before the records were brought to the GPU");
+    warm_finish((warm_t *)job, &error);
+}
+
+bkv_status_t bkv_warm_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
+                            bkv_warm_done_t done, void *user, bkv_error_t *err) {
+    if (pipeline->device == NULL) {
+        return bkv_fail(err, BKV_UNIMPLEMENTED, "on_gpu: this daemon has no GPU cache (compute.gpu_cache)");
+    }
+    warm_t *warm = calloc(1, sizeof(*warm) + count * sizeof(keys[0]));
+    if (warm == NULL) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory to warm %u records", count);
+    }
+    *warm = (warm_t){.job = {.run = warm_run, .cancel = warm_cancel},
+                     .pipeline = pipeline,
+                     .spec_id = *spec_id,
+                     .done = done,
+                     .user = user,
+                     .count = count};
+    memcpy(warm->keys, keys, count * sizeof(keys[0]));
+    bkv_status_t status = bkv_pipeline_submit(pipeline, &warm->job, err);
+    if (status != BKV_OK) {
+        free(warm);
     }
     return status;
 }

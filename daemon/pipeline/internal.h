@@ -2,6 +2,7 @@
 #ifndef BKV_PIPELINE_INTERNAL_H
 #define BKV_PIPELINE_INTERNAL_H
 
+#include "daemon/pipeline/device_cache.h"
 #include "daemon/pipeline/pipeline.h"
 #include "daemon/pipeline/pool.h"
 #include "daemon/pipeline/staging.h"
@@ -20,6 +21,7 @@ struct bkv_pipeline {
     bkv_model_table_t *models;
     bkv_staging_t *staging;
     bkv_pool_t *pool;
+    bkv_device_cache_t *device; // NULL: none
     _Atomic bool draining;
     _Atomic uint64_t default_ttl_ms;
     bkv_pipeline_counters_t counters;

@@ -11,6 +11,17 @@
 // Longer than anybody waits, short enough that adding it to a clock cannot overflow.
 #define MAX_TTL_MS (UINT64_C(1) << 50)
 
+static bkv_status_t open_device(bkv_pipeline_t *pipeline, bkv_error_t *err) {
+    bkv_error_t cause;
+    if (pipeline->config.gpu_cache_bytes == 0) {
+        return BKV_OK;
+    }
+    bkv_status_t status = bkv_device_cache_create(pipeline->config.gpu_cache_bytes, &pipeline->device, &cause);
+    return status == BKV_OK ? BKV_OK
+                            : bkv_fail(err, status == BKV_UNIMPLEMENTED ? BKV_INVALID_ARGUMENT : status,
+                                       "compute.gpu_cache: %.200s", cause.message);
+}
+
 bkv_status_t bkv_pipeline_create(const bkv_pipeline_config_t *config, bkv_pipeline_t **pipeline_out, bkv_error_t *err) {
     assert(config->store != NULL && config->backend != NULL && config->now_ms != NULL);
     assert(config->max_jobs > 0 && config->max_specs > 0 && config->max_batch > 0);
@@ -27,6 +38,9 @@ bkv_status_t bkv_pipeline_create(const bkv_pipeline_config_t *config, bkv_pipeli
     }
     if (status == BKV_OK) {
         status = bkv_staging_create(config->staging_bytes, &pipeline->staging, err);
+    }
+    if (status == BKV_OK) {
+        status = open_device(pipeline, err);
     }
     if (status == BKV_OK) {
         status = bkv_pool_create(config->compute_threads, config->max_jobs, &pipeline->pool, err);
@@ -53,6 +67,7 @@ void bkv_pipeline_destroy(bkv_pipeline_t *pipeline) {
     }
     atomic_store(&pipeline->draining, true);
     bkv_pool_destroy(pipeline->pool); // first: its last jobs still use everything else
+    bkv_device_cache_destroy(pipeline->device);
     bkv_staging_destroy(pipeline->staging);
     bkv_model_table_destroy(pipeline->models);
     free(pipeline);
@@ -70,6 +85,12 @@ void bkv_pipeline_staging(bkv_pipeline_t *pipeline, void **memory, uint64_t *byt
     bkv_staging_memory(pipeline->staging, memory, bytes);
 }
 
+void bkv_pipeline_device_lost(bkv_pipeline_t *pipeline) {
+    if (pipeline->device != NULL) {
+        bkv_device_cache_lost(pipeline->device);
+    }
+}
+
 void bkv_pipeline_metrics(const bkv_pipeline_t *pipeline, bkv_pipeline_metrics_t *metrics) {
 #define X(name, is_counter, help) metrics->name = atomic_load_explicit(&pipeline->counters.name, memory_order_relaxed);
     BKV_PIPELINE_METRICS(X)
@@ -81,6 +102,14 @@ void bkv_pipeline_metrics(const bkv_pipeline_t *pipeline, bkv_pipeline_metrics_t
     metrics->jobs_ended_total = jobs.ended;
     metrics->staging_bytes = bkv_staging_used(pipeline->staging);
     metrics->specs = bkv_model_table_count(pipeline->models);
+    if (pipeline->device != NULL) {
+        bkv_device_cache_state_t device;
+        bkv_device_cache_state(pipeline->device, &device);
+        metrics->gpu_hits_total = device.hits;
+        metrics->gpu_loads_total = device.loads;
+        metrics->gpu_records = device.records;
+        metrics->gpu_bytes = device.bytes;
+    }
 }
 
 // ---- the door ----

@@ -31,6 +31,7 @@ typedef struct bkv_pipeline_config {
     uint32_t max_jobs;        // queued compute jobs; beyond: BUSY
     uint64_t staging_bytes;   // memory for payloads on their way to a codec; beyond: BUSY
     uint64_t max_block_bytes; // largest payload
+    uint64_t gpu_cache_bytes; // GPU memory for records that Attend reads there; 0: Attend runs on the CPU
     uint32_t max_specs, max_batch;
     uint64_t default_ttl_ms; // 0: none
     uint64_t (*now_ms)(void);
@@ -47,6 +48,11 @@ typedef struct bkv_pipeline_config {
     X(fold_nodes_total, true, "inner nodes of folds computed")                                                                 \
     X(fold_read_bytes_total, true, "bytes of records read to compute folds and their nodes")                                   \
     X(attends_total, true, "attention requests computed")                                                                      \
+    X(attends_gpu_total, true, "of these, those computed on a GPU")                                                            \
+    X(gpu_hits_total, true, "records that attention on a GPU found there")                                                     \
+    X(gpu_loads_total, true, "records that were brought to a GPU")                                                             \
+    X(gpu_records, false, "copies of records in GPU memory")                                                                   \
+    X(gpu_bytes, false, "bytes of these")                                                                                      \
     X(busy_total, true, "requests refused at the door")                                                                        \
     X(compress_us_total, true, "microseconds spent compressing, all compute threads")                                          \
     X(staging_bytes, false, "payload bytes in staging")                                                                        \
@@ -61,6 +67,7 @@ typedef struct bkv_pipeline_metrics {
 #undef X
 } bkv_pipeline_metrics_t;
 
+// INVALID_ARGUMENT: compute.gpu_cache without a GPU.
 bkv_status_t bkv_pipeline_create(const bkv_pipeline_config_t *config, bkv_pipeline_t **pipeline, bkv_error_t *err);
 
 // From now on new ingests, folds and attends are refused with BUSY ("draining"); what was accepted goes on, and records are
@@ -84,6 +91,9 @@ bkv_status_t bkv_pipeline_submit(bkv_pipeline_t *pipeline, bkv_job_t *job, bkv_e
 
 // The staging memory, to be registered with devices: one mapping, for the pipeline's life.
 void bkv_pipeline_staging(bkv_pipeline_t *pipeline, void **memory, uint64_t *bytes);
+
+// The GPU is about to be reset: waits for requests of this pipeline that are there, and goes on without it. Any thread.
+void bkv_pipeline_device_lost(bkv_pipeline_t *pipeline);
 
 // The model table, for Open.
 bkv_model_table_t *bkv_pipeline_models(bkv_pipeline_t *pipeline);
@@ -231,6 +241,12 @@ bkv_status_t bkv_fold_start(bkv_pipeline_t *pipeline, const bkv_fold_args_t *arg
                             bkv_error_t *err);
 
 void bkv_fold_release(bkv_pipeline_t *pipeline, bkv_fold_result_t *result);
+
+// Leaves copies of records in GPU memory, where Attend finds them. Keys that are not resident are passed over. done may be called
+// before this returns. UNIMPLEMENTED: there is no GPU cache.
+typedef void (*bkv_warm_done_t)(void *user, const bkv_error_t *error);
+bkv_status_t bkv_warm_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
+                            bkv_warm_done_t done, void *user, bkv_error_t *err);
 
 typedef void (*bkv_attend_done_t)(void *user, const bkv_error_t *error);
 

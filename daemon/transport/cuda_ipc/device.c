@@ -58,6 +58,9 @@ void bkv_ipc_device_reset(bkv_ipc_device_t *device) {
     device->cuda = NULL;
     atomic_fetch_add(&device->generation, 1);
     bkv_ipc_pins_forget(&device->ipc->pins);
+    if (device->ordinal == 0) { // where the pipeline's cache is
+        bkv_pipeline_device_lost(device->ipc->config.pipeline);
+    }
     int error = bkv_gpu_reset(device->ordinal);
     bkv_error_t cause;
     if (error != 0) {

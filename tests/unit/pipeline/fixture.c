@@ -17,6 +17,10 @@ void fixture_advance(uint64_t ms) {
 }
 
 void fixture_open(fixture_t *fixture, uint32_t threads, uint32_t max_jobs) {
+    fixture_open_gpu(fixture, threads, max_jobs, 0);
+}
+
+void fixture_open_gpu(fixture_t *fixture, uint32_t threads, uint32_t max_jobs, uint64_t gpu_cache_bytes) {
     bkv_error_t err;
     *fixture = (fixture_t){.store = NULL};
     const bkv_store_config_t store = {.arena_bytes = FIXTURE_ARENA, .slab_bytes = 8 << 20, .arena_fd = -1};
@@ -28,6 +32,7 @@ void fixture_open(fixture_t *fixture, uint32_t threads, uint32_t max_jobs) {
         .max_jobs = max_jobs,
         .staging_bytes = FIXTURE_STAGING,
         .max_block_bytes = FIXTURE_STAGING,
+        .gpu_cache_bytes = gpu_cache_bytes,
         .max_specs = 4,
         .max_batch = FIXTURE_BATCH,
         .now_ms = fixture_now,

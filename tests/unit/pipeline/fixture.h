@@ -18,6 +18,8 @@ typedef struct fixture {
 
 // 2 layers, 2 KV heads, key_dim 32, value_dim 16, fp32, blocks of at most 64 tokens, codec raw. threads 0 means 2.
 void fixture_open(fixture_t *fixture, uint32_t threads, uint32_t max_jobs);
+// The same with a cache of records in memory of the fake GPU, which must be there.
+void fixture_open_gpu(fixture_t *fixture, uint32_t threads, uint32_t max_jobs, uint64_t gpu_cache_bytes);
 void fixture_close(fixture_t *fixture);
 
 // The pipeline's clock.

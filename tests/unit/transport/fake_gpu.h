@@ -29,7 +29,7 @@ void fake_gpu_hold(bool hold);
 // What there is now, of everything that can be taken and must be given back.
 typedef struct fake_gpu_counts {
     uint32_t imports, spans, chunks, events, streams, memory, host, pins;
-    uint32_t gathers, compressions; // so far
+    uint32_t gathers, compressions, attends; // so far
     size_t memory_bytes;
 } fake_gpu_counts_t;
 fake_gpu_counts_t fake_gpu_counts(void);
