@@ -160,10 +160,8 @@ void bkv_confirm_begin(bkv_mover_t *mover, const bkv_view_t *view) {
 
 // [lock] Every record is in its place.
 static void settle(bkv_mover_t *mover) {
-    const bkv_view_t *view = mover->confirm.view;
-    bkv_view_give(mover->settled);
-    mover->settled = bkv_view_hold(view);
-    atomic_store(&mover->unsettled, mover->poked || view->version != mover->seen);
+    bkv_history_settle(&mover->history, mover->confirm.view);
+    atomic_store(&mover->unsettled, mover->confirm.view->version != mover->seen);
 }
 
 void bkv_confirm_step(bkv_mover_t *mover) {

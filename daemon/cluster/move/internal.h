@@ -2,7 +2,7 @@
 //
 // Files: mover.c (create, destroy, what it is told and asked, the thread and what it does when), pass.c (the work itself, a group
 // of records at a time), carry.c (takes a group to its targets), owed.c (what Puts could not deliver), repair.c (the plans),
-// bandwidth.c; confirm.c (asks the others whether they are done, too).
+// history.c (the views that they start from), bandwidth.c, confirm.c (asks the others whether they are done, too).
 #ifndef BKV_MOVER_INTERNAL_H
 #define BKV_MOVER_INTERNAL_H
 
@@ -10,6 +10,7 @@
 
 #include "daemon/cluster/move/bandwidth.h"
 #include "daemon/cluster/move/carry.h"
+#include "daemon/cluster/move/history.h"
 #include "daemon/cluster/move/owed.h"
 #include "daemon/cluster/move/repair.h"
 
@@ -19,18 +20,20 @@
 #define BKV_MOVER_GROUP 4096u // records in a group
 #define BKV_MOVER_NEVER UINT64_MAX
 
-// A pass is two rounds through the store: the plan's, and one that offers everything that is not this daemon's to its owners, of
-// which the plan leaves some to others. When that is clean all of it is there, and the daemon may forget it.
+// A pass is some rounds through the store: one for each view that plans start from, and one that offers everything that is not
+// this daemon's to its owners, of which the plans leave some to others. When that is clean all of it is there, and the daemon may
+// forget it.
 typedef struct bkv_pass {
-    const bkv_view_t *view;          // towards which; NULL: no pass
-    const bkv_view_t *was;           // from which
+    const bkv_view_t *view;                  // towards which; NULL: no pass
+    const bkv_view_t *from[BKV_HISTORY_MAX]; // [from_count] held
+    uint32_t from_count, round;
     bkv_repair_t *repair;            // of the round
-    bool rest;                       // it is the second one
-    bool all;                        // offers everything in the first one
+    bool all;                        // there is one round alone, which offers everything
     uint64_t started_ms, total;      // total: records in the store when it began
     uint64_t handled, handled_bytes; // of this round's plan, transfers that are over
     uint64_t sent, sent_bytes, failed, refused;
-    bkv_error_t error; // of one of those that failed
+    uint64_t left_bytes; // of those that failed or were refused
+    bkv_error_t error;   // of one of those that failed
 } bkv_pass_t;
 
 // A view under which this daemon has nothing left to send, while others may have.
@@ -56,11 +59,11 @@ struct bkv_mover {
     pthread_mutex_t lock; // what follows
     pthread_cond_t changed;
     bool ending;
-    bool poked; // there may be a view that has not been looked at
     uint64_t delay_ms;
     bkv_bandwidth_t bandwidth;
-    const bkv_view_t *settled;    // under which all was last in its place; NULL: stopped
-    _Atomic bool unsettled;       // it is not the present one
+    bkv_history_t history;        // empty: stopped
+    _Atomic bool unsettled;       // its origin is not the present view
+    bool offer_all;               // the next pass must offer everything
     uint64_t seen;                // the newest view's version, and of that:
     bool member, draining;        // this daemon is in it, and drains
     bool takers;                  // somebody in it may own something
@@ -75,14 +78,14 @@ struct bkv_mover {
     uint32_t owed_failures;         // in a row
     bool owing;                     // a group of them is under way
     bool passing;                   // there is a pass
-    uint64_t left_keys, left_bytes; // of it
+    uint64_t left_keys, left_bytes; // of it, or what the last one has left
     uint64_t moved_keys, moved_bytes;
     bkv_mover_metrics_t metrics;
 };
 
 // ---- mover.c, for pass.c ----
 
-// [lock] Looks whether there is a new view.
+// [lock] Looks at the present view, whether it is new.
 void bkv_mover_look(bkv_mover_t *mover);
 
 // [lock] Whether anything may be moved now.

@@ -23,17 +23,8 @@ static bool has_takers(const bkv_view_t *view) {
     return bkv_placement_slot_owners(view->placement, 0, owners) > 0;
 }
 
-// [lock] As long as this daemon has been in no view it has moved nothing, and what was is what it finds.
-static void find_origin(bkv_mover_t *mover, const bkv_view_t *view) {
-    if (view->self == BKV_NO_MEMBER && view->count > 0 && mover->settled->self == BKV_NO_MEMBER) {
-        bkv_view_give(mover->settled);
-        mover->settled = bkv_view_hold(view);
-    }
-}
-
 void bkv_mover_look(bkv_mover_t *mover) {
     const bkv_view_t *view = bkv_membership_view(mover->config.membership);
-    mover->poked = false;
     if (view->version != mover->seen) {
         mover->seen = view->version;
         mover->member = view->self != BKV_NO_MEMBER;
@@ -46,8 +37,10 @@ void bkv_mover_look(bkv_mover_t *mover) {
         mover->pass_due_ms = bkv_now_ms() + (draining ? 0 : mover->delay_ms);
         mover->pass_failures = mover->pass_refusals = 0;
         mover->confirm_due_ms = BKV_MOVER_NEVER;
-        find_origin(mover, view);
-        atomic_store(&mover->unsettled, mover->settled->version != view->version);
+        bkv_history_saw(&mover->history, view);
+        mover->offer_all = mover->offer_all || mover->history.lost;
+        mover->history.lost = false;
+        atomic_store(&mover->unsettled, mover->history.views[0]->version != view->version);
     }
     bkv_view_give(view);
 }
@@ -173,7 +166,9 @@ static bkv_status_t start(bkv_mover_t *mover, bkv_error_t *err) {
     if (mover->sends == NULL || mover->outcomes == NULL || mover->names == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "mover: no memory");
     }
-    mover->settled = bkv_membership_view(mover->config.membership);
+    const bkv_view_t *view = bkv_membership_view(mover->config.membership);
+    bkv_history_init(&mover->history, view);
+    bkv_view_give(view);
     int failed = pthread_create(&mover->thread, NULL, run, mover);
     mover->running = failed == 0;
     return failed == 0 ? BKV_OK : bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "mover: no thread: %s", strerror(failed));
@@ -212,10 +207,7 @@ void bkv_mover_stop(bkv_mover_t *mover) {
         mover->running = false;
     }
     pthread_mutex_lock(&mover->lock);
-    if (mover->settled != NULL) {
-        bkv_view_give(mover->settled);
-        mover->settled = NULL;
-    }
+    bkv_history_deinit(&mover->history);
     pthread_mutex_unlock(&mover->lock);
 }
 
@@ -238,9 +230,10 @@ void bkv_mover_destroy(bkv_mover_t *mover) {
 
 void bkv_mover_view_changed(bkv_mover_t *mover) {
     pthread_mutex_lock(&mover->lock);
-    mover->poked = true;
-    atomic_store(&mover->unsettled, true);
-    pthread_cond_signal(&mover->changed);
+    if (!mover->ending) {
+        bkv_mover_look(mover); // here, lest the thread misses one of two
+        pthread_cond_signal(&mover->changed);
+    }
     pthread_mutex_unlock(&mover->lock);
 }
 
@@ -251,7 +244,9 @@ void bkv_mover_again(bkv_mover_t *mover, const bkv_name_t *name) {
         pthread_cond_signal(&mover->changed);
     }
     bkv_owed_add(&mover->owed, name);
-    if (mover->owed.overflow && mover->pass_due_ms == BKV_MOVER_NEVER && !mover->passing) {
+    mover->offer_all = mover->offer_all || mover->owed.overflow;
+    mover->owed.overflow = false;
+    if (mover->offer_all && mover->pass_due_ms == BKV_MOVER_NEVER && !mover->passing) {
         mover->pass_due_ms = bkv_now_ms() + mover->config.pause_ms;
         pthread_cond_signal(&mover->changed);
     }
@@ -276,13 +271,13 @@ const bkv_view_t *bkv_mover_origin(bkv_mover_t *mover) {
         return NULL;
     }
     pthread_mutex_lock(&mover->lock);
-    bool any = mover->settled != NULL && mover->settled->count > 0;
-    const bkv_view_t *origin = any ? bkv_view_hold(mover->settled) : NULL;
+    bool any = mover->history.count > 0 && mover->history.views[0]->count > 0;
+    const bkv_view_t *origin = any ? bkv_view_hold(mover->history.views[0]) : NULL;
     pthread_mutex_unlock(&mover->lock);
     return origin;
 }
 
-// Of a member that drains, everything that is not a copy yet has still to go.
+// Of a member that drains and has not begun: all that is no copy.
 static void get_left(bkv_mover_t *mover, bkv_mover_progress_t *progress) {
     bkv_store_metrics_t store;
     bkv_store_metrics(mover->config.store, &store);
@@ -293,9 +288,9 @@ static void get_left(bkv_mover_t *mover, bkv_mover_progress_t *progress) {
 
 void bkv_mover_get_progress(bkv_mover_t *mover, bkv_mover_progress_t *progress) {
     pthread_mutex_lock(&mover->lock);
-    bool due = mover->pass_due_ms != BKV_MOVER_NEVER || mover->owed.count > 0 || mover->poked;
+    bool due = mover->pass_due_ms != BKV_MOVER_NEVER || mover->owed.count > 0;
     bool waits = due || mover->confirm_due_ms != BKV_MOVER_NEVER; // for the others
-    bool clean = mover->clean == mover->seen && !mover->poked;
+    bool clean = mover->clean == mover->seen;
     *progress = (bkv_mover_progress_t){
         .state = mover->passing || mover->owing ? BKV_MOVER_MOVING
                  : waits                        ? BKV_MOVER_WAITING
@@ -307,9 +302,9 @@ void bkv_mover_get_progress(bkv_mover_t *mover, bkv_mover_progress_t *progress) 
         .handed_over = mover->draining && clean && !due && !mover->owing,
         .settled = clean ? mover->settled_hash : 0,
     };
-    bool count = mover->draining && !progress->handed_over;
+    bool waits_to_drain = mover->draining && !progress->handed_over && !mover->passing && progress->left_keys == 0;
     pthread_mutex_unlock(&mover->lock);
-    if (count) {
+    if (waits_to_drain) {
         get_left(mover, progress);
     }
 }

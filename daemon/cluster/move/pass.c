@@ -35,20 +35,26 @@ static bool owns(const bkv_view_t *view, const bkv_key_t *key) {
     uint16_t owners[BKV_REPLICAS_MAX];
     uint32_t count = bkv_placement_owners(view->placement, key, owners);
     bool found = false;
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = 0; i < count && view->self != BKV_NO_MEMBER; i++) {
         found = found || owners[i] == view->self;
     }
     return found;
 }
 
-// Copies that are now this daemon's own: others count on it to keep them.
-static void claim(bkv_mover_t *mover, const bkv_view_t *view) {
+// Copies that are this daemon's own now, or were under a view that a plan starts from: others count on it to have them, and in the
+// latter case to send them.
+static void claim(bkv_mover_t *mover) {
+    const bkv_pass_t *pass = &mover->pass;
     bkv_repair_item_t items[64];
     uint64_t cursor = 0;
     size_t count;
     while ((count = list_some(mover->config.store, bkv_store_list_copies, &cursor, items, 64)) > 0) {
         for (size_t i = 0; i < count; i++) {
-            if (owns(view, &items[i].key)) {
+            bool own = owns(pass->view, &items[i].key);
+            for (uint32_t k = 0; k < pass->from_count; k++) {
+                own = own || owns(pass->from[k], &items[i].key);
+            }
+            if (own) {
                 const bkv_name_t name = {.spec_id = items[i].spec_id, .key = items[i].key};
                 bkv_store_set_copy(mover->config.store, &name, false, bkv_now_ms());
             }
@@ -61,13 +67,14 @@ static void claim(bkv_mover_t *mover, const bkv_view_t *view) {
 
 // ---- a group ----
 
-// Takes the first `count` of mover->sends to their targets. What is settled and not ours is a copy from now on.
-static void carry(bkv_mover_t *mover, const bkv_view_t *view, size_t count, bkv_carry_result_t *result) {
+// Takes the first `count` of mover->sends to their targets. forget: these are all owners, so that what they have and is not ours
+// is a copy from now on.
+static void carry(bkv_mover_t *mover, const bkv_view_t *view, size_t count, bool forget, bkv_carry_result_t *result) {
     const bkv_carry_config_t config = {.peers = mover->config.peers, .view = view, .pace = bkv_mover_pace, .user = mover};
     bkv_carry(&config, mover->sends, count, mover->outcomes, result);
     for (size_t i = 0; i < count; i++) {
         const bkv_repair_send_t *send = &mover->sends[i];
-        if (mover->outcomes[i] == BKV_CARRIED && send->step.forget) {
+        if (forget && mover->outcomes[i] == BKV_CARRIED && send->step.forget) {
             const bkv_name_t name = {.spec_id = send->item.spec_id, .key = send->item.key};
             bkv_store_set_copy(mover->config.store, &name, true, bkv_now_ms());
         }
@@ -85,21 +92,28 @@ static void carry(bkv_mover_t *mover, const bkv_view_t *view, size_t count, bkv_
 
 void bkv_pass_drop(bkv_mover_t *mover) {
     bkv_pass_t *pass = &mover->pass;
+    pthread_mutex_lock(&mover->lock);
+    mover->passing = false;
+    mover->offer_all = mover->offer_all || (pass->all && mover->clean != pass->view->version);
+    pthread_mutex_unlock(&mover->lock);
     bkv_repair_destroy(pass->repair);
     if (pass->view != NULL) {
         bkv_view_give(pass->view);
-        bkv_view_give(pass->was);
+    }
+    for (uint32_t i = 0; i < pass->from_count; i++) {
+        bkv_view_give(pass->from[i]);
     }
     *pass = (bkv_pass_t){.view = NULL};
-    pthread_mutex_lock(&mover->lock);
-    mover->passing = false;
-    mover->left_keys = mover->left_bytes = 0;
-    pthread_mutex_unlock(&mover->lock);
+}
+
+// Whether this is the round that offers what no plan may have cared for, and whose targets are all owners.
+static bool is_last_round(const bkv_pass_t *pass) {
+    return pass->round == pass->from_count;
 }
 
 static bkv_status_t begin_round(bkv_mover_t *mover, bkv_error_t *err) {
     bkv_pass_t *pass = &mover->pass;
-    const bkv_placement_t *was = pass->all || pass->rest ? mover->nobody : pass->was->placement;
+    const bkv_placement_t *was = is_last_round(pass) ? mover->nobody : pass->from[pass->round]->placement;
     const char *self = pass->view->members[pass->view->self].place.id;
     bkv_repair_destroy(pass->repair);
     pass->repair = NULL;
@@ -124,14 +138,17 @@ static void end_pass(bkv_mover_t *mover, bool clean) {
     pthread_mutex_lock(&mover->lock);
     if (clean) {
         mover->clean = pass->view->version;
+        mover->left_keys = mover->left_bytes = 0;
         mover->settled_hash = bkv_confirm_hash(pass->view);
         mover->pass_failures = mover->pass_refusals = 0;
     } else {
+        mover->left_keys = pass->failed + pass->refused;
+        mover->left_bytes = pass->left_bytes;
         mover->pass_failures++;
         mover->pass_refusals += pass->failed == 0 && pass->refused > 0;
     }
     uint64_t pause_ms = bkv_mover_pause_ms(mover, mover->pass_failures);
-    bool more = !clean || mover->owed.overflow;
+    bool more = !clean || mover->offer_all;
     if (more && mover->pass_due_ms == BKV_MOVER_NEVER) {
         mover->pass_due_ms = bkv_now_ms() + pause_ms;
     }
@@ -167,29 +184,33 @@ void bkv_pass_begin(bkv_mover_t *mover) {
     bkv_mover_look(mover);
     *pass = (bkv_pass_t){
         .view = bkv_membership_view(mover->config.membership),
-        .was = bkv_view_hold(mover->settled),
-        .all = mover->owed.overflow,
+        .all = mover->offer_all,
         .started_ms = bkv_now_ms(),
         .total = store.entries > store.copies ? store.entries - store.copies : 0,
     };
+    for (uint32_t i = 0; i < mover->history.count && !pass->all; i++) {
+        pass->from[pass->from_count++] = bkv_view_hold(mover->history.views[i]);
+    }
     bool member = pass->view->self != BKV_NO_MEMBER; // it may have gone just now
-    mover->owed.overflow = false;
+    mover->offer_all = false;
     mover->pass_due_ms = BKV_MOVER_NEVER;
     mover->passing = true;
+    mover->left_keys = mover->draining ? pass->total : 0;
+    mover->left_bytes = mover->draining ? store.resident_bytes : 0;
     mover->metrics.repair_passes_total++;
     pthread_mutex_unlock(&mover->lock);
     if (!member) {
         bkv_pass_drop(mover);
         return;
     }
-    claim(mover, pass->view);
+    claim(mover);
     bkv_error_t error;
     if (begin_round(mover, &error) != BKV_OK) {
         fail_pass(mover, &error);
     }
 }
 
-// Fills mover->sends from the plan. In the second round only what is not ours counts.
+// Fills mover->sends from the plan. In the last round only what is not ours counts.
 static size_t gather(bkv_mover_t *mover, bool *more) {
     bkv_pass_t *pass = &mover->pass;
     size_t count = 0;
@@ -198,7 +219,7 @@ static size_t gather(bkv_mover_t *mover, bool *more) {
         bkv_repair_send_t *sends = &mover->sends[count];
         size_t found = bkv_repair_next(pass->repair, sends, BKV_MOVER_GROUP - count, LOOK_AT, more);
         for (size_t i = 0, kept = 0; i < found; i++) {
-            if (!pass->rest || sends[i].step.forget) {
+            if (!is_last_round(pass) || pass->all || sends[i].step.forget) {
                 sends[kept++] = sends[i];
                 count++;
             }
@@ -221,13 +242,14 @@ static void account(bkv_mover_t *mover, size_t count, const bkv_carry_result_t *
         pass->handled_bytes += mover->sends[i].step.count * mover->sends[i].item.bytes;
         pass->refused += refused;
         pass->failed += failed;
+        pass->left_bytes += failed || refused ? mover->sends[i].item.bytes : 0;
         if (failed || (refused && !bear)) {
             bkv_repair_failed(pass->repair);
         }
     }
 }
 
-// What is left of the first round, if the rest of the store is like what has been seen of it.
+// What is left of the round, if the rest of the store is like what has been seen of it.
 static void estimate(bkv_mover_t *mover) {
     const bkv_pass_t *pass = &mover->pass;
     bkv_repair_progress_t progress;
@@ -235,20 +257,21 @@ static void estimate(bkv_mover_t *mover) {
     double whole = progress.seen > 0 && pass->total > progress.seen ? (double)pass->total / (double)progress.seen : 1;
     double keys = (double)progress.planned * whole - (double)pass->handled;
     double bytes = (double)progress.planned_bytes * whole - (double)pass->handled_bytes;
+    bool last = is_last_round(pass) && !pass->all; // it mostly asks
     pthread_mutex_lock(&mover->lock);
-    mover->left_keys = pass->rest || keys < 0 ? 0 : (uint64_t)keys;
-    mover->left_bytes = pass->rest || bytes < 0 ? 0 : (uint64_t)bytes;
+    mover->left_keys = last || keys < 0 ? 0 : (uint64_t)keys;
+    mover->left_bytes = last || bytes < 0 ? 0 : (uint64_t)bytes;
     pthread_mutex_unlock(&mover->lock);
 }
 
 static void end_round(bkv_mover_t *mover) {
     bkv_error_t error;
     bool clean = bkv_repair_done(mover->pass.repair);
-    if (!clean || mover->pass.rest) {
+    if (!clean || is_last_round(&mover->pass)) {
         end_pass(mover, clean);
         return;
     }
-    mover->pass.rest = true;
+    mover->pass.round++;
     if (begin_round(mover, &error) != BKV_OK) {
         fail_pass(mover, &error);
     }
@@ -260,7 +283,7 @@ void bkv_pass_step(bkv_mover_t *mover) {
     if (count > 0) {
         bkv_carry_result_t result;
         estimate(mover);
-        carry(mover, mover->pass.view, count, &result);
+        carry(mover, mover->pass.view, count, is_last_round(&mover->pass), &result);
         account(mover, count, &result);
         estimate(mover);
     }
@@ -313,12 +336,13 @@ void bkv_pass_owed(bkv_mover_t *mover) {
     bkv_carry_result_t result;
     bool failed = !planned;
     if (count > 0) {
-        carry(mover, view, count, &result);
+        carry(mover, view, count, true, &result);
     }
     bkv_succession_deinit(&succession);
     bkv_view_give(view);
     pthread_mutex_lock(&mover->lock);
-    mover->owed.overflow = mover->owed.overflow || !planned;
+    mover->offer_all = mover->offer_all || !planned || mover->owed.overflow;
+    mover->owed.overflow = false;
     owe_again(mover, count, &failed);
     mover->owed_failures = failed ? mover->owed_failures + 1 : 0;
     mover->owed_due_ms = bkv_now_ms() + (failed ? bkv_mover_pause_ms(mover, mover->owed_failures) : 0);
