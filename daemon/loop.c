@@ -1,7 +1,7 @@
 // loop.c - the event loop: signals, timers, the watchdog, and the end.
 //
-// SIGTERM and SIGINT drain: new calls are refused, those in flight have limits.drain_timeout to end. A second one ends the
-// process at once. SIGHUP reloads. Nothing here blocks, so that the loop always hears the next signal; that its timers run is
+// SIGTERM and SIGINT drain: new calls are refused, those in flight have limits.drain_timeout to end. A member of a cluster leaves
+// first, and serves until the others have heard of it. A second signal ends the process at once. SIGHUP reloads. Nothing here blocks, so that the loop always hears the next signal; that its timers run is
 // half of what the watchdog proves, the other half is the progress of the compute threads.
 #include "daemon/app.h"
 
@@ -23,6 +23,7 @@
 #define STATUS_TICKS    10     // between two STATUS lines
 #define IDLE_TICKS      10     // without a call, after which free memory goes back to the system
 #define DRAIN_POLL_MS   20     // how soon an empty house is noticed
+#define LEFT_MS         500    // in which other members hear that this one has left, and go round it
 #define STALL_MS        300000 // compute threads with work but without progress for so long are stuck
 #define STOP_GRACE_S    10     // for jobs that still run after the drain
 #define SIGNAL_COUNT    3
@@ -96,6 +97,15 @@ static void on_drain_poll(uv_timer_t *timer) {
     uv_stop(&loop->uv);
 }
 
+static void refuse_new_calls(loop_t *loop) {
+    bkv_server_drain(loop->app->server); // the pipeline stays open: calls in flight may begin further blocks
+    uv_timer_start(&loop->drain, on_drain_poll, 0, DRAIN_POLL_MS);
+}
+
+static void on_left(uv_timer_t *timer) {
+    refuse_new_calls(timer->data);
+}
+
 static void begin_drain(loop_t *loop, int signal_number) {
     char limit[BKV_VALUE_TEXT];
     bkv_value_format_ms(loop->app->config->limits_drain_timeout, limit);
@@ -105,11 +115,13 @@ static void begin_drain(loop_t *loop, int signal_number) {
     loop->drain_until_ms = bkv_now_ms() + loop->app->config->limits_drain_timeout;
     bkv_systemd_stopping();
     report_status(loop);
-    if (loop->app->cluster != NULL) {
-        bkv_cluster_leave(loop->app->cluster, 0); // from now on other daemons go round this one; nobody waits for it here
+    bkv_cluster_t *cluster = loop->app->cluster;
+    if (cluster != NULL && bkv_cluster_connected(cluster) && loop->app->config->limits_drain_timeout > LEFT_MS) {
+        bkv_cluster_leave(cluster, 0); // nobody waits for it here
+        uv_timer_start(&loop->drain, on_left, LEFT_MS, 0);
+    } else {
+        refuse_new_calls(loop);
     }
-    bkv_server_drain(loop->app->server); // the pipeline stays open: calls in flight may begin further blocks
-    uv_timer_start(&loop->drain, on_drain_poll, 0, DRAIN_POLL_MS);
 }
 
 static void on_signal(uv_signal_t *handle, int signal_number) {
