@@ -95,11 +95,11 @@ class Faults:
                 for place in node.where(spec_id, [b.key for b in blocks[at:at + 500]])]
 
     def sweep(self):
-        """Reads everything while the load goes on: the referee sees what is missing."""
+        """Reads all that two daemons have acknowledged, while the load goes on: the referee sees what is missing."""
         worker = self.load.workers[0].twin()
         for _, blocks in self.blocks():
             for at in range(0, len(blocks), 32):
-                live = [b for b in blocks[at:at + 32] if not b.dropped]
+                live = [b for b in blocks[at:at + 32] if b.protected()]
                 if live:
                     worker.fetch(live, operation="sweep", deadline_s=10)
         worker.hang_up()
@@ -236,7 +236,7 @@ class Faults:
         self.sweep_except(node)
         for host in hosts:
             network.join(node.host, host)
-        eventually(lambda: self.pool.unsettled(moved=False) == "", lambda: self.pool.unsettled(moved=False), SETTLE_S)
+        self.pool.settle(moved=False, timeout_s=SETTLE_S)
         self.calm(node, excuse)
         self.settle(name)
         self.verify(name)
@@ -266,7 +266,7 @@ class Faults:
         time.sleep(LEASE_S + 3)
         self.sweep_except(node)
         self.pool.network.plug(node.host)
-        eventually(lambda: self.pool.unsettled(moved=False) == "", lambda: self.pool.unsettled(moved=False), SETTLE_S)
+        self.pool.settle(moved=False, timeout_s=SETTLE_S)
         self.calm(node, excuse)
         self.settle("cable out")
         self.verify("cable out")

@@ -97,9 +97,10 @@ class Worker(threading.Thread):
             self.lines[node.name] = Line(node)
         return self.lines[node.name]
 
-    def ask(self, operation, call, must=True, deadline_s=None):
-        """call(line, timeout) through one daemon after the other until it answers or the deadline is over: (answer or None, line,
-        begin). must: it should succeed, given time."""
+    def ask(self, operation, call, blocks=(), deadline_s=None):
+        """call(line, timeout) through one daemon after the other until it answers or the deadline is over: (answer, line, begin),
+        or ((code, text), None, begin). It should succeed, given time, when all the blocks that it needs are protected."""
+        must = all(block.protected() for block in blocks)
         begin, tried, limit = time.monotonic(), [], deadline_s or self.deadline()
         while True:
             line, left = self.line(tried), begin + limit - time.monotonic()
@@ -122,7 +123,7 @@ class Worker(threading.Thread):
             self.referee.ended(operation, begin, limit, tried, code)
             if code not in TYPED:
                 self.referee.say(self.referee.odd, f"{operation} through {tried}: {code.name} {text}")
-            elif must and limit >= DEADLINE_S and code != Code.NOT_FOUND:
+            elif must and limit >= DEADLINE_S and code != Code.NOT_FOUND and not any(block.dropped for block in blocks):
                 self.referee.failed(operation, begin, tried, code, text)
             return (code, text), None, begin
 
@@ -173,10 +174,10 @@ class Worker(threading.Thread):
         if blocks:
             self.fetch(blocks)
 
-    def fetch(self, blocks, must=True, operation="get", deadline_s=None):
+    def fetch(self, blocks, operation="get", deadline_s=None):
         """Gets blocks of one kind and checks every byte; returns those that were not there."""
         sure = [block.protected() for block in blocks]
-        answer, line, begin = self.ask(operation, lambda line, timeout: self.records(line, blocks, timeout), must, deadline_s)
+        answer, line, begin = self.ask(operation, lambda line, timeout: self.records(line, blocks, timeout), blocks, deadline_s)
         if line is None:
             return None
         missing = []
@@ -226,7 +227,7 @@ class Worker(threading.Thread):
         if len(blocks) < 2:
             return
         answer, line, begin = self.ask("fold", lambda line, timeout: line.client.fold(
-            line.spec_id(kind, timeout), [b.key for b in blocks], FOLD_BUDGET, timeout=timeout, ttl_ms=1500))
+            line.spec_id(kind, timeout), [b.key for b in blocks], FOLD_BUDGET, timeout=timeout, ttl_ms=1500), blocks)
         if line is None:
             self.refused("fold", answer, begin, blocks)
         elif len(answer) > FOLD_BUDGET or record.Record(answer).tokens != kind.tokens * len(blocks):
@@ -244,7 +245,7 @@ class Worker(threading.Thread):
         spec = blocks[0].kind.spec
         q = np.full((spec["layers"], spec["kv_heads"], 2, spec["key_dim"]), 0.25, np.float32)
         answer, line, begin = self.ask("attend", lambda line, timeout: line.client.attend(
-            line.spec_id(blocks[0].kind, timeout), [b.key for b in blocks], q, timeout=timeout))
+            line.spec_id(blocks[0].kind, timeout), [b.key for b in blocks], q, timeout=timeout), blocks)
         if line is None:
             self.refused("attend", answer, begin, blocks)
         elif not np.isfinite(np.frombuffer(answer.output, "<f4")).all():
@@ -255,7 +256,7 @@ class Worker(threading.Thread):
         if not blocks:
             return
         answer, line, begin = self.ask("pin", lambda line, timeout: line.client.pin(
-            line.spec_id(blocks[0].kind, timeout), [b.key for b in blocks], 2000, timeout=timeout))
+            line.spec_id(blocks[0].kind, timeout), [b.key for b in blocks], 2000, timeout=timeout), blocks)
         if line is None:
             self.refused("pin", answer, begin, blocks)
             return
@@ -278,7 +279,7 @@ class Worker(threading.Thread):
             stream.cancel()
             return True
 
-        self.ask("give up", call, must=False)
+        self.ask("give up", call, blocks)
 
 
 class Load:

@@ -159,8 +159,8 @@ class Pool:
     # ---- the state of all ----
 
     def unsettled(self, nodes=None, moved=True):
-        """Why the pool is not at rest: what a node says that it should not; "" when every node knows just these as members, and
-        (moved) none of them has anything to send or to wait for."""
+        """Why the pool is not at rest: what a node says that it should not; "" when every node knows just these as members, finds
+        that they answer, and (moved) has nothing to send or to wait for."""
         nodes = nodes or self.up()
         names = sorted(node.name for node in nodes)
         for node in nodes:
@@ -172,6 +172,9 @@ class Pool:
                 return f"{node.name} is {report.state}: {report.trouble}"
             if [member.id for member in report.members] != names:
                 return f"{node.name} sees {[member.id for member in report.members]}, not {names}"
+            suspects = [member.id for member in report.members if member.suspected]
+            if suspects:
+                return f"{node.name} passes over {suspects}"
             if moved and report.repair != "idle":
                 return f"{node.name} is {report.repair}, {report.repair_left_keys} keys to go"
         return ""

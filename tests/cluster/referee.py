@@ -27,8 +27,9 @@ class Excuse:
 
 
 class Referee:
-    def __init__(self):
-        self.lock, self.excuses = threading.Lock(), []
+    def __init__(self, began=None):
+        """began: from when on its notes count seconds."""
+        self.lock, self.excuses, self.began = threading.Lock(), [], began or time.monotonic()
         self.counts = collections.Counter()   # of operations, by name
         self.errors = collections.Counter()   # of their ends, by (name, code)
         self.totals = collections.Counter()   # hits, misses, excused, retries, short, ...
@@ -88,7 +89,7 @@ class Referee:
 
     def say(self, where, text):
         with self.lock:
-            where.append(f"{time.strftime('%H:%M:%S')} {text}")
+            where.append(f"{time.monotonic() - self.began:.1f} {text}")
 
     # ---- results ----
 

@@ -92,11 +92,15 @@ def results(faults, referee, took):
 def show(referee, faults, pool, good):
     print("operations: " + ", ".join(f"{n:,} {name}" for name, n in sorted(referee.counts.items())))
     print("errors: " + (", ".join(f"{n:,} {name} {code}" for (name, code), n in sorted(referee.errors.items())) or "none"))
-    for text in (referee.bad() + faults.problems)[:40]:
-        print(f"test-cluster: {text}", file=sys.stderr)
+    for what, texts in (("wrong bytes", referee.wrong), ("past its deadline", referee.late), ("missed", referee.misses),
+                        ("failed", referee.failures), ("odd", referee.odd), ("not in its place", faults.problems)):
+        for text in texts[:12]:
+            print(f"test-cluster: {what}: {text}", file=sys.stderr)
+        if len(texts) > 12:
+            print(f"test-cluster: {what}: and {len(texts) - 12} more", file=sys.stderr)
     if not good:
         for node in pool.nodes.values():
-            print(f"--- the log of {node.name} ends:\n" + "\n".join(calm_log(node)[-25:]), file=sys.stderr)
+            print(f"--- the log of {node.name} ends:\n" + "\n".join(calm_log(node)[-15:]), file=sys.stderr)
 
 
 def calm_log(node):
@@ -117,7 +121,7 @@ def main():
         if not pool.network.netem:
             print("this kernel has no netem: packets are lost and delayed by lossy.py instead")
         pool.start()
-        referee = Referee()
+        referee = Referee(began)
         with Load(pool, Ledger(wanted.seed, LIMIT_BYTES), referee, wanted.workers) as load:
             faults = Faults(pool, load, wanted.seed, lambda text: print(f"{time.monotonic() - began:6.1f} {text}", flush=True))
             try:
