@@ -44,7 +44,8 @@ static void launch(ipc_daemon_t *daemon) {
     if (daemon->pid == 0) {
         prctl(PR_SET_PDEATHSIG, SIGTERM);
         execl(daemon->program, daemon->program, "--socket", daemon->socket, "--tcp", "", "--arena", daemon->arena, "--slab",
-              "64M", "--prefault", "--level", "info", "--target", "text", (char *)NULL);
+              "64M", "--prefault", "--level", "info", "--target", "text", daemon->gpu_cache != NULL ? "--gpu-cache" : NULL,
+              daemon->gpu_cache, (char *)NULL);
         perror(daemon->program);
         _exit(127);
     }
@@ -64,7 +65,11 @@ static void wait_until_it_serves(const ipc_daemon_t *daemon) {
 }
 
 void ipc_daemon_start(ipc_daemon_t *daemon, const char *program, const char *arena) {
-    *daemon = (ipc_daemon_t){.folder = "/tmp/bkv-ipc-XXXXXX", .program = program, .arena = arena};
+    ipc_daemon_start_cache(daemon, program, arena, NULL);
+}
+
+void ipc_daemon_start_cache(ipc_daemon_t *daemon, const char *program, const char *arena, const char *gpu_cache) {
+    *daemon = (ipc_daemon_t){.folder = "/tmp/bkv-ipc-XXXXXX", .program = program, .arena = arena, .gpu_cache = gpu_cache};
     REQUIRE(mkdtemp(daemon->folder) != NULL, "mkdtemp: %s", strerror(errno));
     snprintf(daemon->socket, sizeof(daemon->socket), "%s/d.sock", daemon->folder);
     snprintf(daemon->endpoint, sizeof(daemon->endpoint), "unix:%s", daemon->socket);

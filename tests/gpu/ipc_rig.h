@@ -13,7 +13,7 @@
 typedef struct ipc_daemon {
     pid_t pid;
     char folder[32], socket[64], endpoint[80];
-    const char *program, *arena;
+    const char *program, *arena, *gpu_cache; // the last: NULL for none
 } ipc_daemon_t;
 
 // Where balancekvd is: beside this program's folder, in bin/. The string is static.
@@ -21,6 +21,8 @@ const char *ipc_daemon_program(void);
 
 // Starts a daemon with an arena of that size, and waits until it serves. Before CUDA is first used: it forks.
 void ipc_daemon_start(ipc_daemon_t *daemon, const char *program, const char *arena);
+// The same with GPU memory for records that Attend reads there.
+void ipc_daemon_start_cache(ipc_daemon_t *daemon, const char *program, const char *arena, const char *gpu_cache);
 void ipc_daemon_restart(ipc_daemon_t *daemon); // kills it and starts another in its place
 void ipc_daemon_stop(ipc_daemon_t *daemon);    // and says how it ended: REQUIREs an exit of its own
 
