@@ -192,6 +192,7 @@ static bkv_status_t put_bytes(bkv_intake_t *intake, const uint8_t *bytes, size_t
         memcpy((uint8_t *)&intake->header + at, bytes, length);
         status = intake->received == sizeof(intake->header) ? open_slot(intake, now_ms, err) : BKV_OK;
     } else {
+        assert(intake->slot.data != NULL);
         bkv_sum_append(intake->sum, bytes, length);
         memcpy(intake->slot.data + at, bytes, length);
     }

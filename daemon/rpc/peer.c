@@ -141,8 +141,8 @@ static bool get_names(bkv_call_t *call, bkv_bump_t *bump, const ProtobufCBinaryD
 void bkv_handle_peer_have(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__Cluster__V1__HaveRequest *request = (const Balancekv__Cluster__V1__HaveRequest *)bkv_peer_request(
         call, &balancekv__cluster__v1__have_request__descriptor, bump);
-    const bkv_name_t *names;
-    uint32_t count;
+    const bkv_name_t *names = NULL;
+    uint32_t count = 0;
     void *answers;
     if (request == NULL || !get_names(call, bump, &request->names, sizeof(uint64_t), &names, &count, &answers)) {
         return;
@@ -167,8 +167,8 @@ void bkv_handle_peer_fetch(bkv_call_t *call, bkv_bump_t *bump) {
     if (request == NULL) {
         return;
     }
-    const bkv_name_t *names;
-    uint32_t count;
+    const bkv_name_t *names = NULL;
+    uint32_t count = 0;
     bkv_error_t error;
     bkv_status_t status = bkv_peer_names(call->server, &request->names, &names, &count, &error);
     if (status == BKV_OK && bkv_records_new_names(call, names, count) == NULL) {
@@ -184,8 +184,8 @@ void bkv_handle_peer_fetch(bkv_call_t *call, bkv_bump_t *bump) {
 void bkv_handle_peer_forget(bkv_call_t *call, bkv_bump_t *bump) {
     const Balancekv__Cluster__V1__ForgetRequest *request = (const Balancekv__Cluster__V1__ForgetRequest *)bkv_peer_request(
         call, &balancekv__cluster__v1__forget_request__descriptor, bump);
-    const bkv_name_t *names;
-    uint32_t count;
+    const bkv_name_t *names = NULL;
+    uint32_t count = 0;
     void *answers;
     if (request == NULL || !get_names(call, bump, &request->names, sizeof(protobuf_c_boolean), &names, &count, &answers)) {
         return;
