@@ -1,8 +1,8 @@
 // lookup.c - which records are anywhere in the pool: all owners of what is not here are asked at the same time.
 //
 // A key is settled when one owner says to have it, or when all have been heard. Who stands still should not delay each Lookup of a
-// prefix that is new to the pool: once every key that is left has been denied by an owner, the others are waited for no longer than
-// they usually take.
+// prefix that is new to the pool: once every key that is left has been denied by an owner, perhaps by this daemon, the others are
+// waited for no longer than they usually take.
 #include "daemon/cluster/poll.h"
 
 #include <stdlib.h>
@@ -23,6 +23,19 @@ typedef struct lookup {
     bkv_name_t *names; // [count], of what is not here
     absent_t absent[];
 } lookup_t;
+
+static bkv_verdict_t verdict(const lookup_t *lookup) {
+    return lookup->unsettled == 0 ? BKV_ENOUGH : lookup->undenied == 0 ? BKV_WAIT_PATIENTLY : BKV_WAIT;
+}
+
+static bkv_verdict_t on_known(void *user, const bkv_owned_t *of) {
+    lookup_t *lookup = user;
+    for (uint32_t i = 0; i < lookup->count; i++) {
+        lookup->absent[i].denied = of[i].self;
+        lookup->undenied -= of[i].self;
+    }
+    return verdict(lookup);
+}
 
 static void settle(lookup_t *lookup, absent_t *absent) {
     absent->settled = true;
@@ -51,7 +64,7 @@ static bkv_verdict_t on_heard(void *user, const bkv_owner_t *owner, const uint32
             settle(lookup, absent);
         }
     }
-    return lookup->unsettled == 0 ? BKV_ENOUGH : lookup->undenied == 0 ? BKV_WAIT_PATIENTLY : BKV_WAIT;
+    return verdict(lookup);
 }
 
 static void on_polled(void *user) {
@@ -63,7 +76,7 @@ static void on_polled(void *user) {
     done(caller);
 }
 
-static const bkv_poll_kind_t kind = {.heard = on_heard, .done = on_polled};
+static const bkv_poll_kind_t kind = {.known = on_known, .heard = on_heard, .done = on_polled};
 
 // Of the names that are not here; NULL: no memory.
 static lookup_t *lookup_new(const bkv_name_t *names, uint32_t count, uint32_t absent, const bool *have) {

@@ -215,6 +215,7 @@ void bkv_poll_start(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t co
     }
     poll->kind = kind;
     poll->user = user;
+    poll->verdict = kind->known != NULL ? kind->known(user, poll->owners.of) : BKV_WAIT;
     uint64_t timeout_ms = bkv_now_ms() + cluster->peer_timeout_ms;
     bkv_cluster_hold(cluster);
     atomic_fetch_add(&poll->refs, 1); // the starter's

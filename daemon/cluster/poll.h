@@ -12,6 +12,8 @@ typedef enum bkv_verdict {
 } bkv_verdict_t;
 
 typedef struct bkv_poll_kind {
+    // Whom the names belong to: of[names], before anything else. NULL: that is of no interest.
+    bkv_verdict_t (*known)(void *user, const bkv_owned_t *of);
     // An owner has answered about names keys[0..count): bytes[i], 0: not there. bytes NULL: it has not, and will not.
     // left[key]: owners of that name that are still to be heard. One call after the other, none after done. With everything heard
     // the verdict does not matter.

@@ -18,7 +18,7 @@ class Node:
     def __init__(self, name, etcd, delay, **options):
         self.name, port = name, free_port()
         self.daemon = Daemon(node=name, etcd=etcd.endpoint, tcp=f"127.0.0.1:{port}", lease=f"{LEASE_S}s",
-                             peer_timeout="1s", repair_delay=delay, arena="64M", **options)
+                             peer_timeout="1s", repair_delay=delay, **{"arena": "64M", **options})
         self.client, self.local = wire.Client(f"127.0.0.1:{port}"), wire.Client(self.daemon.target)
 
     def start(self):

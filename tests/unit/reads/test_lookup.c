@@ -86,6 +86,23 @@ Test(lookup, does_not_wait_long_for_one_that_stands_still, .timeout = 60) {
     pool_free(pool);
 }
 
+// Here this daemon is the other owner, and has it not.
+Test(lookup, its_own_denial_counts, .timeout = 60) {
+    pool_t *pool = pool_new(2, ARENA);
+    uint32_t number = number_owned_by(pool, SELF, 2, 0);
+    bkv_name_t name = name_of(number);
+    bool have = false;
+    atomic_store(&pool->peers[2].temper, SILENT);
+    atomic_store(&pool->peers[2].patience_us, 50000);
+    cr_assert_lt(lookup_ms(pool, &name, 1, 5000, &have), TIMEOUT_MS / 2);
+    cr_assert(!have);
+    put_at(pool->peers[2].store, number);
+    atomic_store(&pool->peers[2].temper, GOOD);
+    lookup_ms(pool, &name, 1, 5000, &have);
+    cr_assert(have);
+    pool_free(pool);
+}
+
 // But as long as nobody has denied, there is hope.
 Test(lookup, waits_for_the_only_one_that_may_have_it, .timeout = 60) {
     pool_t *pool = pool_new(2, ARENA);
