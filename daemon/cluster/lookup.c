@@ -2,7 +2,7 @@
 //
 // A key is settled when one owner says to have it, or when all have been heard. Who stands still should not delay each Lookup of a
 // prefix that is new to the pool: once every key that is left has been denied by an owner, perhaps by this daemon, the others are
-// waited for no longer than they usually take.
+// waited for no longer than they usually take. Unless records are still on their way to owners: then one that denies says little.
 #include "daemon/cluster/poll.h"
 
 #include <stdlib.h>
@@ -17,6 +17,7 @@ typedef struct lookup {
     bkv_cluster_done_t done;
     void *user;
     bool *have;         // the caller's
+    bool moving;        // owners may not have got all of theirs yet
     uint32_t unsettled; // names
     uint32_t undenied;  // of these
     uint32_t count;
@@ -25,7 +26,8 @@ typedef struct lookup {
 } lookup_t;
 
 static bkv_verdict_t verdict(const lookup_t *lookup) {
-    return lookup->unsettled == 0 ? BKV_ENOUGH : lookup->undenied == 0 ? BKV_WAIT_PATIENTLY : BKV_WAIT;
+    bool patiently = lookup->undenied == 0 && !lookup->moving;
+    return lookup->unsettled == 0 ? BKV_ENOUGH : patiently ? BKV_WAIT_PATIENTLY : BKV_WAIT;
 }
 
 static bkv_verdict_t on_known(void *user, const bkv_owned_t *of) {
@@ -98,6 +100,14 @@ static lookup_t *lookup_new(const bkv_name_t *names, uint32_t count, uint32_t ab
     return lookup;
 }
 
+static bool is_moving(bkv_cluster_t *cluster) {
+    const bkv_view_t *origin = bkv_mover_origin(cluster->mover);
+    if (origin != NULL) {
+        bkv_view_give(origin);
+    }
+    return origin != NULL;
+}
+
 void bkv_cluster_lookup(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms, bool *have,
                         bkv_cluster_done_t done, void *user) {
     uint32_t absent = 0;
@@ -112,5 +122,6 @@ void bkv_cluster_lookup(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_
     lookup->done = done;
     lookup->user = user;
     lookup->have = have;
+    lookup->moving = is_moving(cluster);
     bkv_poll_start(cluster, lookup->names, lookup->count, deadline_ms, &kind, lookup);
 }
