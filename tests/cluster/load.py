@@ -1,6 +1,7 @@
 """Workers: each puts, gets, looks up, folds, attends, pins and drops through any daemon it likes, as an engine with several
 endpoints would: what is refused for now it asks of another daemon, as long as its deadline lasts. referee.py judges.
 """
+import faulthandler
 import threading
 import time
 
@@ -313,6 +314,7 @@ class Load:
             self.paused.set()
             if not self.changed.wait_for(lambda: self.active == 0, DEADLINE_S + 10):
                 self.referee.say(self.referee.odd, "an operation hangs")
+                faulthandler.dump_traceback()
 
     def resume(self):
         self.paused.clear()
