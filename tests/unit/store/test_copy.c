@@ -123,6 +123,23 @@ Test(store_copy, those_in_use_stay_longer) {
     bkv_store_destroy(store);
 }
 
+// What it was read for before it became a copy, a Put's way to its owners, is forgotten.
+Test(store_copy, becoming_one_is_no_use) {
+    bkv_store_t *store = store_of_64();
+    for (uint64_t i = 0; i < 64; i++) {
+        fixture_add(store, i, 64 * KIB);
+    }
+    for (uint64_t i = 0; i < 2; i++) {
+        cr_assert_eq(fixture_get(store, i, NOW), BKV_OK);
+        cr_assert(set_copy(store, i, true));
+        cr_assert(set_copy(store, i, true)); // it is one already
+    }
+    cr_assert_eq(fixture_get(store, 0, NOW), BKV_OK);
+    fixture_add(store, 100, 64 * KIB);
+    cr_assert(fixture_has(store, 0) && !fixture_has(store, 1));
+    bkv_store_destroy(store);
+}
+
 Test(store_copy, held_ones_stay) {
     bkv_store_t *store = store_of_64();
     for (uint64_t i = 0; i < 64; i++) {
@@ -192,6 +209,27 @@ Test(store_copy, give_up_their_slabs_first) {
     }
     cr_assert_eq(fixture_metrics(store).evicted_slab_total, 16);
     cr_assert_eq(fixture_metrics(store).copies, 1);
+    fixture_audit(store);
+    bkv_store_destroy(store);
+}
+
+// The same where a size that has slabs of its own looks at the others for a colder one: it sees their copies before all else.
+Test(store_copy, draw_the_eye_of_other_sizes) {
+    bkv_store_config_t config = fixture_config(3 * MIB, MIB);
+    bkv_store_t *store = fixture_store(&config);
+    for (uint64_t i = 0; i < 32; i++) {
+        fixture_add(store, i, 64 * KIB);
+    }
+    for (uint64_t i = 16; i < 32; i++) {
+        cr_assert(set_copy(store, i, true));
+    }
+    for (uint64_t i = 0; i < 100 && fixture_metrics(store).evicted_slab_total == 0; i++) {
+        fixture_add(store, 100 + i, 32 * KIB);
+    }
+    cr_assert_eq(fixture_metrics(store).evicted_slab_total, 16);
+    for (uint64_t i = 0; i < 32; i++) {
+        cr_assert_eq(fixture_has(store, i), i < 16);
+    }
     fixture_audit(store);
     bkv_store_destroy(store);
 }
