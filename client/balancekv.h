@@ -207,6 +207,11 @@ BKV_API bkv_status_t bkv_attend_remote(bkv_client_t *client, const bkv_spec_id_t
                                        const bkv_attend_args_t *args, uint32_t heads, uint32_t key_dim, uint32_t value_dim,
                                        uint32_t timeout_ms, bkv_error_t *err);
 
+// Leaves copies of records in the daemon's GPU memory, where attention finds them. warm (may be NULL): how many have one now; what
+// is not resident has none. UNIMPLEMENTED: the daemon has no GPU cache.
+BKV_API bkv_status_t bkv_warm(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
+                              uint32_t timeout_ms, size_t *warm, bkv_error_t *err);
+
 // Keeps resident blocks from eviction and expiry for ttl_ms (1..3,600,000) or until bkv_unpin; all or nothing.
 BKV_API bkv_status_t bkv_pin(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count,
                              uint64_t ttl_ms, uint32_t timeout_ms, uint64_t *lease, bkv_error_t *err);

@@ -1,4 +1,4 @@
-// unary.c - the operations of one request and one response: Pin, Unpin, Drop. Each is a request packed once, a
+// unary.c - the operations of one request and one response: Pin, Unpin, Drop, Warm. Each is a request packed once, a
 // function that takes the response, and the public function.
 #include "client.h"
 
@@ -19,7 +19,7 @@ static bkv_status_t no_keys(bkv_error_t *err) {
     return bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: none given");
 }
 
-// ---- Pin, Unpin, Drop: one number comes back ----
+// ---- Pin, Unpin, Drop, Warm: one number comes back ----
 
 typedef struct number_call {
     bkv_call_t call; // first
@@ -127,29 +127,58 @@ static const bkv_call_kind_t drop_kind = {
     .take = drop_take,
 };
 
-bkv_status_t bkv_drop(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count, uint32_t timeout_ms,
-                      size_t *dropped, bkv_error_t *err) {
+static bkv_status_t warm_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
+    Balancekv__V1__WarmResponse *response = unpack(call, &balancekv__v1__warm_response__descriptor, message, err);
+    if (response == NULL) {
+        return BKV_INTERNAL;
+    }
+    ((number_call_t *)call)->number = response->warm;
+    bkv_client_saw_epoch(call->client, call, response->boot_epoch);
+    balancekv__v1__warm_response__free_unpacked(response, NULL);
+    return BKV_OK;
+}
+
+static const bkv_call_kind_t warm_kind = {
+    .method = BKV_CLIENT_SERVICE "Warm",
+    .shape = BKV_CALL_UNARY,
+    .names_spec = true,
+    .take = warm_take,
+};
+
+// What Drop and Warm have in common: keys out, how many of them back. A message of each looks the same as one of the other.
+static bkv_status_t count_keys(bkv_client_t *client, const bkv_call_kind_t *kind, const bkv_spec_id_t *id,
+                               const bkv_key_t *keys, size_t count, uint32_t timeout_ms, size_t *number, bkv_error_t *err) {
     assert(client != NULL && id != NULL && (keys != NULL || count == 0));
     if (count == 0) {
         return no_keys(err);
     }
-    number_call_t *drop = bkv_call_new(sizeof *drop, &drop_kind, client, id, timeout_ms);
+    number_call_t *call = bkv_call_new(sizeof *call, kind, client, id, timeout_ms);
     ProtobufCBinaryData *list = bkv_client_key_list(keys, count);
     bkv_status_t status;
-    if (drop == NULL || list == NULL) {
+    if (call == NULL || list == NULL) {
         status = bkv_call_run(NULL, err);
     } else {
         Balancekv__V1__DropRequest request = BALANCEKV__V1__DROP_REQUEST__INIT;
         request.spec_id = bkv_client_spec_bytes(id);
         request.n_keys = count;
         request.keys = list;
-        drop->call.request = bkv_client_pack(&request.base);
-        status = bkv_call_run(&drop->call, err);
-        if (status == BKV_OK && dropped != NULL) {
-            *dropped = (size_t)drop->number;
+        call->call.request = bkv_client_pack(&request.base);
+        status = bkv_call_run(&call->call, err);
+        if (status == BKV_OK && number != NULL) {
+            *number = (size_t)call->number;
         }
     }
     free(list);
-    bkv_call_free((bkv_call_t *)drop);
+    bkv_call_free((bkv_call_t *)call);
     return status;
+}
+
+bkv_status_t bkv_drop(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count, uint32_t timeout_ms,
+                      size_t *dropped, bkv_error_t *err) {
+    return count_keys(client, &drop_kind, id, keys, count, timeout_ms, dropped, err);
+}
+
+bkv_status_t bkv_warm(bkv_client_t *client, const bkv_spec_id_t *id, const bkv_key_t *keys, size_t count, uint32_t timeout_ms,
+                      size_t *warm, bkv_error_t *err) {
+    return count_keys(client, &warm_kind, id, keys, count, timeout_ms, warm, err);
 }

@@ -157,11 +157,11 @@ typedef struct warm {
     bkv_key_t keys[];
 } warm_t;
 
-static void warm_finish(warm_t *warm, const bkv_error_t *error) {
+static void warm_finish(warm_t *warm, const bkv_error_t *error, uint32_t count) {
     bkv_warm_done_t done = warm->done;
     void *user = warm->user;
     free(warm);
-    done(user, error);
+    done(user, error, count);
 }
 
 // Those that are resident, pinned.
@@ -185,20 +185,21 @@ static void warm_run(bkv_job_t *job, bkv_scratch_t *scratch) {
     if (warm_gather(warm, &gather, &error) == BKV_OK) {
         bkv_device_cache_load(warm->pipeline->device, gather.records, gather.count, &error);
     }
+    const uint32_t count = gather.count;
     bkv_gather_unpin(warm->pipeline, &gather);
-    warm_finish(warm, &error);
+    warm_finish(warm, &error, count);
 }
 
 static void warm_cancel(bkv_job_t *job) {
     bkv_error_t error;
     bkv_fail(&error, BKV_CANCELLED, "the daemon stopped before the records were brought to the GPU");
-    warm_finish((warm_t *)job, &error);
+    warm_finish((warm_t *)job, &error, 0);
 }
 
 bkv_status_t bkv_warm_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
                             bkv_warm_done_t done, void *user, bkv_error_t *err) {
     if (pipeline->device == NULL) {
-        return bkv_fail(err, BKV_UNIMPLEMENTED, "on_gpu: this daemon has no GPU cache (compute.gpu_cache)");
+        return bkv_fail(err, BKV_UNIMPLEMENTED, "keys: this daemon has no GPU cache (compute.gpu_cache)");
     }
     warm_t *warm = calloc(1, sizeof(*warm) + count * sizeof(keys[0]));
     if (warm == NULL) {

@@ -244,7 +244,8 @@ void bkv_fold_release(bkv_pipeline_t *pipeline, bkv_fold_result_t *result);
 
 // Leaves copies of records in GPU memory, where Attend finds them. Keys that are not resident are passed over. done may be called
 // before this returns. UNIMPLEMENTED: there is no GPU cache.
-typedef void (*bkv_warm_done_t)(void *user, const bkv_error_t *error);
+// count: how many there are.
+typedef void (*bkv_warm_done_t)(void *user, const bkv_error_t *error, uint32_t count);
 bkv_status_t bkv_warm_start(bkv_pipeline_t *pipeline, const bkv_spec_id_t *spec_id, const bkv_key_t *keys, uint32_t count,
                             bkv_warm_done_t done, void *user, bkv_error_t *err);
 

@@ -46,6 +46,7 @@ typedef struct bkv_tag {
     X(GET, "/balancekv.v1.BalanceKV/Get", bkv_handle_get, false, false)                                                        \
     X(FOLD, "/balancekv.v1.BalanceKV/Fold", bkv_handle_fold, false, false)                                                     \
     X(ATTEND, "/balancekv.v1.BalanceKV/Attend", bkv_handle_attend, false, false)                                               \
+    X(WARM, "/balancekv.v1.BalanceKV/Warm", bkv_handle_warm, false, false)                                                     \
     X(PIN, "/balancekv.v1.BalanceKV/Pin", bkv_handle_pin, false, false)                                                        \
     X(UNPIN, "/balancekv.v1.BalanceKV/Unpin", bkv_handle_unpin, false, false)                                                  \
     X(DROP, "/balancekv.v1.BalanceKV/Drop", bkv_handle_drop, false, false)                                                     \

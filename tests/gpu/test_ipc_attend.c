@@ -133,6 +133,10 @@ static void test_codec(world_t *world, const char *name, bkv_codec_t codec, uint
     check_begin(title);
     open_spec(world, codec, rate);
     put_blocks(world);
+    size_t warm = 0;
+    bkv_error_t err = {0};
+    REQUIRE(bkv_warm(world->client, &world->spec, world->keys, BLOCKS / 2, 0, &warm, &err) == BKV_OK, "warm: %s", err.message);
+    check_that(warm == BLOCKS / 2, "%zu records are warm", warm);
     const double before = ipc_metric(world->client, "balancekv_attends_gpu_total");
     compare(world, 0, BLOCKS);
     compare(world, 5, 1);

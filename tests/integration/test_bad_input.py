@@ -115,7 +115,7 @@ class Bad(Case):
         q = np.zeros((LAYERS, HEADS, 1, KEY_DIM), np.float32)
         for call, args in ((c.put, (key(1), payload(1), TOKENS)), (c.get, ([key(1)],)), (c.lookup, ([key(1)],)),
                            (c.fold, ([key(1)], 10000)), (c.attend, ([key(1)], q)), (c.pin, ([key(1)], 1000)),
-                           (c.drop, ([key(1)],))):
+                           (c.drop, ([key(1)],)), (c.warm, ([key(1)],))):
             with self.subTest(call.__name__):
                 self.refused(Code.NOT_FOUND, "spec_id", call, UNKNOWN, *args)
 
@@ -125,6 +125,10 @@ class Bad(Case):
         for call, args in ((c.get, ()), (c.fold, (10000,)), (c.attend, (q,)), (c.pin, (1000,))):
             with self.subTest(call.__name__):
                 self.refused(Code.NOT_FOUND, "keys", call, self.spec_id, [key(404)], *args)
+
+    def test_a_gpu_cache_that_is_not_there(self):
+        self.refused(Code.UNIMPLEMENTED, "compute.gpu_cache", self.client.warm, self.spec_id, [key(1)])
+        self.refused(Code.INVALID_ARGUMENT, "keys", self.client.warm, self.spec_id, [])
 
     def test_key_of_another_spec(self):
         """A key that another tenant put is neither seen nor in the way."""

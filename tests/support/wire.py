@@ -145,6 +145,9 @@ class Client:
                                    queries=q.shape[2], scale=scale, q=q.astype("<f4").tobytes())
         return self.unary("Attend", request, pb.AttendResponse, timeout)
 
+    def warm(self, spec_id, keys, timeout=20):
+        return self.unary("Warm", pb.WarmRequest(spec_id=spec_id, keys=keys), pb.WarmResponse, timeout)
+
     def pin(self, spec_id, keys, ttl_ms, timeout=20):
         return self.unary("Pin", pb.PinRequest(spec_id=spec_id, keys=keys, ttl_ms=ttl_ms), pb.PinResponse, timeout)
 

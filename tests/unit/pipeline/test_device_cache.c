@@ -128,11 +128,12 @@ Test(device_cache, records_are_brought_once) {
     cr_assert_eq(fake_gpu_counts().memory, 0);
 }
 
-static void warmed(void *user, const bkv_error_t *error) {
+static void warmed(void *user, const bkv_error_t *error, uint32_t count) {
+    cr_assert_eq(count, 2);
     outcome_attend_done(user, error);
 }
 
-Test(device_cache, a_get_can_bring_them_ahead) {
+Test(device_cache, they_can_be_brought_ahead) {
     fixture_t fixture;
     fake_gpu_plug(1);
     fixture_open_gpu(&fixture, 1, 64, 4 << 20);
