@@ -4,6 +4,7 @@
 // its end (finish). `refuse` may come anywhere on the way; what is left of the record is then counted and thrown away.
 #include "daemon/rpc/intake.h"
 
+#include "daemon/pipeline/stream.h"
 #include "daemon/rpc/status.h"
 #include "kernels/seal.h"
 
@@ -194,7 +195,7 @@ static bkv_status_t put_bytes(bkv_intake_t *intake, const uint8_t *bytes, size_t
     } else {
         assert(intake->slot.data != NULL);
         bkv_sum_append(intake->sum, bytes, length);
-        memcpy(intake->slot.data + at, bytes, length);
+        bkv_stream_copy(intake->slot.data + at, bytes, length); // nobody reads it soon
     }
     return status == BKV_OK && missing(intake) == 0 ? publish(intake, now_ms, err) : status;
 }

@@ -132,9 +132,9 @@ bkv_status_t bkv_store_publish_pinned(bkv_store_t *store, bkv_slot_t *slot, uint
 bkv_status_t bkv_store_adopt(bkv_store_t *store, bkv_slot_t *slot, uint64_t ttl_ms, bool copy, uint64_t now_ms, bkv_pin_t *pin,
                              bkv_error_t *err);
 
-// Says whether a resident record is but a copy of what other daemons own. Copies make room before all that is not, and are not
-// listed. A record is none until it is said to be, also when it was taken over from an earlier process. Returns whether it is
-// resident.
+// Says whether a resident record is but a copy of what other daemons own. Copies make room before all else of about their size
+// does (evict.h), and are not listed. A record is none until it is said to be, also when it was taken over from an earlier
+// process, and no more once it is published or adopted again as what is none. Returns whether it is resident.
 bool bkv_store_set_copy(bkv_store_t *store, const bkv_name_t *name, bool copy, uint64_t now_ms);
 
 // Forgets a resident record that is but a copy, and that nobody has pinned or leased: who has, may look for it again by its name.
