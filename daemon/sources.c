@@ -48,9 +48,9 @@ size_t bkv_sources_init(bkv_store_t *store, bkv_pipeline_t *pipeline, bkv_transp
     sources[count++] = (bkv_metric_source_t){collect_store, store};
     sources[count++] = (bkv_metric_source_t){collect_pipeline, pipeline};
     sources[count++] = (bkv_metric_source_t){collect_transports, transports};
-    if (cluster != NULL) {
+    sources[count++] = (bkv_metric_source_t){collect_process, NULL};
+    if (cluster != NULL) { // last, as it may have more than a reader takes
         sources[count++] = (bkv_metric_source_t){bkv_cluster_collect, cluster};
     }
-    sources[count++] = (bkv_metric_source_t){collect_process, NULL};
     return count;
 }

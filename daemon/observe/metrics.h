@@ -5,7 +5,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-// name: without the "balancekv_" prefix, which the reader adds. All strings are static.
+// name: without the "balancekv_" prefix, which the reader adds; it may carry Prometheus labels, peer_up{member="a"}, and is copied
+// by the reader. help is static.
 typedef void (*bkv_metric_emit_t)(void *sink, const char *name, const char *help, bool counter, double value);
 
 typedef struct bkv_metric_source {
