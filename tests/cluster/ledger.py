@@ -129,6 +129,13 @@ class Ledger:
         with self.lock:
             return list(self.live)
 
+    def take_dropped(self):
+        """(kind, blocks of it that were dropped), each block once."""
+        with self.lock:
+            gone = [block for block in self.blocks if block.dropped and block.spec_id]
+            self.blocks = [block for block in self.blocks if not block.dropped]
+        return [(kind_, [b for b in gone if b.kind is kind_]) for kind_ in KINDS if any(b.kind is kind_ for b in gone)]
+
     def lost(self, blocks):
         """Nobody can have them any more, and nobody promised to: they were with one daemon only."""
         with self.lock:

@@ -2,10 +2,12 @@
 daemons have acknowledged is none, once the lease of a dead one has expired.
 
 Faults say when what is excused (Excuse). A miss is excused until the lease of a daemon that died has run out. An error is
-excused while the daemon that was asked is itself stopped, cut off or behind a bad cable, and Lookup, which has no errors, may
-then call absent what it could not ask for. Wrong bytes and answers past the deadline never are.
+excused while the daemon that was asked is itself stopped, cut off or behind a bad cable. Lookup has no errors: it calls absent
+what it could not ask for, which is excused then and while a daemon is on its way out or in. Wrong bytes and answers past the
+deadline never are excused.
 """
 import collections
+import datetime
 import threading
 import time
 
@@ -14,10 +16,10 @@ SPACE_S = 0.3      # around an excuse: an answer may be under way when a fault e
 
 
 class Excuse:
-    """Of misses (nodes None), or of errors and absences at these nodes, for as long as it is open."""
+    """Of misses (nodes None), or of errors and absences at these nodes, for as long as it is open. absences: of nothing else."""
 
-    def __init__(self, nodes=None, start=None):
-        self.nodes, self.start, self.end = nodes, start or time.monotonic(), None
+    def __init__(self, nodes=None, absences=False):
+        self.nodes, self.absences, self.start, self.end = nodes, absences, time.monotonic(), None
 
     def close(self, after_s=0.0):
         self.end = time.monotonic() + after_s
@@ -36,17 +38,17 @@ class Referee:
         self.times = collections.defaultdict(list)
         self.wrong, self.late, self.misses, self.failures, self.odd = [], [], [], [], []
 
-    def excuse(self, *nodes):
-        found = Excuse(set(nodes) if nodes else None)
+    def excuse(self, *nodes, absences=False):
+        found = Excuse(set(nodes) if nodes else None, absences)
         with self.lock:
             self.excuses.append(found)
         return found
 
-    def excused(self, begin, end, nodes=None):
+    def excused(self, begin, end, nodes=None, absence=False):
         """nodes: those that were asked; None: of a miss."""
         with self.lock:
-            return any(e.covers(begin, end) for e in self.excuses
-                       if (e.nodes is None) == (nodes is None) and (nodes is None or e.nodes & set(nodes)))
+            return any(e.covers(begin, end) for e in self.excuses if (absence or not e.absences) and
+                       (e.nodes is None) == (nodes is None) and (nodes is None or e.nodes & set(nodes)))
 
     # ---- what the workers say ----
 
@@ -77,8 +79,10 @@ class Referee:
         now = time.monotonic()
         if block.dropped:
             return
-        if self.excused(begin, now) or (maybe and self.excused(begin, now, [node])):
+        if self.excused(begin, now):
             self.add("misses excused", 1)
+        elif maybe and self.excused(begin, now, [node], absence=True):
+            self.add("absences excused", 1)
         else:
             self.say(self.misses, f"{operation} through {node}: {block.kind.name} {block.number}, put "
                                   f"{begin - block.acknowledged:.1f} s before with {block.replicas} replicas")
@@ -89,7 +93,8 @@ class Referee:
 
     def say(self, where, text):
         with self.lock:
-            where.append(f"{time.monotonic() - self.began:.1f} {text}")
+            clock = datetime.datetime.utcnow().strftime("%H:%M:%S.%f")[:-3]  # as in the daemons' logs
+            where.append(f"{time.monotonic() - self.began:.1f} ({clock}) {text}")
 
     # ---- results ----
 

@@ -67,6 +67,7 @@ def results(faults, referee, took):
             report.row(f"operations past deadline + {ALLOWANCE_S} s", len(referee.late), "", bar=0, at_least=False),
             report.row("misses of replicated blocks", len(referee.misses), "", bar=0, at_least=False),
             report.row("misses before a lease's end", referee.totals["misses excused"], ""),
+            report.row("absent to Lookup in times of trouble", referee.totals["absences excused"], ""),
             report.row("hit rate", referee.hit_rate(), "", bar=1.0),
             report.row("hit rate after repair", found / total if total else 0, "", bar=1.0),
             report.row("failures beyond retries", len(referee.failures), "", bar=0, at_least=False),
