@@ -10,6 +10,8 @@
 #include <sys/random.h>
 #include <time.h>
 
+#define COLLECTED_PEERS 64
+
 void bkv_cluster_hold(bkv_cluster_t *cluster) {
     atomic_fetch_add(&cluster->busy, 1);
 }
@@ -106,6 +108,7 @@ bkv_status_t bkv_cluster_create(const bkv_cluster_options_t *options, bkv_cluste
     cluster->peer_timeout_ms = options->peers.timeout_ms;
     memcpy(cluster->id, options->self.place.id, sizeof(cluster->id));
     pthread_mutex_init(&cluster->lock, NULL);
+    bkv_giving_init(&cluster->giving, cluster->peer_timeout_ms);
     bkv_status_t status = start(cluster, options, err);
     if (status != BKV_OK) {
         bkv_cluster_destroy(cluster);
@@ -157,6 +160,7 @@ void bkv_cluster_destroy(bkv_cluster_t *cluster) {
     bkv_alarms_destroy(cluster->alarms);
     bkv_membership_destroy(cluster->membership);
     bkv_etcd_destroy(cluster->etcd);
+    bkv_giving_deinit(&cluster->giving);
     pthread_mutex_destroy(&cluster->lock);
     free(cluster->name);
     free(cluster);
@@ -179,6 +183,38 @@ bool bkv_cluster_connected(bkv_cluster_t *cluster) {
     return status.state == BKV_MEMBERSHIP_MEMBER;
 }
 
+// X(name, is_counter, help, field of bkv_peer_health_t)
+#define PEER_METRICS(X)                                                                                                        \
+    X(peer_latency_us, false, "how long this member takes to answer a small question", latency_us)                             \
+    X(peer_suspected, false, "1: this member did not answer lately", suspected)                                                \
+    X(peer_failures_total, true, "questions that this member did not answer in time, or not at all", failures)                 \
+    X(peer_fetched_bytes_by_member_total, true, "bytes of records read from this member", fetched_bytes)                       \
+    X(peer_stored_bytes_by_member_total, true, "bytes of records sent to this member", stored_bytes)
+
+static void collect_peer(const char *id, const bkv_peer_health_t *health, bkv_metric_emit_t emit, void *sink) {
+    char text[sizeof("cluster_peer_fetched_bytes_by_member_total{member=\"\"}") + BKV_MEMBER_NAME_MAX];
+#define X(name, is_counter, help, field)                                                                                       \
+    snprintf(text, sizeof(text), "cluster_" #name "{member=\"%s\"}", id);                                                      \
+    emit(sink, text, help, is_counter, (double)health->field);
+    PEER_METRICS(X)
+#undef X
+}
+
+// A few figures of each other member; of a large cluster only of the first ones, as a reader has room for so many.
+static void collect_peers(bkv_cluster_t *cluster, bkv_metric_emit_t emit, void *sink) {
+    const bkv_view_t *view = bkv_membership_view(cluster->membership);
+    for (uint32_t i = 0; i < view->count && i < COLLECTED_PEERS; i++) {
+        bkv_peer_t *peer = i != view->self ? bkv_peers_get(cluster->peers, &view->members[i]) : NULL;
+        if (peer != NULL) {
+            bkv_peer_health_t health;
+            bkv_peer_get_health(peer, &health);
+            collect_peer(view->members[i].place.id, &health, emit, sink);
+            bkv_peer_release(peer);
+        }
+    }
+    bkv_view_give(view);
+}
+
 void bkv_cluster_collect(void *owner, bkv_metric_emit_t emit, void *sink) {
     bkv_cluster_t *cluster = owner;
     bkv_membership_metrics_t members;
@@ -199,6 +235,7 @@ void bkv_cluster_collect(void *owner, bkv_metric_emit_t emit, void *sink) {
 #define X(name, is_counter, help) emit(sink, "cluster_" #name, help, is_counter, (double)atomic_load(&cluster->counters.name));
     BKV_CLUSTER_METRICS(X)
 #undef X
+    collect_peers(cluster, emit, sink);
 }
 
 static void report_health(bkv_cluster_t *cluster, bkv_cluster_report_t *report) {

@@ -109,10 +109,10 @@ void bkv_cluster_used(bkv_cluster_t *cluster, const bkv_name_t *name);
 // Gives a resident record to its owners. replicas: how many of these have it now, this daemon counted if it is one; fewer than
 // there should be when one could not be reached within the peer timeout or the deadline, and then repair has been told. 0: there
 // is no other member, or no owner has it. Where this daemon is no owner and all owners have it, it is a copy from now on.
-// known: it was here before this Put, so that its owners have it, too, as a rule: they are asked first.
+// bytes: of the record. known: it was here before this Put, so that its owners have it, too, as a rule: they are asked first.
 typedef void (*bkv_placed_t)(void *user, uint32_t replicas);
-void bkv_cluster_place(bkv_cluster_t *cluster, const bkv_name_t *name, bool known, uint64_t deadline_ms, bkv_placed_t done,
-                       void *user);
+void bkv_cluster_place(bkv_cluster_t *cluster, const bkv_name_t *name, uint64_t bytes, bool known, uint64_t deadline_ms,
+                       bkv_placed_t done, void *user);
 
 // Forgets records here and at all members, as copies may be anywhere; had[i]: it was somewhere.
 void bkv_cluster_forget(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms, bool *had,

@@ -4,6 +4,7 @@
 
 #include "daemon/cluster/alarm.h"
 #include "daemon/cluster/cluster.h"
+#include "daemon/cluster/giving.h"
 #include "daemon/cluster/hot.h"
 
 #include <pthread.h>
@@ -21,6 +22,7 @@ struct bkv_cluster {
     bkv_membership_t *membership;
     bkv_peers_t *peers;
     bkv_alarms_t *alarms;
+    bkv_giving_t giving;
     bkv_mover_t *mover;   // [lock] for the membership's callback, which may come before there is one; requests find it there
     bool ending;          // [lock]
     pthread_mutex_t lock; // a leaf but for those of the mover and the peers

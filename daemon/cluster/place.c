@@ -1,7 +1,8 @@
 // place.c - Put's share of the cluster: gives a record that was just published here to its owners, all at the same time.
 //
 // A placement counts the owners that have not answered; who takes that to 0 says how many have the record. An owner that is
-// silent costs the peer timeout at most, and once peers.c suspects it nothing; what it missed, the mover brings it later.
+// silent costs the peer timeout at most, and once the peers suspect it nothing; what it missed, the mover brings it later. Many
+// placements share a call: giving.c.
 #include "daemon/cluster/internal.h"
 
 #include "daemon/observe/clock.h"
@@ -12,15 +13,15 @@ typedef struct place place_t;
 
 // An owner that is to have it.
 typedef struct part {
+    bkv_gift_t gift; // first: the part is found by it
     place_t *place;
-    bkv_peer_t *peer; // NULL: cannot be spoken to
 } part_t;
 
 struct place {
     bkv_cluster_t *cluster;
     bkv_name_t name;
     bool known, own; // own: this daemon is an owner
-    uint64_t deadline_ms;
+    uint64_t bytes, deadline_ms;
     _Atomic uint32_t waiting; // parts, and who starts them
     _Atomic uint32_t have;    // owners
     _Atomic bool gone;        // it has left the store meanwhile
@@ -32,7 +33,11 @@ struct place {
 
 static void settle(place_t *place, uint32_t have) {
     bkv_cluster_t *cluster = place->cluster;
-    if (have == place->count + place->own) {
+    uint32_t owners = place->count + place->own;
+    if (owners == 0) {
+        return; // all members drain, or want none: it is nobody's copy
+    }
+    if (have == owners) {
         bkv_cluster_count(&cluster->counters.placed_total, 1);
         if (place->known || !place->own) { // as it is new, it is no copy yet
             bkv_store_set_copy(cluster->store, &place->name, !place->own, bkv_now_ms());
@@ -62,49 +67,37 @@ static void part_end(part_t *part, bkv_status_t result) {
     } else if (result == BKV_NOT_FOUND) {
         atomic_store(&place->gone, true);
     }
-    if (part->peer != NULL) {
-        bkv_peer_release(part->peer);
-    }
+    bkv_peer_release(part->gift.peer);
     place_release(place);
 }
 
-// How long an owner is waited for.
-static uint64_t patience(const place_t *place) {
-    uint64_t until_ms = bkv_now_ms() + place->cluster->peer_timeout_ms;
-    return until_ms < place->deadline_ms ? until_ms : place->deadline_ms;
-}
-
-static void on_store(void *user, const bkv_error_t *error, const bkv_status_t *results) {
-    part_end(user, error->status == BKV_OK ? results[0] : error->status == BKV_NOT_FOUND ? BKV_BUSY : error->status);
-}
-
-static void store(part_t *part) {
-    bkv_status_t status = bkv_peer_store(part->peer, &part->place->name, 1, patience(part->place), on_store, part, NULL);
-    if (status != BKV_OK) {
-        part_end(part, BKV_BUSY);
-    }
-}
-
-static void on_have(void *user, const bkv_error_t *error, const uint64_t *bytes) {
-    part_t *part = user;
-    if (error->status != BKV_OK) {
-        part_end(part, BKV_BUSY);
-    } else if (bytes[0] != 0) {
-        part_end(part, BKV_ALREADY_EXISTS);
+// A record that was here before is asked about first, and given where it is lacking.
+static void on_given(bkv_gift_t *gift, bkv_status_t result) {
+    part_t *part = (part_t *)gift;
+    if (gift->ask && result == BKV_NOT_FOUND) {
+        gift->ask = false;
+        bkv_giving_give(&part->place->cluster->giving, gift);
     } else {
-        store(part);
+        part_end(part, result);
     }
 }
 
 static void part_start(part_t *part) {
-    place_t *place = part->place;
-    if (part->peer == NULL) {
+    if (part->gift.peer == NULL) { // it has no address
         part_end(part, BKV_BUSY);
-    } else if (!place->known) {
-        store(part);
-    } else if (bkv_peer_have(part->peer, &place->name, 1, patience(place), on_have, part, NULL) != BKV_OK) {
-        part_end(part, BKV_BUSY);
+    } else {
+        bkv_giving_give(&part->place->cluster->giving, &part->gift);
     }
+}
+
+static void add_part(place_t *place, const bkv_member_t *owner) {
+    place->parts[place->count++] = (part_t){.place = place,
+                                            .gift = {.peer = bkv_peers_get(place->cluster->peers, owner),
+                                                     .name = place->name,
+                                                     .bytes = place->bytes,
+                                                     .deadline_ms = place->deadline_ms,
+                                                     .ask = place->known,
+                                                     .done = on_given}};
 }
 
 // The owners by the present view. False: there is no other member.
@@ -116,8 +109,7 @@ static bool find_owners(place_t *place) {
         if (owners[i] == view->self) {
             place->own = true;
         } else {
-            bkv_peer_t *peer = bkv_peers_get(place->cluster->peers, &view->members[owners[i]]);
-            place->parts[place->count++] = (part_t){.place = place, .peer = peer};
+            add_part(place, &view->members[owners[i]]);
         }
     }
     bool others = view->count > (view->self != BKV_NO_MEMBER ? 1 : 0);
@@ -125,16 +117,21 @@ static bool find_owners(place_t *place) {
     return others;
 }
 
-void bkv_cluster_place(bkv_cluster_t *cluster, const bkv_name_t *name, bool known, uint64_t deadline_ms, bkv_placed_t done,
-                       void *user) {
+void bkv_cluster_place(bkv_cluster_t *cluster, const bkv_name_t *name, uint64_t bytes, bool known, uint64_t deadline_ms,
+                       bkv_placed_t done, void *user) {
     place_t *place = calloc(1, sizeof(*place));
     if (place == NULL) {
         bkv_mover_again(cluster->mover, name);
         done(user, 0);
         return;
     }
-    *place =
-        (place_t){.cluster = cluster, .name = *name, .known = known, .deadline_ms = deadline_ms, .done = done, .user = user};
+    *place = (place_t){.cluster = cluster,
+                       .name = *name,
+                       .known = known,
+                       .bytes = bytes,
+                       .deadline_ms = deadline_ms,
+                       .done = done,
+                       .user = user};
     if (!find_owners(place)) {
         free(place);
         done(user, 0);

@@ -181,7 +181,8 @@ static void on_block(void *user, const bkv_error_t *error, const bkv_ingest_resu
         bkv_call_batch(put->call, NULL, 0, &put->wake); // runs on a worker; the reader is busy, so put stays
     }
     if (cluster != NULL && error->status == BKV_OK) {
-        bkv_cluster_place(cluster, &item->name, result->duplicate, put->call->deadline_ms, on_placed, item);
+        bkv_cluster_place(cluster, &item->name, result->stored_bytes, result->duplicate, put->call->deadline_ms, on_placed,
+                          item);
     } else {
         put_release(put);
     }

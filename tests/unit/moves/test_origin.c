@@ -113,13 +113,13 @@ Test(origin, what_puts_owe_is_brought_without_a_pass) {
 Test(origin, so_much_may_be_owed_that_names_are_forgotten) {
     world_t *world = world_new(5, 2);
     world_begin(world, 2);
-    atomic_store(&world->silent, 1u << 1); // so that no name is taken off too early
+    atomic_store(&world->nodes[0].membership.state, BKV_MEMBERSHIP_CUT_OFF); // so that no name is taken off too early
     world_put_at(world, 0, 0);
     for (uint32_t i = 0; i < 70000; i++) {
         bkv_name_t name = name_of(1000000 + i); // not there
         bkv_mover_again(world->nodes[0].mover, &name);
     }
-    atomic_store(&world->silent, 0);
+    atomic_store(&world->nodes[0].membership.state, BKV_MEMBERSHIP_MEMBER);
     world_settle(world);
     world_check(world, true);
     world_free(world);

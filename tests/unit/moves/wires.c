@@ -29,14 +29,24 @@ typedef struct job {
     void *user;
 } job_t;
 
+// One and the same for as long as a member is not started again.
 bkv_peer_t *bkv_peers_get(bkv_peers_t *peers, const bkv_member_t *member) {
-    bkv_peer_t *peer = calloc(1, sizeof(*peer));
-    peer->refs = 1;
-    peer->world = peers->world;
-    peer->from = peers->from;
-    peer->to = (uint32_t)atoi(member->place.id + strlen("node-"));
-    peer->epoch = member->place.epoch;
-    return peer;
+    uint32_t to = (uint32_t)atoi(member->place.id + strlen("node-"));
+    pthread_mutex_lock(&peers->world->lock);
+    bkv_peer_t *known = peers->known[to];
+    if (known == NULL || known->epoch != member->place.epoch) {
+        bkv_peer_release(known);
+        known = calloc(1, sizeof(*known));
+        known->refs = 1;
+        known->world = peers->world;
+        known->from = peers->from;
+        known->to = to;
+        known->epoch = member->place.epoch;
+        peers->known[to] = known;
+    }
+    bkv_peer_hold(known);
+    pthread_mutex_unlock(&peers->world->lock);
+    return known;
 }
 
 bkv_peer_t *bkv_peer_hold(bkv_peer_t *peer) {
@@ -210,6 +220,9 @@ void wires_stop(world_t *world) {
     pthread_mutex_unlock(&world->lock);
     for (uint32_t i = 0; i < 2; i++) {
         pthread_join(world->threads[i], NULL);
+    }
+    for (uint32_t i = 0; i < NODES * NODES; i++) {
+        bkv_peer_release(world->nodes[i / NODES].peers.known[i % NODES]);
     }
 }
 

@@ -138,6 +138,7 @@ world_t *world_new(uint64_t seed, uint32_t replicas) {
         node->cluster.membership = &node->membership;
         node->cluster.peers = &node->peers;
         node->cluster.peer_timeout_ms = 200;
+        bkv_giving_init(&node->cluster.giving, 200);
     }
     cr_assert_eq(bkv_log_set_level("error", NULL), BKV_OK);
     wires_start(world);
@@ -158,6 +159,7 @@ void world_free(world_t *world) {
         } else if (world->nodes[i].store != NULL) {
             bkv_store_destroy(world->nodes[i].store);
         }
+        bkv_giving_deinit(&world->nodes[i].cluster.giving);
         pthread_mutex_destroy(&world->nodes[i].lock);
     }
     pthread_cond_destroy(&world->changed);

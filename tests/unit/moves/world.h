@@ -31,6 +31,7 @@ struct bkv_membership {
 struct bkv_peers {
     world_t *world;
     uint32_t from; // whose
+    bkv_peer_t *known[NODES];
 };
 
 typedef struct node {
