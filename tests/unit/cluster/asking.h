@@ -8,8 +8,14 @@
 
 #include <semaphore.h>
 
-#define ASKING_NAMES   8192
-#define ASKING_TIMEOUT 300 // ms, of peers
+#define ASKING_NAMES 8192
+
+// Of peers, in ms: to be waited for, but not too short for a good answer on a busy machine.
+#ifdef __SANITIZE_THREAD__
+#define ASKING_TIMEOUT 2000
+#else
+#define ASKING_TIMEOUT 600
+#endif
 
 typedef struct asking {
     bkv_store_t *store;

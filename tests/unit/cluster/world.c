@@ -16,6 +16,13 @@ void world_init(world_t *world, uint32_t records) {
     world->length = 1024;
 }
 
+intake_count_t world_taken(world_t *world) {
+    pthread_mutex_lock(&world->lock);
+    intake_count_t taken = world->taken;
+    pthread_mutex_unlock(&world->lock);
+    return taken;
+}
+
 static pthread_once_t named = PTHREAD_ONCE_INIT;
 static bkv_name_t names[ASKING_NAMES];
 
@@ -185,7 +192,8 @@ static uint32_t code_of(uint32_t number) {
 
 static void take_in(world_t *world, intake_t *intake, const Balancekv__Cluster__V1__StoreRequest *request) {
     if (request->record != NULL) {
-        world->wrong = world->wrong || intake->received != intake->length || request->record->name.len != BKV_NAME_BYTES;
+        world->taken.wrong =
+            world->taken.wrong || intake->received != intake->length || request->record->name.len != BKV_NAME_BYTES;
         intake->number = world_number(name_at(&request->record->name, 0));
         intake->length = request->record->record_bytes;
         intake->ttl_ms = request->record->ttl_ms;
@@ -194,15 +202,15 @@ static void take_in(world_t *world, intake_t *intake, const Balancekv__Cluster__
     }
     if (intake->record == NULL || request->data.len > intake->length - intake->received ||
         request->data.len > CHUNK + (64 << 10)) {
-        world->wrong = true;
+        world->taken.wrong = true;
         return;
     }
     memcpy(intake->record + intake->received, request->data.data, request->data.len);
     intake->received += request->data.len;
     if (intake->received == intake->length) {
-        world->wrong = world->wrong || !record_matches(intake->record, intake->number, intake->length);
-        world->stored_bytes += intake->length;
-        world->stored_ttl_ms = intake->ttl_ms;
+        world->taken.wrong = world->taken.wrong || !record_matches(intake->record, intake->number, intake->length);
+        world->taken.bytes += intake->length;
+        world->taken.last_ttl_ms = intake->ttl_ms;
     }
 }
 
@@ -220,7 +228,7 @@ static void store(world_t *world, impostor_call_t *call) {
         if (request->record != NULL) {
             cr_assert(count < WORLD_STORED);
             codes[count++] = code_of(intake.number);
-            world->stored++;
+            world->taken.records++;
         }
         pthread_mutex_unlock(&world->lock);
         balancekv__cluster__v1__store_request__free_unpacked(request, NULL);
@@ -239,6 +247,7 @@ void world_script(impostor_call_t *call, void *user) {
     world_t *world = user;
     const char *method = impostor_method(call);
     if (atomic_load(&world->silent)) {
+        atomic_fetch_add(&world->hushed, 1);
         impostor_hush(call);
         return;
     }

@@ -8,6 +8,12 @@
 
 #define WORLD_STORED 4096
 
+typedef struct intake_count {
+    uint32_t records;
+    uint64_t bytes, last_ttl_ms;
+    bool wrong; // a record came otherwise than it was made
+} intake_count_t;
+
 typedef struct world {
     uint32_t records; // below ASKING_NAMES
     uint64_t length;  // of each record; 0: 1,024
@@ -16,14 +22,14 @@ typedef struct world {
     _Atomic uint32_t delay_ms;
     _Atomic bool silent; // says nothing to anybody
     // What it was asked.
-    _Atomic uint32_t haves, probes, fetches, stores, forgets, drains, largest;
+    _Atomic uint32_t haves, probes, fetches, stores, forgets, drains, largest, hushed;
     // Store: what came, whole records only. Answers follow from the number: each third ALREADY_EXISTS, each seventh DATA_LOSS.
     pthread_mutex_t lock;
-    uint32_t stored;
-    uint64_t stored_bytes, stored_ttl_ms;
-    bool wrong;             // a record came otherwise than it was made
+    intake_count_t taken;   // [lock]
     uint32_t read_delay_ms; // before each message of a Store is read
 } world_t;
+
+intake_count_t world_taken(world_t *world);
 
 void world_init(world_t *world, uint32_t records);
 void world_script(impostor_call_t *call, void *world);
