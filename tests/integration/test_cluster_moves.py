@@ -150,7 +150,7 @@ class Moves(Pool):
         self.assertTrue(self.nodes["a"].drain("c").draining)
         eventually(lambda: self.nodes["a"].drain("c", ask=True).done, "c has handed over", MOVED_S)
         self.assertEqual(self.nodes["a"].drain("c", ask=True).left_keys, 0)
-        self.assertTrue(all("c" not in owners for owners in self.owners()))
+        eventually(lambda: all("c" not in owners for owners in self.owners()), "a knows as well that c drains")
         self.assertEqual(self.missing(), [])
         self.nodes["c"].daemon.stop()
         self.nodes.pop("c")
