@@ -1,6 +1,7 @@
-"""A host that dies without a word, in two guests joined by a network: the daemon's, in use by a client on the other one.
+"""A host that dies without a word, in two guests joined by a network: the daemon's, in use by a client on the other one; and the
+one of a cluster's two that owns all blocks, while the other one reads them.
 
-Without arguments this program is the test, on this machine; `serve` and `use` are what it runs in the guests. They say how far
+Without arguments this program is the test, on this machine; the names in ROLES are what it runs in the guests. They say how far
 they are by lines on stdout, and are told that the other host is gone by a file in the folder that all three share.
 """
 import os
@@ -13,8 +14,11 @@ import unittest
 from guest import RUNNER, Client, eventually, key, native, resources
 from harness import Daemon
 from support import runner, wire
+from support.etcd import Etcd
 
 ADDRESS = "10.77.9.1:7420"
+READER = "10.77.9.2"
+BLOCKS = 8
 LIMIT_S = 300  # of a guest
 DEADLINE_S = 4  # of each call
 GRACE_S = 3  # of emulated machines
@@ -69,6 +73,41 @@ def use():
         if done == 8:
             with wire.Client(ADDRESS) as asking:
                 say("using", int(asking.stats()["fetches_total"]))
+
+
+def member(name, address, **options):
+    return Daemon(node=name, tcp=address, etcd=f"{READER}:2379", verbs="rxe0", insecure="yes", replicas=1, hot_copies=0,
+                  repair_delay="10m", arena="64M", slab="2M", staging="32M", **options)
+
+
+def own(_):
+    """The host of the member that owns all blocks."""
+    with member("owner", ADDRESS):
+        client = Client(ADDRESS, transport="inline")
+        client.put_names(*range(BLOCKS))
+        say("put")
+        time.sleep(LIMIT_S)
+
+
+def read(_):
+    """The host of etcd and of a member that owns nothing: says when all blocks come by READ, then as `use` does."""
+    address = f"{READER}:7420"
+    with Etcd(READER, 2379, 2380), member("reader", address, owns="no"), wire.Client(address) as asking:
+        client, reads = Client(address, transport="inline", timeout_ms=DEADLINE_S * 1000), 0
+        while True:
+            start = time.monotonic()
+            try:
+                client.check(*range(BLOCKS))
+                if reads < BLOCKS:
+                    reads = int(asking.stats()["cluster_peer_read_total"])
+                    if reads >= BLOCKS:
+                        say("reading", reads)
+            except native.Failure as error:
+                if reads >= BLOCKS:
+                    say("failed", str(error).split(":", maxsplit=1)[0], f"{time.monotonic() - start:.1f}")
+
+
+ROLES = {"serve": serve, "use": lambda _: use(), "own": own, "read": read}
 
 
 class Guest:
@@ -131,9 +170,21 @@ class Hosts(unittest.TestCase):
                 self.assertLess(float(seconds), DEADLINE_S + GRACE_S)
             second.cut_power()
 
+    def test_an_owner_dies_while_it_is_read(self):
+        with tempfile.TemporaryDirectory() as self.folder:
+            reader, owner = self.start(2, "read"), self.start(1, "own")
+            owner.expect("put")
+            self.assertGreaterEqual(int(reader.expect("reading")[0]), BLOCKS)
+            owner.cut_power()
+            for _ in range(2):
+                status, seconds = reader.expect("failed")
+                self.assertIn(status, ("DEADLINE_EXCEEDED", "BUSY", "NOT_FOUND"))  # the last once it is no member any more
+                self.assertLess(float(seconds), DEADLINE_S + GRACE_S)
+            reader.cut_power()
+
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] in ("serve", "use"):
-        serve(sys.argv[2]) if sys.argv[1] == "serve" else use()
+    if len(sys.argv) == 3 and sys.argv[1] in ROLES:
+        ROLES[sys.argv[1]](sys.argv[2])
     else:
         runner.run()
