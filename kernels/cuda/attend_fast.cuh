@@ -2,8 +2,8 @@
 // dims that are known at compile time. attend_narrow.cu and attend_wide.cu say which; attend_general.cu takes
 // all others.
 //
-// A warp is on its own: two stages of shared memory, one being read while the next tile is copied into the other; no barrier
-// of the thread block anywhere. For each tile, with lane = 4 * g + c and columns = queries of the KV head:
+// A warp is on its own, with shared memory for the keys of a tile and for the values of one; no barrier of the thread block
+// anywhere. For each tile, with lane = 4 * g + c and columns = queries of the KV head:
 //
 //   logits   16 tokens x 16 channels times 16 channels x 8 columns. The key group's scales go into the query, the zeros into
 //            one dot product for all tokens: <q, zero + scale * code> = <q, zero> + <q * scale, code>. Lane (g, c) unpacks the
@@ -128,7 +128,7 @@ __device__ __forceinline__ void query_scale(const F &f, const uint8_t *shared, c
 #pragma unroll
     for (int r = 0; r < F::ROUNDS; r++) {
         uint32_t group = c + 4 * r < F::KEY_DIM / 32 ? c + 4 * r : 0; // beyond the end q is 0
-        const uint32_t *params = (const uint32_t *)(shared + stage.key_params + 144 * group);
+        const uint32_t *params = (const uint32_t *)(shared + stage.key_params + BKV_GPU_PARAMS_STEP * group);
         uint32_t scales[PAIRS], zeros[PAIRS];
 #pragma unroll
         for (int e = 0; e < PAIRS; e++) {
@@ -179,7 +179,6 @@ __device__ __forceinline__ void rows_products(const uint8_t *shared, const stage
                                               const uint32_t *rest, const float zero[4], float s[4]) {
     constexpr bool native = kind_native(KIND), bf16 = KIND == BKV_GPU_BF16;
     constexpr int words = kind_words(KIND);
-    const uint32_t stride = row_stride<KIND, F::KEY_DIM>();
     const uint32_t g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
     // Of rows behind the last one, codes are whatever is there; other elements could be NaN.
     uint32_t t = sub * BKV_GPU_TILE_STEP + g, u = t + 8;
@@ -192,8 +191,8 @@ __device__ __forceinline__ void rows_products(const uint8_t *shared, const stage
 #pragma unroll
     for (int r = 0; r < F::ROUNDS; r++) {
         uint32_t group = c + 4 * r < F::KEY_DIM / 32 ? c + 4 * r : 0;
-        const uint32_t *at = (const uint32_t *)(shared + stage.keys + t * stride) + group * words;
-        const uint32_t *below = (const uint32_t *)(shared + stage.keys + u * stride) + group * words;
+        const uint32_t *at = (const uint32_t *)(shared + stage.keys + key_row_at<KIND, F::KEY_DIM>(t)) + group * words;
+        const uint32_t *below = (const uint32_t *)(shared + stage.keys + key_row_at<KIND, F::KEY_DIM>(u)) + group * words;
         uint32_t packed[words], x[PAIRS], y[PAIRS];
 #pragma unroll
         for (int i = 0; i < words; i++) {
@@ -215,7 +214,9 @@ __device__ __forceinline__ void rows_products(const uint8_t *shared, const stage
     }
 }
 
-// From products to logits of base 2, with weights; -INFINITY behind the last token. largest: of this lane's two columns.
+// From products to logits of base 2, with weights; -INFINITY behind the last token, if that may be among the 16. largest: of
+// this lane's two columns.
+template <bool ENDS>
 __device__ __forceinline__ void rows_logits(const uint8_t *shared, const stage_t &stage, int sub, float2 range,
                                             const float unit[2], float s[4], float largest[2]) {
     const uint32_t g = threadIdx.x % WARP / 4;
@@ -223,7 +224,7 @@ __device__ __forceinline__ void rows_logits(const uint8_t *shared, const stage_t
     for (int i = 0; i < 2; i++) {
         uint32_t t = sub * BKV_GPU_TILE_STEP + g + 8 * i;
         float weight = (float)shared[stage.weights + t] * range.y + range.x; // without weights the range is 0
-        weight = t < stage.count ? weight : -INFINITY;
+        weight = !ENDS || t < stage.count ? weight : -INFINITY;
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             s[2 * i + j] = s[2 * i + j] * unit[j] + weight;
@@ -257,7 +258,11 @@ __device__ __forceinline__ void tile_logits(const F &f, const uint8_t *shared, c
             break;
         }
         rows_products<KIND, F>(shared, stage, sub, b, rest, zero, s[sub]);
-        rows_logits(shared, stage, sub, range, unit, s[sub], largest);
+        if (WHOLE && sub < SUBS - 1) {
+            rows_logits<false>(shared, stage, sub, range, unit, s[sub], largest);
+        } else {
+            rows_logits<true>(shared, stage, sub, range, unit, s[sub], largest);
+        }
     }
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
@@ -271,13 +276,15 @@ __device__ __forceinline__ void tile_logits(const F &f, const uint8_t *shared, c
 template <class F> __device__ __forceinline__ int tile_exponent(const uint8_t *shared, const stage_t &stage) {
     uint32_t largest = 0x3c00; // native values have the scale 1
     if (value_kind(stage.shape) <= BKV_GPU_BITS8) {
-        const uint32_t *params = (const uint32_t *)(shared + stage.value_params), last = stage.count * F::GROUPS - 1;
-        largest = 0;
+        const uint32_t lane = threadIdx.x % WARP, end = stage.count * F::GROUPS;
+        half2 both = __floats2half2_rn(0, 0); // scale below, zero above
 #pragma unroll
         for (uint32_t i = 0; i < BKV_GPU_TILE_MAX * F::GROUPS; i += WARP) {
-            largest = max(largest, params[min(i + threadIdx.x % WARP, last)] & 0x7fffu);
+            if (i + lane < end) { // elsewhere there is whatever was there before
+                both = __hmax2(both, __habs2(as_half2(*(const uint32_t *)(shared + stage.value_params + 4 * lane + 4 * i))));
+            }
         }
-        largest = __reduce_max_sync(ALL_LANES, largest);
+        largest = __reduce_max_sync(ALL_LANES, as_bits(both) & 0xffff);
     }
     return (int)(largest >> 10) - 22;
 }
@@ -309,8 +316,9 @@ template <class F> __device__ __forceinline__ void fast_rescale(F &f, const floa
     f.exponent = exponent;
 }
 
-// The weights of 16 tokens as the right-hand side of the product with values; near + rest where that is bfloat16.
-template <int KIND, class F>
+// The weights of 16 tokens as the right-hand side of the product with values; near + rest where that is bfloat16. ENDS: the
+// last token may be among them.
+template <int KIND, bool ENDS, class F>
 __device__ __forceinline__ void rows_weights(F &f, const uint8_t *shared, const stage_t &stage, int sub, const float s[4],
                                              const float base[2], uint32_t near[F::CHUNKS][F::HALVES][2],
                                              uint32_t rest[F::CHUNKS][F::HALVES][2]) {
@@ -320,7 +328,8 @@ __device__ __forceinline__ void rows_weights(F &f, const uint8_t *shared, const 
         float p[2] = {exp2_fast(s[2 * i] - base[0]), exp2_fast(s[2 * i + 1] - base[1])};
         f.sum[0] += p[0];
         f.sum[1] += p[1];
-        uint32_t t = min(sub * BKV_GPU_TILE_STEP + g + 8 * i, stage.count - 1);
+        uint32_t t = sub * BKV_GPU_TILE_STEP + g + 8 * i;
+        t = ENDS ? min(t, stage.count - 1) : t;
 #pragma unroll
         for (int v = 0; v < F::CHUNKS; v++) {
 #pragma unroll
@@ -374,17 +383,17 @@ __device__ __forceinline__ void values_open(const uint8_t *shared, uint32_t t_pl
 }
 
 // Adds the values of 16 tokens.
-template <int KIND, class F>
+template <int KIND, bool ENDS, class F>
 __device__ __forceinline__ void rows_values(F &f, const uint8_t *shared, const stage_t &stage, int sub, const float s[4],
                                             const float base[2]) {
     constexpr bool native = kind_native(KIND), bf16 = KIND == BKV_GPU_BF16;
-    const uint32_t stride = row_stride<KIND, F::VALUE_DIM>(), g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
+    const uint32_t row = F::VALUE_DIM * kind_words(KIND) / 8, g = threadIdx.x % WARP / 4, c = threadIdx.x % 4;
     uint32_t near[F::CHUNKS][F::HALVES][2], rest[F::CHUNKS][F::HALVES][2], place[4];
-    rows_weights<KIND>(f, shared, stage, sub, s, base, near, rest);
+    rows_weights<KIND, ENDS>(f, shared, stage, sub, s, base, near, rest);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         uint32_t t = sub * BKV_GPU_TILE_STEP + 2 * c + i / 2 * 8 + i % 2;
-        place[i] = stage.values + (native ? min(t, stage.count - 1) : t) * stride;
+        place[i] = stage.values + (native ? min(t, stage.count - 1) : t) * row;
     }
 #pragma unroll
     for (int v = 0; v < F::CHUNKS; v++) {
@@ -415,7 +424,11 @@ __device__ __forceinline__ void tile_values(F &f, const uint8_t *shared, const s
         if (!WHOLE && sub * BKV_GPU_TILE_STEP >= stage.count) {
             break;
         }
-        rows_values<KIND>(f, shared, stage, sub, s[sub], base);
+        if (WHOLE && sub < SUBS - 1) {
+            rows_values<KIND, false>(f, shared, stage, sub, s[sub], base);
+        } else {
+            rows_values<KIND, true>(f, shared, stage, sub, s[sub], base);
+        }
     }
 }
 

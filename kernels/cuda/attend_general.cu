@@ -168,18 +168,20 @@ __device__ void general_write(const bkv_gpu_attend_t &job, const general_t<SLICE
 }
 
 template <int SLICES>
-__global__ void __launch_bounds__(GENERAL_WARPS *WARP) attend_any(const __grid_constant__ bkv_gpu_attend_t job) {
+__global__ void __launch_bounds__(GENERAL_WARPS *WARP)
+    attend_any(const __grid_constant__ bkv_gpu_attend_t job, uint32_t all_warps) {
+    launch_follows();
+    launch_awaits();
     const uint32_t warp = threadIdx.x / WARP * gridDim.x + blockIdx.x;
-    const uint64_t total = walk_total(job);
-    const uint32_t warps = share_warps(total, gridDim.x * GENERAL_WARPS);
-    if (warp >= warps) {
+    __shared__ uint64_t sums[GENERAL_WARPS * WARP];
+    const share_t share = share_find(job, sums, warp, all_warps);
+    uint32_t left = share.left;
+    if (left == 0) {
         return;
     }
-    const uint64_t start = share_start(total, warp, warps);
-    uint64_t left = share_start(total, warp + 1, warps) - start;
     walk_t walk;
     general_t<SLICES> f;
-    walk_start(job, walk, start);
+    walk_start(job, walk, share);
     uint32_t part = walk.part;
     general_open(job, part, f);
     for (;;) {
@@ -198,10 +200,6 @@ __global__ void __launch_bounds__(GENERAL_WARPS *WARP) attend_any(const __grid_c
 }
 
 int attend_general(const bkv_gpu_attend_t *job, cudaStream_t stream) {
-    if (job->key_dim <= 256 && job->value_dim <= 256) {
-        attend_any<8><<<job->thread_blocks, GENERAL_WARPS * WARP, 0, stream>>>(*job);
-    } else {
-        attend_any<BKV_MAX_DIM / WARP><<<job->thread_blocks, GENERAL_WARPS * WARP, 0, stream>>>(*job);
-    }
-    return (int)cudaGetLastError();
+    auto *kernel = job->key_dim <= 256 && job->value_dim <= 256 ? attend_any<8> : attend_any<BKV_MAX_DIM / WARP>;
+    return launch_behind(kernel, job->thread_blocks, GENERAL_WARPS * WARP, 0, stream, job, job->thread_blocks * GENERAL_WARPS);
 }

@@ -64,6 +64,7 @@ typedef struct bkv_gpu_attend {
 
     bkv_gpu_section_t *sections; // [max_records * heads], in the workspace: those of a pair together
     uint32_t *tiles;             // [batch * heads], in the workspace
+    uint64_t *before;            // [batch * heads + 1], in the workspace: tiles of the pairs before, and of all
     float *parts;                // partial results, in the workspace: [warps + batch * heads * blocks][columns][value_dim + 4]
 
     float scale;
@@ -72,9 +73,10 @@ typedef struct bkv_gpu_attend {
     uint32_t columns; // of these, how many a warp serves at once
     uint32_t blocks;  // ceil(rows / columns)
     uint32_t thread_blocks, thread_block_warps;
-    uint32_t stage;                              // bytes of shared memory for one tile; 0 in the general kernel
+    uint32_t key_stage, value_stage;             // bytes of a warp's shared memory for a tile; 0 in the general kernel
     uint8_t limit[BKV_GPU_KINDS][BKV_GPU_KINDS]; // the most tokens in a tile, by key and value kind
     uint8_t q_dtype, out_dtype, dtype;           // bkv_dtype_t; the last is the records' source dtype
+    bool overlaps;                               // the device can begin with a kernel before the one before it has ended
 } bkv_gpu_attend_t;
 
 // Bytes of one row of a plane.
@@ -83,38 +85,39 @@ BKV_BOTH uint32_t bkv_gpu_row_bytes(uint32_t kind, uint32_t dim) {
     return dim * bits / 8;
 }
 
-// In shared memory, rows that would all start at the same bank are 16 bytes further apart.
-BKV_BOTH bool bkv_gpu_row_padded(uint32_t kind, uint32_t dim) {
-    return kind != BKV_GPU_BITS3 && bkv_gpu_row_bytes(kind, dim) % 64 == 0;
-}
-
-// Shared memory for the rows of a tile of `tokens` tokens, a multiple of BKV_GPU_TILE_STEP. Copies start and end at multiples
-// of 16 bytes of the source, hence the 16 more.
-BKV_BOTH uint32_t bkv_gpu_rows_room(uint32_t kind, uint32_t dim, uint32_t tokens) {
+// In shared memory, rows of keys that would all start at the same bank are cut into units with 16 bytes between. Bytes of a
+// unit, whole rows; 0 where rows just follow one another.
+BKV_BOTH uint32_t bkv_gpu_key_unit(uint32_t kind, uint32_t dim) {
     uint32_t row = bkv_gpu_row_bytes(kind, dim);
-    return bkv_gpu_row_padded(kind, dim) ? tokens * (row + 16) : (tokens * row + 31) / 16 * 16;
+    return kind == BKV_GPU_BITS3 || row % 64 != 0 ? 0 : 256 % row == 0 ? 256 : row;
 }
 
-// For a key group's params: those of 32 channels after another, and 16 bytes between.
-BKV_BOTH uint32_t bkv_gpu_params_room(uint32_t kind, uint32_t dim) {
-    return kind > BKV_GPU_BITS8 ? 0 : dim / 32 * 144;
+// Shared memory for rows that follow one another, of `tokens` tokens, a multiple of BKV_GPU_TILE_STEP. Copies start and end at
+// multiples of 16 bytes of the source, hence the 16 more.
+BKV_BOTH uint32_t bkv_gpu_rows_room(uint32_t kind, uint32_t dim, uint32_t tokens) {
+    return (tokens * bkv_gpu_row_bytes(kind, dim) + 31) / 16 * 16;
 }
 
-// For the params of values.
-BKV_BOTH uint32_t bkv_gpu_scales_room(uint32_t kind, uint32_t dim, uint32_t tokens) {
-    return kind > BKV_GPU_BITS8 ? 0 : 4 * tokens * ((dim + 63) / 64) + 16;
+// From the params of 32 channels of a key group to the next ones.
+#define BKV_GPU_PARAMS_STEP 144
+
+// Shared memory for weights, params and keys of a tile.
+BKV_BOTH uint32_t bkv_gpu_key_room(uint32_t kind, uint32_t dim, uint32_t tokens) {
+    uint32_t unit = bkv_gpu_key_unit(kind, dim), row = bkv_gpu_row_bytes(kind, dim);
+    uint32_t params = kind > BKV_GPU_BITS8 ? 0 : dim / 32 * BKV_GPU_PARAMS_STEP;
+    return tokens + 32 + params + (unit != 0 ? tokens * row / unit * (unit + 16) : bkv_gpu_rows_room(kind, dim, tokens));
+}
+
+// For scales and values of a tile.
+BKV_BOTH uint32_t bkv_gpu_value_room(uint32_t kind, uint32_t dim, uint32_t tokens) {
+    uint32_t scales = kind > BKV_GPU_BITS8 ? 0 : 4 * tokens * ((dim + 63) / 64) + 16;
+    return scales + bkv_gpu_rows_room(kind, dim, tokens);
 }
 
 // What a thread block needs before the stages of its warps.
 #define BKV_GPU_BARRIERS_ROOM 256
 
-BKV_BOTH uint32_t bkv_gpu_tile_room(uint32_t key_kind, uint32_t key_dim, uint32_t value_kind, uint32_t value_dim,
-                                    uint32_t tokens) {
-    return tokens + 16 + bkv_gpu_params_room(key_kind, key_dim) + bkv_gpu_rows_room(key_kind, key_dim, tokens) +
-           bkv_gpu_scales_room(value_kind, value_dim, tokens) + bkv_gpu_rows_room(value_kind, value_dim, tokens);
-}
-
-// What a device of `shared_memory` bytes a thread block runs these dims with: stage, thread_block_warps and columns. False
+// What a device of `shared_memory` bytes a thread block runs these dims with: stages, thread_block_warps and columns. False
 // when only the general kernel takes them. Sets nothing else.
 bool bkv_gpu_attend_shape(bkv_gpu_attend_t *job, uint32_t shared_memory);
 

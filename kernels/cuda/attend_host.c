@@ -15,8 +15,8 @@
 // Thread blocks of the general kernel for each processor.
 #define GENERAL_BLOCKS 2
 
-// Rows of a KV head become the grid's y.
-#define ROWS_MAX 65528
+// The most rows of a KV head.
+#define ROWS_MAX 65536
 
 static bkv_status_t args_check(const bkv_cuda_attend_args_t *args, bkv_error_t *err) {
     bkv_shape_t shape = {args->layer + 1, args->heads, 1, args->key_dim, args->value_dim, args->dtype};
@@ -40,24 +40,28 @@ static bkv_status_t args_check(const bkv_cuda_attend_args_t *args, bkv_error_t *
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "queries: %u for each of %u query heads a head is not in 1..%d",
                         args->queries, args->query_heads / args->heads, ROWS_MAX);
     }
-    if (args->batch == 0 || (uint64_t)args->batch * args->heads > INT32_MAX) {
-        return bkv_fail(err, BKV_INVALID_ARGUMENT, "batch: %u sequences of %u heads", args->batch, args->heads);
+    if (args->batch == 0 || args->batch > INT32_MAX / (args->heads * rows)) { // which becomes a grid's x
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "batch: %u sequences of %u heads and %llu queries each", args->batch,
+                        args->heads, (unsigned long long)rows);
     }
     return isfinite(args->scale) ? BKV_OK : bkv_fail(err, BKV_INVALID_ARGUMENT, "scale: not finite");
 }
 
+static bool tile_fits(const bkv_gpu_attend_t *job, uint32_t key_kind, uint32_t value_kind, uint32_t tokens) {
+    return bkv_gpu_key_room(key_kind, job->key_dim, tokens) <= job->key_stage &&
+           bkv_gpu_value_room(value_kind, job->value_dim, tokens) <= job->value_stage;
+}
+
 // The most tokens of these kinds in a tile.
 static uint32_t tile_limit(const bkv_gpu_attend_t *job, uint32_t key_kind, uint32_t value_kind) {
-    if (job->stage == 0) {
+    if (job->key_stage == 0) {
         return GENERAL_TILE;
     }
     uint32_t tokens = BKV_GPU_TILE_MAX;
-    while (tokens > BKV_GPU_TILE_STEP &&
-           bkv_gpu_tile_room(key_kind, job->key_dim, value_kind, job->value_dim, tokens) > job->stage) {
+    while (tokens > BKV_GPU_TILE_STEP && !tile_fits(job, key_kind, value_kind, tokens)) {
         tokens -= BKV_GPU_TILE_STEP;
     }
-    assert(key_kind == BKV_GPU_FP32 || value_kind == BKV_GPU_FP32 ||
-           bkv_gpu_tile_room(key_kind, job->key_dim, value_kind, job->value_dim, tokens) <= job->stage);
+    assert(key_kind == BKV_GPU_FP32 || value_kind == BKV_GPU_FP32 || tile_fits(job, key_kind, value_kind, tokens));
     return tokens;
 }
 
@@ -73,7 +77,8 @@ static void job_shape(const bkv_cuda_t *cuda, const bkv_cuda_attend_args_t *args
                               .rows = args->query_heads / args->heads * args->queries,
                               .q_dtype = (uint8_t)args->q_dtype,
                               .out_dtype = (uint8_t)args->out_dtype,
-                              .dtype = (uint8_t)args->dtype};
+                              .dtype = (uint8_t)args->dtype,
+                              .overlaps = cuda->traits.capability >= 90};
     bool fast = bkv_gpu_attend_shape(job, cuda->traits.shared_memory);
     job->thread_blocks = cuda->traits.processors * (fast ? 1 : GENERAL_BLOCKS);
     job->blocks = (job->rows + job->columns - 1) / job->columns;
@@ -90,6 +95,7 @@ static size_t job_carve(bkv_gpu_attend_t *job, void *workspace) {
     uint64_t parts = (uint64_t)job->thread_blocks * job->thread_block_warps + pairs * job->blocks;
     job->sections = bkv_scratch_take(&scratch, (uint64_t)job->max_records * job->heads * sizeof(*job->sections));
     job->tiles = bkv_scratch_take(&scratch, pairs * sizeof(*job->tiles));
+    job->before = bkv_scratch_take(&scratch, (pairs + 1) * sizeof(*job->before));
     job->parts = bkv_scratch_take(&scratch, parts * job->columns * (job->value_dim + 4) * sizeof(*job->parts));
     return scratch.used;
 }

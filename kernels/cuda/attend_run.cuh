@@ -4,41 +4,41 @@
 #define BKV_ATTEND_RUN_CUDA_CUH
 
 #include "attend_fast.cuh"
+#include "attend_launch.cuh"
 
-// Takes one tile into the running result.
-template <class F> __device__ __forceinline__ void tile_take(F &f, const uint8_t *shared, const stage_t &stage) {
-    const bool whole = stage.count > BKV_GPU_TILE_MAX - BKV_GPU_TILE_STEP;
-    float s[SUBS][4], largest[2];
+// A tile's logits.
+template <class F>
+__device__ __forceinline__ void tile_keys(const F &f, const uint8_t *shared, const stage_t &stage, float s[SUBS][4],
+                                          float largest[2]) {
     switch (key_kind(stage.shape)) {
     case BKV_GPU_BITS2:
-        tile_logits<BKV_GPU_BITS2, false>(f, shared, stage, s, largest);
-        break;
+        return tile_logits<BKV_GPU_BITS2, false>(f, shared, stage, s, largest);
     case BKV_GPU_BITS3:
-        if (whole) {
-            tile_logits<BKV_GPU_BITS3, true>(f, shared, stage, s, largest);
-        } else {
-            tile_logits<BKV_GPU_BITS3, false>(f, shared, stage, s, largest);
+        if (stage.count > BKV_GPU_TILE_MAX - BKV_GPU_TILE_STEP) {
+            return tile_logits<BKV_GPU_BITS3, true>(f, shared, stage, s, largest);
         }
-        break;
+        return tile_logits<BKV_GPU_BITS3, false>(f, shared, stage, s, largest);
     case BKV_GPU_BITS4:
-        tile_logits<BKV_GPU_BITS4, false>(f, shared, stage, s, largest);
-        break;
+        return tile_logits<BKV_GPU_BITS4, false>(f, shared, stage, s, largest);
     case BKV_GPU_BITS8:
-        tile_logits<BKV_GPU_BITS8, false>(f, shared, stage, s, largest);
-        break;
+        return tile_logits<BKV_GPU_BITS8, false>(f, shared, stage, s, largest);
     case BKV_GPU_BF16:
-        tile_logits<BKV_GPU_BF16, false>(f, shared, stage, s, largest);
-        break;
+        return tile_logits<BKV_GPU_BF16, false>(f, shared, stage, s, largest);
     default:
-        tile_logits<BKV_GPU_FP16, false>(f, shared, stage, s, largest);
-        break;
+        return tile_logits<BKV_GPU_FP16, false>(f, shared, stage, s, largest);
     }
+}
+
+// Takes the tile into the running result.
+template <class F>
+__device__ __forceinline__ void tile_take(F &f, const uint8_t *shared, const stage_t &stage, const float s[SUBS][4],
+                                          const float largest[2]) {
     fast_rescale(f, largest, tile_exponent<F>(shared, stage));
     switch (value_kind(stage.shape)) {
     case BKV_GPU_BITS2:
         return tile_values<BKV_GPU_BITS2, false>(f, shared, stage, s);
     case BKV_GPU_BITS3:
-        if (whole) {
+        if (stage.count > BKV_GPU_TILE_MAX - BKV_GPU_TILE_STEP) {
             return tile_values<BKV_GPU_BITS3, true>(f, shared, stage, s);
         }
         return tile_values<BKV_GPU_BITS3, false>(f, shared, stage, s);
@@ -130,37 +130,38 @@ __device__ __forceinline__ void fast_write(const bkv_gpu_attend_t &job, F &f, ui
 }
 
 template <int KEY_DIM, int VALUE_DIM, int COLUMNS, int WARPS>
-__global__ void __launch_bounds__(WARPS *WARP, 1) attend_fast(const __grid_constant__ bkv_gpu_attend_t job) {
+__global__ void __launch_bounds__(WARPS *WARP, 1)
+    attend_fast(const __grid_constant__ bkv_gpu_attend_t job, uint32_t all_warps) {
     extern __shared__ __align__(16) uint8_t shared[];
+    launch_follows();
+    launch_awaits();
     // Warps that follow one another are on different multiprocessors, so that little work uses many.
     const uint32_t own = threadIdx.x / WARP, warp = own * gridDim.x + blockIdx.x;
-    const uint64_t total = walk_total(job);
-    const uint32_t warps = share_warps(total, gridDim.x * (blockDim.x / WARP));
-    if (warp >= warps) {
+    const share_t share = share_find(job, (uint64_t *)(shared + BKV_GPU_BARRIERS_ROOM), warp, all_warps);
+    copies_follow();
+    __syncthreads();
+    uint32_t left = share.left;
+    if (left == 0) {
         return;
     }
-    const uint64_t start = share_start(total, warp, warps);
-    uint32_t left = (uint32_t)(share_start(total, warp + 1, warps) - start);
-    uint32_t to = BKV_GPU_BARRIERS_ROOM + own * 2 * job.stage, other = to + job.stage;
+    const uint32_t keys_at = BKV_GPU_BARRIERS_ROOM + own * (job.key_stage + job.value_stage);
+    const uint32_t values_at = keys_at + job.key_stage;
     fast_t<KEY_DIM, VALUE_DIM, COLUMNS> f;
     walk_t walk;
-    stage_t stage, next = {};
-    copies_t copies, others;
-    copies_open(copies, shared, 2 * own);
-    copies_open(others, shared, 2 * own + 1);
-    walk_start(job, walk, start);
-    stage_fill<KEY_DIM, VALUE_DIM>(walk, shared, to, copies, stage);
+    stage_t stage;
+    copies_t keys, values;
+    copies_open(keys, shared, 2 * own);
+    copies_open(values, shared, 2 * own + 1);
+    walk_start(job, walk, share);
+    stage_keys<KEY_DIM>(walk, shared, keys_at, keys, stage);
+    copies_commit();
+    stage_values<VALUE_DIM>(walk, shared, values_at, values, stage);
     copies_commit();
     uint32_t part = stage.part, kind = value_kind(stage.shape);
     bool more = false;
     query_open(job, part, f);
     fast_reset(f);
     for (;;) {
-        if (left > 1) {
-            walk_next(job, walk);
-            stage_fill<KEY_DIM, VALUE_DIM>(walk, shared, other, others, next);
-        }
-        copies_commit();
         if (stage.part != part || value_kind(stage.shape) != kind) {
             fast_write(job, f, warp, part, kind, more);
             more = stage.part == part;
@@ -171,21 +172,29 @@ __global__ void __launch_bounds__(WARPS *WARP, 1) attend_fast(const __grid_const
             }
             fast_reset(f);
         }
-        copies_wait(copies, stage.count > 0);
+        float s[SUBS][4], largest[2];
+        stage_t next = stage;
+        copies_wait(keys, stage.count > 0);
         if (stage.count > 0) {
-            tile_take(f, shared, stage);
+            tile_keys(f, shared, stage, s, largest);
+        }
+        __syncwarp(); // all have read the keys before others come over them
+        if (left > 1) {
+            walk_next(job, walk);
+            stage_keys<KEY_DIM>(walk, shared, keys_at, keys, next);
+        }
+        copies_commit();
+        copies_wait(values, stage.count > 0);
+        if (stage.count > 0) {
+            tile_take(f, shared, stage, s, largest);
         }
         if (--left == 0) {
             break;
         }
-        __syncwarp(); // all have read the tile before the next but one comes over it
+        __syncwarp();
+        stage_values<VALUE_DIM>(walk, shared, values_at, values, next);
+        copies_commit();
         stage = next;
-        uint32_t swap = to;
-        to = other;
-        other = swap;
-        copies_t copies_swap = copies;
-        copies = others;
-        others = copies_swap;
     }
     fast_write(job, f, warp, part, kind, more);
 }
@@ -194,13 +203,13 @@ __global__ void __launch_bounds__(WARPS *WARP, 1) attend_fast(const __grid_const
 template <int KEY_DIM, int VALUE_DIM, int COLUMNS, int WARPS>
 int fast_launch(const bkv_gpu_attend_t *job, cudaStream_t stream) {
     auto *kernel = attend_fast<KEY_DIM, VALUE_DIM, COLUMNS, WARPS>;
-    int bytes = (int)(BKV_GPU_BARRIERS_ROOM + 2 * job->stage * job->thread_block_warps);
+    int bytes = (int)(BKV_GPU_BARRIERS_ROOM + (job->key_stage + job->value_stage) * job->thread_block_warps);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) {
         return (int)error;
     }
-    kernel<<<job->thread_blocks, job->thread_block_warps * WARP, (size_t)bytes, stream>>>(*job);
-    return (int)cudaGetLastError();
+    return launch_behind(kernel, job->thread_blocks, job->thread_block_warps * WARP, (size_t)bytes, stream, job,
+                         job->thread_blocks * job->thread_block_warps);
 }
 
 #endif

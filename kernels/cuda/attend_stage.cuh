@@ -1,4 +1,5 @@
-// attend_stage.cuh - internal: bringing a tile into a warp's shared memory, asynchronously, while another is worked on.
+// attend_stage.cuh - internal: bringing tiles into a warp's shared memory, asynchronously: its keys while the values of the tile
+// before are worked on, then its values while its keys are.
 //
 // From sm_90 on the copy engine does it: one instruction of one lane for each piece of consecutive memory, and a barrier in
 // shared memory that counts the bytes as they come. Before, all lanes copy 16 bytes each, again and again.
@@ -14,15 +15,20 @@ struct stage_t {
     uint32_t shape;        // as in place_t
     uint32_t weight_range; // float16 base and step
     uint32_t weights;      // [count] codes
-    uint32_t key_params;   // [key_dim / 32] pieces of 32 words, 144 bytes apart
-    uint32_t keys, values; // rows, see row_stride
+    uint32_t key_params;   // [key_dim / 32] pieces of 32 words, BKV_GPU_PARAMS_STEP bytes apart
+    uint32_t keys, values; // rows, see key_row_at
     uint32_t value_params;
 };
 
-// Bytes from one row to the next in shared memory.
-template <int KIND, int DIM> __device__ __forceinline__ constexpr uint32_t row_stride() {
+// Where row `t` of keys is behind the first. See bkv_gpu_key_unit.
+template <int KIND, int DIM> __device__ __forceinline__ uint32_t key_row_at(uint32_t t) {
     constexpr uint32_t row = DIM * kind_words(KIND) / 8;
-    return KIND != BKV_GPU_BITS3 && row % 64 == 0 ? row + 16 : row;
+    if constexpr (KIND == BKV_GPU_BITS3 || row % 64 != 0) {
+        return t * row;
+    } else {
+        constexpr uint32_t rows = 256 % row == 0 ? 256 / row : 1;
+        return t / rows * (rows * row + 16) + t % rows * row;
+    }
 }
 
 __device__ __forceinline__ uint32_t shared_address(const uint8_t *shared) {
@@ -44,6 +50,18 @@ __device__ __forceinline__ void copies_open(copies_t &copies, uint8_t *shared, u
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
+}
+
+// True in one lane. The compiler knows that it is one, and need not take turns for the copy engine.
+__device__ __forceinline__ bool lane_elected() {
+    uint32_t elected;
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(elected));
+    return elected != 0;
+}
+
+// Shared memory that was written in the ordinary way is now the copy engine's.
+__device__ __forceinline__ void copies_follow() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // One lane says how many bytes are about to come.
@@ -82,6 +100,8 @@ __device__ __forceinline__ void copies_wait(copies_t &copies, bool any) {
 
 struct copies_t {};
 
+__device__ __forceinline__ void copies_follow() {}
+
 __device__ __forceinline__ void copies_open(copies_t &, uint8_t *, uint32_t) {}
 
 // All lanes of the warp together.
@@ -118,121 +138,136 @@ __device__ __forceinline__ uint32_t piece_cut(piece_t &piece, uint32_t to, const
     return to + skew;
 }
 
-// The pieces of a tile: of these, the rows that are padded are copied one by one.
-struct pieces_t {
-    piece_t weights, params, scales, keys, values; // params: of the first 32 channels, the others' follow
+// The pieces of a tile's keys. before: weights, may be missing; params: `params_count` of them, those of 32 channels each; keys:
+// the first unit, where there are units, and key_bytes those of all of them.
+struct key_pieces_t {
+    piece_t before, params, keys;
+    uint32_t params_count, unit, key_bytes;
 };
 
-template <int DIM> __device__ __forceinline__ bool rows_apart(uint32_t kind) {
-    return bkv_gpu_row_padded(kind, DIM);
+// Bytes that a copy of the keys' unit `i` takes: `skew` of them lie before it.
+__device__ __forceinline__ uint32_t unit_bytes(const key_pieces_t &pieces, uint32_t skew, uint32_t i) {
+    return (skew + min(pieces.unit, pieces.key_bytes - i * pieces.unit) + 15) / 16 * 16;
 }
 
 #if __CUDA_ARCH__ >= 900
 
-// All by one lane, but rows one by one by all lanes.
-template <int KEY_DIM, int VALUE_DIM>
-__device__ __forceinline__ void pieces_copy(const pieces_t &pieces, uint8_t *shared, copies_t &copies, uint32_t key_kind,
-                                            uint32_t value_kind, uint32_t count) {
-    const uint32_t lane = threadIdx.x % WARP, base = shared_address(shared);
-    const bool key_rows = rows_apart<KEY_DIM>(key_kind), value_rows = rows_apart<VALUE_DIM>(value_kind);
-    if (lane == 0) {
-        copies_expect(copies, pieces.weights.bytes + pieces.scales.bytes + KEY_DIM / 32 * pieces.params.bytes +
-                                  (key_rows ? count : 1) * pieces.keys.bytes + (value_rows ? count : 1) * pieces.values.bytes);
-        if (pieces.weights.bytes > 0) {
-            copies_start(copies, base + pieces.weights.to, pieces.weights.from, pieces.weights.bytes);
+// By one lane, but units by all lanes.
+__device__ __forceinline__ void keys_copy(const key_pieces_t &pieces, uint32_t skew, uint8_t *shared, copies_t &copies) {
+    const uint32_t base = shared_address(shared);
+    const uint32_t units = pieces.unit != 0 ? (pieces.key_bytes + pieces.unit - 1) / pieces.unit : 0;
+    if (lane_elected()) {
+        uint32_t keys = pieces.keys.bytes;
+        if (units > 0) {
+            keys = (units - 1) * unit_bytes(pieces, skew, 0) + unit_bytes(pieces, skew, units - 1);
         }
-        if (pieces.scales.bytes > 0) {
-            copies_start(copies, base + pieces.scales.to, pieces.scales.from, pieces.scales.bytes);
+        copies_expect(copies, pieces.before.bytes + pieces.params_count * pieces.params.bytes + keys);
+        if (pieces.before.bytes > 0) {
+            copies_start(copies, base + pieces.before.to, pieces.before.from, pieces.before.bytes);
         }
-        if (pieces.params.bytes > 0) {
 #pragma unroll
-            for (uint32_t i = 0; i < KEY_DIM / 32; i++) {
-                copies_start(copies, base + pieces.params.to + 144 * i, pieces.params.from + 128 * i, pieces.params.bytes);
-            }
+        for (uint32_t i = 0; i < pieces.params_count; i++) {
+            copies_start(copies, base + pieces.params.to + BKV_GPU_PARAMS_STEP * i, pieces.params.from + 128 * i,
+                         pieces.params.bytes);
         }
-        if (!key_rows) {
+        if (units == 0) {
             copies_start(copies, base + pieces.keys.to, pieces.keys.from, pieces.keys.bytes);
         }
-        if (!value_rows) {
-            copies_start(copies, base + pieces.values.to, pieces.values.from, pieces.values.bytes);
+    }
+    if (units > 0) {
+        __syncwarp();
+        for (uint32_t i = threadIdx.x % WARP; i < units; i += WARP) {
+            copies_start(copies, base + pieces.keys.to + i * (pieces.unit + 16), pieces.keys.from + i * pieces.unit,
+                         unit_bytes(pieces, skew, i));
         }
     }
-    if (key_rows || value_rows) {
-        __syncwarp();
-    }
-    for (uint32_t t = lane; key_rows && t < count; t += WARP) {
-        uint32_t row = bkv_gpu_row_bytes(key_kind, KEY_DIM);
-        copies_start(copies, base + pieces.keys.to + t * (row + 16), pieces.keys.from + t * row, pieces.keys.bytes);
-    }
-    for (uint32_t t = lane; value_rows && t < count; t += WARP) {
-        uint32_t row = bkv_gpu_row_bytes(value_kind, VALUE_DIM);
-        copies_start(copies, base + pieces.values.to + t * (row + 16), pieces.values.from + t * row, pieces.values.bytes);
+}
+
+// By one lane. scales may be missing.
+__device__ __forceinline__ void values_copy(const piece_t &scales, const piece_t &values, uint8_t *shared, copies_t &copies) {
+    const uint32_t base = shared_address(shared);
+    if (lane_elected()) {
+        copies_expect(copies, scales.bytes + values.bytes);
+        if (scales.bytes > 0) {
+            copies_start(copies, base + scales.to, scales.from, scales.bytes);
+        }
+        copies_start(copies, base + values.to, values.from, values.bytes);
     }
 }
 
 #else
 
-__device__ __forceinline__ void rows_share(uint32_t base, const piece_t &rows, bool apart, uint32_t row, uint32_t count) {
-    if (!apart) {
-        return copies_share(base + rows.to, rows.from, rows.bytes);
+// All by all lanes together.
+__device__ __forceinline__ void keys_copy(const key_pieces_t &pieces, uint32_t skew, uint8_t *shared, copies_t &) {
+    const uint32_t base = shared_address(shared);
+    copies_share(base + pieces.before.to, pieces.before.from, pieces.before.bytes);
+    for (uint32_t i = 0; i < pieces.params_count; i++) {
+        copies_share(base + pieces.params.to + BKV_GPU_PARAMS_STEP * i, pieces.params.from + 128 * i, pieces.params.bytes);
     }
-    const uint32_t pieces = row / 16 + 1;
-    for (uint32_t i = threadIdx.x % WARP; i < count * pieces; i += WARP) {
-        uint32_t t = i / pieces, at = 16 * (i % pieces);
-        if (at < rows.bytes) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(base + rows.to + 16 * i),
-                         "l"(rows.from + t * row + at)
-                         : "memory");
-        }
+    if (pieces.unit == 0) {
+        copies_share(base + pieces.keys.to, pieces.keys.from, pieces.keys.bytes);
+        return;
+    }
+    for (uint32_t i = 0; i * pieces.unit < pieces.key_bytes; i++) {
+        copies_share(base + pieces.keys.to + i * (pieces.unit + 16), pieces.keys.from + i * pieces.unit,
+                     unit_bytes(pieces, skew, i));
     }
 }
 
-template <int KEY_DIM, int VALUE_DIM>
-__device__ __forceinline__ void pieces_copy(const pieces_t &pieces, uint8_t *shared, copies_t &, uint32_t key_kind,
-                                            uint32_t value_kind, uint32_t count) {
+__device__ __forceinline__ void values_copy(const piece_t &scales, const piece_t &values, uint8_t *shared, copies_t &) {
     const uint32_t base = shared_address(shared);
-    copies_share(base + pieces.weights.to, pieces.weights.from, pieces.weights.bytes);
-    copies_share(base + pieces.scales.to, pieces.scales.from, pieces.scales.bytes);
-    for (uint32_t i = 0; i < KEY_DIM / 32 && pieces.params.bytes > 0; i++) {
-        copies_share(base + pieces.params.to + 144 * i, pieces.params.from + 128 * i, pieces.params.bytes);
-    }
-    rows_share(base, pieces.keys, rows_apart<KEY_DIM>(key_kind), bkv_gpu_row_bytes(key_kind, KEY_DIM), count);
-    rows_share(base, pieces.values, rows_apart<VALUE_DIM>(value_kind), bkv_gpu_row_bytes(value_kind, VALUE_DIM), count);
+    copies_share(base + scales.to, scales.from, scales.bytes);
+    copies_share(base + values.to, values.from, values.bytes);
 }
 
 #endif
 
-// Starts to copy the walk's current tile to `to`. The kinds are those of the tile's shape, constants where they can be.
-template <int KEY_DIM, int VALUE_DIM>
-__device__ __forceinline__ void stage_copy(const walk_t &walk, const span_t &span, uint32_t key_kind, uint32_t value_kind,
-                                           uint8_t *shared, uint32_t to, copies_t &copies, stage_t &stage) {
-    const uint32_t groups = (VALUE_DIM + BKV_VALUE_GROUP_DIMS - 1) / BKV_VALUE_GROUP_DIMS;
-    const uint32_t key_row = bkv_gpu_row_bytes(key_kind, KEY_DIM), value_row = bkv_gpu_row_bytes(value_kind, VALUE_DIM);
-    const uint32_t room = (span.count + BKV_GPU_TILE_STEP - 1) / BKV_GPU_TILE_STEP * BKV_GPU_TILE_STEP;
-    pieces_t pieces;
-    stage.weights = piece_cut(pieces.weights, to, walk.now.keys + 4 + span.first, span.count);
-    pieces.weights.bytes = is_weighted(walk.now.shape) ? pieces.weights.bytes : 0;
-    to += room + 16;
+// Starts to copy the keys of some tokens of the walk's section to `to`. The kind is that of the section, a constant where it
+// can be.
+template <int KEY_DIM>
+__device__ __forceinline__ void keys_cut(const walk_t &walk, const span_t &span, uint32_t kind, uint8_t *shared, uint32_t to,
+                                         copies_t &copies, stage_t &stage) {
+    const uint32_t row = bkv_gpu_row_bytes(kind, KEY_DIM);
+    key_pieces_t pieces;
+    stage.weights = piece_cut(pieces.before, to, walk.now.keys + 4 + span.first, span.count);
+    pieces.before.bytes = is_weighted(walk.now.shape) ? pieces.before.bytes : 0;
+    to += (span.count + 46) / 16 * 16;
     stage.key_params = piece_cut(pieces.params, to, section_params(walk.now) + span.group * 4 * KEY_DIM, 128);
-    pieces.params.bytes = key_kind <= BKV_GPU_BITS8 ? pieces.params.bytes : 0;
-    to += bkv_gpu_params_room(key_kind, KEY_DIM);
-    stage.keys = piece_cut(pieces.keys, to, section_keys(walk.now, key_kind, KEY_DIM) + (uint64_t)span.first * key_row,
-                           rows_apart<KEY_DIM>(key_kind) ? key_row : key_row * span.count);
-    to += bkv_gpu_rows_room(key_kind, KEY_DIM, room);
-    stage.value_params = piece_cut(pieces.scales, to, walk.now.values + 4ull * groups * span.first, 4 * groups * span.count);
-    pieces.scales.bytes = value_kind <= BKV_GPU_BITS8 ? pieces.scales.bytes : 0;
-    to += bkv_gpu_scales_room(value_kind, VALUE_DIM, room);
-    stage.values =
-        piece_cut(pieces.values, to, section_values(walk.now, value_kind, VALUE_DIM) + (uint64_t)span.first * value_row,
-                  rows_apart<VALUE_DIM>(value_kind) ? value_row : value_row * span.count);
-    pieces_copy<KEY_DIM, VALUE_DIM>(pieces, shared, copies, key_kind, value_kind, span.count);
+    pieces.params_count = kind <= BKV_GPU_BITS8 ? KEY_DIM / 32 : 0;
+    to += pieces.params_count * BKV_GPU_PARAMS_STEP;
+    pieces.unit = bkv_gpu_key_unit(kind, KEY_DIM);
+    pieces.key_bytes = row * span.count;
+    stage.keys =
+        piece_cut(pieces.keys, to, section_keys(walk.now, kind, KEY_DIM) + (uint64_t)span.first * row, pieces.key_bytes);
+    keys_copy(pieces, stage.keys & 15, shared, copies);
 }
 
-// Starts to copy the walk's current tile to `to`. The caller commits.
-template <int KEY_DIM, int VALUE_DIM>
-__device__ __forceinline__ void stage_fill(const walk_t &walk, uint8_t *shared, uint32_t to, copies_t &copies, stage_t &stage) {
-    const uint32_t three = BKV_GPU_BITS3, keys = key_kind(walk.now.shape), values = value_kind(walk.now.shape);
-    span_t span = walk_span(walk);
+// The same for a whole section of codes whose rows just follow one another, in fewer pieces: the weights are next to the first
+// params, the last params to the keys.
+template <int KEY_DIM>
+__device__ __forceinline__ void keys_whole(const walk_t &walk, uint32_t kind, uint8_t *shared, uint32_t to, copies_t &copies,
+                                           stage_t &stage) {
+    static_assert(KEY_DIM >= 64, "the first params are not the last ones");
+    const uint32_t count = walk.now.tokens, last = KEY_DIM / 32 - 1;
+    const uint8_t *params = section_params(walk.now);
+    const uint32_t weights = (uint32_t)(params - walk.now.keys);
+    key_pieces_t pieces;
+    stage.weights = piece_cut(pieces.before, to, walk.now.keys, weights + 128) + 4;
+    stage.key_params = stage.weights - 4 + weights;
+    to = stage.key_params / 16 * 16;
+    piece_cut(pieces.params, to + BKV_GPU_PARAMS_STEP, params + 128, 128);
+    pieces.params_count = last - 1;
+    to += last * BKV_GPU_PARAMS_STEP;
+    stage.keys = piece_cut(pieces.keys, to, params + 128 * last, 128 + count * bkv_gpu_row_bytes(kind, KEY_DIM)) + 128;
+    pieces.unit = 0;
+    keys_copy(pieces, 0, shared, copies);
+}
+
+// Starts to copy the keys of the walk's current tile to `to`, and says so in `stage`. The caller commits.
+template <int KEY_DIM>
+__device__ __forceinline__ void stage_keys(const walk_t &walk, uint8_t *shared, uint32_t to, copies_t &copies, stage_t &stage) {
+    const uint32_t three = BKV_GPU_BITS3, kind = key_kind(walk.now.shape);
+    const span_t span = walk_span(walk);
     stage.part = walk.part;
     stage.count = span.count;
     stage.shape = walk.now.shape;
@@ -240,11 +275,36 @@ __device__ __forceinline__ void stage_fill(const walk_t &walk, uint8_t *shared, 
     if (span.count == 0) {
         return;
     }
-    if (keys == three && values == three) {
-        stage_copy<KEY_DIM, VALUE_DIM>(walk, span, three, three, shared, to, copies, stage);
+    if (kind == three && span.count == walk.now.tokens) {
+        keys_whole<KEY_DIM>(walk, three, shared, to, copies, stage);
+    } else if (kind == three) {
+        keys_cut<KEY_DIM>(walk, span, three, shared, to, copies, stage);
     } else {
-        stage_copy<KEY_DIM, VALUE_DIM>(walk, span, keys, values, shared, to, copies, stage);
+        keys_cut<KEY_DIM>(walk, span, kind, shared, to, copies, stage);
     }
+}
+
+// The same for the values. Of a whole section, its scales are in one piece with them.
+template <int VALUE_DIM>
+__device__ __forceinline__ void stage_values(const walk_t &walk, uint8_t *shared, uint32_t to, copies_t &copies,
+                                             stage_t &stage) {
+    const uint32_t kind = value_kind(walk.now.shape), row = bkv_gpu_row_bytes(kind, VALUE_DIM);
+    const uint32_t scales = kind > BKV_GPU_BITS8 ? 0 : (VALUE_DIM + BKV_VALUE_GROUP_DIMS - 1) / BKV_VALUE_GROUP_DIMS * 4;
+    const span_t span = walk_span(walk);
+    piece_t before = {}, values;
+    if (span.count == 0) {
+        return;
+    }
+    if (span.count == walk.now.tokens) {
+        stage.value_params = piece_cut(values, to, walk.now.values, span.count * (scales + row));
+        stage.values = stage.value_params + scales * span.count;
+    } else {
+        const uint8_t *rows = walk.now.values + (uint64_t)walk.now.tokens * scales + (uint64_t)span.first * row;
+        stage.value_params = piece_cut(before, to, walk.now.values + (uint64_t)span.first * scales, span.count * scales);
+        before.bytes = scales > 0 ? before.bytes : 0;
+        stage.values = piece_cut(values, to + before.bytes, rows, span.count * row);
+    }
+    values_copy(before, values, shared, copies);
 }
 
 #endif

@@ -37,8 +37,8 @@ __device__ __forceinline__ float *part_at(const bkv_gpu_attend_t &job, uint32_t 
 // A section as a walk holds it.
 struct place_t {
     const uint8_t *keys, *values; // as in bkv_gpu_section_t
-    uint32_t tokens, weights, tiles;
-    uint32_t shape; // kinds; whether weighted << 8; group_tokens << 16; group_tiles << 24
+    uint32_t tokens, weights;
+    uint32_t shape; // kinds; whether weighted << 8; group_tokens << 16; group_tiles << 24: the last word of a bkv_gpu_section_t
 };
 
 __device__ __forceinline__ uint32_t key_kind(uint32_t shape) {
@@ -53,74 +53,126 @@ __device__ __forceinline__ bool is_weighted(uint32_t shape) {
     return (shape >> 8 & 1) != 0;
 }
 
-// Where a warp is. All lanes hold the same, but for `mine`: lane i has the section of record base + i.
+__device__ __forceinline__ uint32_t group_tokens(uint32_t shape) {
+    return shape >> 16 & 255;
+}
+
+__device__ __forceinline__ uint32_t group_tiles(uint32_t shape) {
+    return shape >> 24;
+}
+
+// Where a warp is. All lanes hold the same.
 struct walk_t {
     const bkv_gpu_section_t *list;
     uint32_t part, count; // pair * blocks + block of columns; the pair's records
-    uint32_t base, at;
-    uint32_t tile; // of section `now`
-    place_t mine, now;
+    uint32_t at, tile;    // the section and which of its tiles
+    place_t now;
+    uint32_t next_tiles, next_from, next_to; // of the next part's pair, read long before they are needed
 };
 
 template <class T> __device__ __forceinline__ T lane_get(T value, uint32_t lane) {
     return __shfl_sync(ALL_LANES, value, (int)lane);
 }
 
-__device__ __forceinline__ void walk_section(walk_t &walk) {
-    walk.now.keys = (const uint8_t *)lane_get((unsigned long long)walk.mine.keys, walk.at);
-    walk.now.values = (const uint8_t *)lane_get((unsigned long long)walk.mine.values, walk.at);
-    walk.now.tokens = lane_get(walk.mine.tokens, walk.at);
-    walk.now.weights = lane_get(walk.mine.weights, walk.at);
-    walk.now.tiles = lane_get(walk.mine.tiles, walk.at);
-    walk.now.shape = lane_get(walk.mine.shape, walk.at);
+// Goes to section `at` of the pair. Returns the number of its first tile.
+__device__ __forceinline__ uint32_t walk_section(walk_t &walk, uint32_t at) {
+    const uint4 *section = (const uint4 *)&walk.list[at], places = section[0], rest = section[1];
+    walk.now.keys = (const uint8_t *)(places.x | (uint64_t)places.y << 32);
+    walk.now.values = (const uint8_t *)(places.z | (uint64_t)places.w << 32);
+    walk.now.tokens = rest.x;
+    walk.now.weights = rest.y;
+    walk.now.shape = rest.w;
+    walk.at = at;
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(&walk.list[min(at + 1, walk.count - 1)]));
+    return rest.z;
 }
 
-// The sections of 32 records from `base` on. Returns the number of this lane's first tile.
-__device__ inline uint32_t walk_load(walk_t &walk, uint32_t base) {
-    bkv_gpu_section_t section;
-    const uint4 *at = (const uint4 *)&walk.list[min(base + threadIdx.x % WARP, walk.count - 1)];
-    uint4 halves[2] = {at[0], at[1]};
-    memcpy(&section, halves, sizeof(section));
-    walk.mine.keys = section.keys;
-    walk.mine.values = section.values;
-    walk.mine.tokens = section.tokens;
-    walk.mine.weights = section.weights;
-    walk.mine.tiles = (section.tokens + section.group_tokens - 1) / section.group_tokens * section.group_tiles;
-    walk.mine.shape = section.kinds | section.weighted << 8 | section.group_tokens << 16 | (uint32_t)section.group_tiles << 24;
-    walk.base = base;
-    walk.at = 0;
-    return section.tile;
-}
-
-__device__ inline void walk_open(const bkv_gpu_attend_t &job, walk_t &walk, uint32_t part) {
-    uint32_t pair = part / job.blocks, sequence = pair / job.heads, head = pair % job.heads;
-    uint32_t from = job.first[sequence];
+// Goes to a part whose pair has the records [from, to).
+__device__ inline void walk_open(const bkv_gpu_attend_t &job, walk_t &walk, uint32_t part, uint32_t from, uint32_t to) {
+    const uint32_t next = min((part + 1) / job.blocks, job.batch * job.heads - 1);
     walk.part = part;
-    walk.count = job.first[sequence + 1] - from;
-    walk.list = job.sections + (uint64_t)from * job.heads + (uint64_t)head * walk.count;
+    walk.count = to - from;
+    walk.list = job.sections + (uint64_t)from * job.heads + (uint64_t)(part / job.blocks % job.heads) * walk.count;
+    walk.next_tiles = job.tiles[next];
+    walk.next_from = job.first[next / job.heads];
+    walk.next_to = job.first[next / job.heads + 1];
 }
 
-// Goes to tile `tile` of all. There must be such a tile.
-__device__ inline void walk_start(const bkv_gpu_attend_t &job, walk_t &walk, uint64_t tile) {
-    uint32_t lane = threadIdx.x % WARP, pairs = job.batch * job.heads, pair = 0;
-    uint64_t before = 0;
-    for (uint32_t first = 0; first < pairs; first += WARP) {
-        uint64_t own = first + lane < pairs ? (uint64_t)pair_tiles(job, first + lane) * job.blocks : 0, upto = own;
-        for (uint32_t step = 1; step < WARP; step *= 2) {
-            uint64_t other = __shfl_up_sync(ALL_LANES, (unsigned long long)upto, step);
-            upto += lane >= step ? other : 0;
+// What a warp has to do: `left` tiles from `start` on, none if left is 0. The search for its pair may begin at `pair`, which
+// has `before` tiles before it.
+struct share_t {
+    uint64_t start, before;
+    uint32_t left, pair;
+};
+
+// The share of warp `warp` of all. By the whole thread block, each of whose threads counts some of the pairs; sums:
+// [blockDim.x] in shared memory. Ends with a barrier. One thread block also leaves behind, for the merge, how many tiles are before each pair.
+__device__ inline share_t share_find(const bkv_gpu_attend_t &job, uint64_t *sums, uint32_t warp, uint32_t all_warps) {
+    const uint32_t lane = threadIdx.x % WARP, pairs = job.batch * job.heads, each = (pairs + blockDim.x - 1) / blockDim.x;
+    const uint32_t first = min(threadIdx.x * each, pairs), last = min(first + each, pairs);
+    unsigned long long sum = 0;
+    for (uint32_t pair = first; pair < last; pair++) {
+        sum += pair_tiles(job, pair);
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x < WARP) { // of each thread's pairs to up to and with them
+        unsigned long long before = 0;
+        for (uint32_t i = lane; i < blockDim.x; i += WARP) {
+            unsigned long long upto = sums[i];
+            for (uint32_t step = 1; step < WARP; step *= 2) {
+                unsigned long long other = __shfl_up_sync(ALL_LANES, upto, step);
+                upto += lane >= step ? other : 0;
+            }
+            sums[i] = upto += before;
+            before = lane_get(upto, WARP - 1);
         }
-        uint32_t beyond = __ballot_sync(ALL_LANES, before + upto > tile);
-        if (beyond) {
-            uint32_t there = (uint32_t)__ffs((int)beyond) - 1;
-            before += lane_get((unsigned long long)(upto - own), there);
-            pair = first + there;
-            break;
+    }
+    __syncthreads();
+    if (blockIdx.x == 0) {
+        uint64_t before = sums[threadIdx.x] - sum;
+        for (uint32_t pair = first; pair < last; pair++) {
+            job.before[pair] = before;
+            before += pair_tiles(job, pair);
         }
-        before += lane_get((unsigned long long)upto, WARP - 1);
+        if (threadIdx.x == blockDim.x - 1) {
+            job.before[pairs] = before;
+        }
+    }
+    share_t share = {};
+    const uint64_t total = sums[blockDim.x - 1] * job.blocks;
+    const uint32_t warps = share_warps(total, all_warps);
+    if (warp < warps) {
+        share.start = share_start(total, warp, warps);
+        share.left = (uint32_t)(share_start(total, warp + 1, warps) - share.start);
+        uint32_t low = 0, high = blockDim.x; // the first thread whose sum is beyond the start
+        while (low < high) {
+            uint32_t middle = (low + high) / 2;
+            if (sums[middle] * job.blocks > share.start) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        share.before = (low > 0 ? sums[low - 1] : 0) * job.blocks;
+        share.pair = low * each;
+    }
+    __syncthreads();
+    return share;
+}
+
+// Goes to the first tile of a share that has one.
+__device__ inline void walk_start(const bkv_gpu_attend_t &job, walk_t &walk, const share_t &share) {
+    const uint32_t lane = threadIdx.x % WARP;
+    uint64_t before = share.before, tile = share.start;
+    uint32_t pair = share.pair;
+    while (tile - before >= (uint64_t)pair_tiles(job, pair) * job.blocks) {
+        before += (uint64_t)pair_tiles(job, pair) * job.blocks;
+        pair++;
     }
     uint32_t tiles = pair_tiles(job, pair), within = (uint32_t)((tile - before) % tiles);
-    walk_open(job, walk, pair * job.blocks + (uint32_t)((tile - before) / tiles));
+    const uint32_t part = pair * job.blocks + (uint32_t)((tile - before) / tiles), sequence = pair / job.heads;
+    walk_open(job, walk, part, job.first[sequence], job.first[sequence + 1]);
     uint32_t low = 0, high = walk.count; // the section is in [low, high)
     while (high - low > 1) {
         uint32_t step = (high - low + WARP - 1) / WARP, probe = low + lane * step;
@@ -128,28 +180,31 @@ __device__ inline void walk_start(const bkv_gpu_attend_t &job, walk_t &walk, uin
         low += ((uint32_t)__popc(reached) - 1) * step;
         high = min(low + step, high);
     }
-    walk.tile = within - lane_get(walk_load(walk, low), 0);
-    walk_section(walk);
+    walk.tile = within - walk_section(walk, low);
 }
 
 // To the next tile, which there must be.
 __device__ inline void walk_next(const bkv_gpu_attend_t &job, walk_t &walk) {
-    if (++walk.tile < walk.now.tiles) {
+    const uint32_t tiles = group_tiles(walk.now.shape), group = tiles == 1 ? walk.tile + 1 : (walk.tile + 1) / tiles;
+    if (group * group_tokens(walk.now.shape) < walk.now.tokens) {
+        walk.tile++;
         return;
     }
     walk.tile = 0;
-    walk.at++;
-    if (walk.base + walk.at >= walk.count) {
-        uint32_t part = walk.part + 1;
+    if (walk.at + 1 < walk.count) {
+        walk_section(walk, walk.at + 1);
+        return;
+    }
+    uint32_t part = walk.part + 1, from = walk.next_from, to = walk.next_to;
+    if (walk.next_tiles == 0 || walk.next_tiles == BKV_GPU_BROKEN) {
         while (pair_tiles(job, part / job.blocks) == 0) {
             part++;
         }
-        walk_open(job, walk, part);
-        walk_load(walk, 0);
-    } else if (walk.at == WARP) {
-        walk_load(walk, walk.base + WARP);
+        from = job.first[part / job.blocks / job.heads];
+        to = job.first[part / job.blocks / job.heads + 1];
     }
-    walk_section(walk);
+    walk_open(job, walk, part, from, to);
+    walk_section(walk, 0);
 }
 
 // The tokens of the current tile: `count` from `first`, in key group `group`. The last tiles of a short group have none.
@@ -158,30 +213,17 @@ struct span_t {
 };
 
 __device__ __forceinline__ span_t walk_span(const walk_t &walk) {
-    const uint32_t group_tokens = walk.now.shape >> 16 & 255, group_tiles = walk.now.shape >> 24;
-    uint32_t group = walk.tile, piece = 0, length = group_tokens;
-    if (group_tiles > 1) {
-        group = walk.tile / group_tiles;
-        piece = walk.tile - group * group_tiles;
-        length = (length + group_tiles - 1) / group_tiles;
+    const uint32_t tokens = group_tokens(walk.now.shape), tiles = group_tiles(walk.now.shape);
+    uint32_t group = walk.tile, piece = 0, length = tokens;
+    if (tiles > 1) {
+        group = walk.tile / tiles;
+        piece = walk.tile - group * tiles;
+        length = (length + tiles - 1) / tiles;
         length = (length + BKV_GPU_TILE_STEP - 1) / BKV_GPU_TILE_STEP * BKV_GPU_TILE_STEP;
     }
-    uint32_t first = group * group_tokens + piece * length;
-    uint32_t end = min(min((group + 1) * group_tokens, first + length), walk.now.tokens);
+    uint32_t first = group * tokens + piece * length;
+    uint32_t end = min(min((group + 1) * tokens, first + length), walk.now.tokens);
     return {first, end > first ? end - first : 0, group};
-}
-
-// The all-tiles total, by a whole warp.
-__device__ inline uint64_t walk_total(const bkv_gpu_attend_t &job) {
-    uint32_t pairs = job.batch * job.heads;
-    unsigned long long sum = 0;
-    for (uint32_t pair = threadIdx.x % WARP; pair < pairs; pair += WARP) {
-        sum += pair_tiles(job, pair);
-    }
-    for (uint32_t step = WARP / 2; step > 0; step /= 2) {
-        sum += __shfl_xor_sync(ALL_LANES, sum, (int)step);
-    }
-    return sum * job.blocks;
 }
 
 // Where a section's parts lie behind `keys` and `values`. The kind is its own; where it is known, it is a constant.

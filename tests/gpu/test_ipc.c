@@ -354,6 +354,8 @@ int main(int argc, char **argv) {
     test_chunks(&world);
     test_order(&world);
     check_begin("ipc: nothing is left in the daemon");
+    bkv_client_destroy(world.client); // with it goes its window for host memory
+    world.client = ipc_client(&daemon, 30000);
     check_that(ipc_metric_becomes(world.client, "balancekv_sessions", 0), "sessions are left");
     bkv_client_destroy(world.client);
     ipc_daemon_stop(&daemon);
