@@ -62,7 +62,7 @@ struct bkv_peers {
     pthread_mutex_t lock;
     pthread_cond_t idle;                   // live has become 0
     bkv_peer_t *buckets[BKV_PEER_BUCKETS]; // [lock] by member
-    _Atomic bool closing;                  // [lock] no new calls
+    _Atomic bool closing;                  // set under the lock, may be read without: no new calls
     uint64_t live;                         // [lock] calls, attempts, and records that gRPC refers to
 };
 
@@ -104,7 +104,8 @@ typedef struct bkv_peer_kind {
     bool probes; // is put to a suspected peer
     bool small;  // the time that it takes is the peer's latency
     bool raw;    // its error is the peer's own, and none of those that peers.h names
-    // The next message of the part that is due, the caller's to destroy; *last when none of this part follows. NULL: no memory.
+    // The next message of the part that is due, the caller's to destroy; *last when none of this part follows. NULL: there was
+    // none left, with *last; without, no memory for it. A part of no messages at all is not put to the peer.
     grpc_byte_buffer *(*next)(bkv_peer_call_t *call, bool *last);
     // Takes in a response, which stays the caller's. Anything but BKV_OK ends the call with that.
     bkv_status_t (*take)(bkv_peer_call_t *call, grpc_byte_buffer *message, bkv_error_t *err);

@@ -62,8 +62,9 @@ typedef struct bkv_peers_metrics {
 // INVALID_ARGUMENT names the option ("cluster.peer_ca: ...").
 bkv_status_t bkv_peers_create(const bkv_peers_config_t *config, bkv_peers_t **peers, bkv_error_t *err);
 
-// Cancels what is under way and waits until no callback runs any more and nothing of the store is referred to. All references
-// must have been given back. NULL: nothing.
+// Cancels what is under way and waits until no callback runs any more and nothing of the store is referred to: where a peer has
+// stopped to read half-way through a record, until the connection is given up, some 5 s. All references must have been given
+// back. NULL: nothing.
 void bkv_peers_destroy(bkv_peers_t *peers);
 
 // Closes peers that are in neither view (each may be NULL). Call it when the present view, or the one that repair starts from,
