@@ -19,7 +19,7 @@ class Error(c.Structure):
 class Options(c.Structure):
     _fields_ = [("endpoint", c.c_char_p), ("timeout_ms", c.c_uint32), ("tls_ca", c.c_char_p), ("tls_cert", c.c_char_p),
                 ("tls_key", c.c_char_p), ("tls_name", c.c_char_p), ("transport", c.c_char_p),
-                ("window_bytes", c.c_uint64), ("verbs_device", c.c_char_p)]
+                ("window_bytes", c.c_uint64), ("verbs_device", c.c_char_p), ("route", c.c_bool)]
 
 
 class Spec(c.Structure):
@@ -39,7 +39,7 @@ class Put(c.Structure):
 
 
 class PutResult(c.Structure):
-    _fields_ = [("stored_bytes", c.c_uint64), ("duplicate", c.c_bool)]
+    _fields_ = [("stored_bytes", c.c_uint64), ("duplicate", c.c_bool), ("replicas", c.c_uint32)]
 
 
 class RecordC(c.Structure):
@@ -144,12 +144,14 @@ def sections(data, length):
 
 
 class Client:
-    """One connection and one spec. transport None: $BKV_TRANSPORT, else the best that both ends have."""
+    """One client and one spec. endpoint: one, or several by commas. transport None: $BKV_TRANSPORT, else the best that both ends have."""
 
-    def __init__(self, endpoint, timeout_ms=30000, transport=None, window_bytes=0, verbs_device=None, **spec):
+    def __init__(self, endpoint, timeout_ms=30000, transport=None, window_bytes=0, verbs_device=None, route=False,
+                 **spec):
         self.handle, self.spec_id, self.error = c.c_void_p(), SpecId(), Error()
         options = Options(endpoint=endpoint.encode(), timeout_ms=timeout_ms, transport=transport and transport.encode(),
-                          window_bytes=window_bytes, verbs_device=verbs_device and verbs_device.encode())
+                          window_bytes=window_bytes, verbs_device=verbs_device and verbs_device.encode(),
+                          route=route)
         check(library().bkv_client_create(c.byref(options), c.byref(self.handle), c.byref(self.error)), self.error)
         spec = Spec(**{name: value.encode() if isinstance(value, str) else value for name, value in spec.items()})
         check(library().bkv_open(self.handle, c.byref(spec), 0, c.byref(self.spec_id), None, c.byref(self.error)), self.error)
@@ -166,13 +168,23 @@ class Client:
 
     def put(self, blocks):
         """blocks: [(key, position, tokens, payload, codec, rate)] -> stored bytes of each."""
+        return [result.stored_bytes for result in self.put_results(blocks)]
+
+    def put_results(self, blocks):
         puts, results = (Put * len(blocks))(), (PutResult * len(blocks))()
         for put, (key, position, tokens, payload, codec, rate) in zip(puts, blocks):
             put.key, put.position, put.tokens, put.codec, put.rate = key, position, tokens, codec, rate
             put.payload, put.payload_bytes = payload, len(payload)
         check(library().bkv_put(self.handle, c.byref(self.spec_id), puts, c.c_size_t(len(blocks)), 0, results,
                                 c.byref(self.error)), self.error)
-        return [result.stored_bytes for result in results]
+        return results
+
+    def lookup(self, keys):
+        """Which of them are resident."""
+        names, resident = (Key * len(keys))(*keys), (c.c_bool * len(keys))()
+        check(library().bkv_lookup(self.handle, c.byref(self.spec_id), names, c.c_size_t(len(keys)), 0, resident, None,
+                                   c.byref(self.error)), self.error)
+        return list(resident)
 
     def _take(self, record):
         result = sections(record.data, record.length), record.length
