@@ -38,7 +38,7 @@ static void serve_cluster(fake_call_t *call, herd_daemon_t *daemon) {
         fake_finish(call, GRPC_STATUS_FAILED_PRECONDITION, "cluster: this daemon runs alone");
         return;
     }
-    char ids[HERD_MOST][8];
+    char ids[HERD_MOST][16];
     char *addresses[HERD_MOST];
     Balancekv__V1__ClusterMember members[HERD_MOST], *list[HERD_MOST];
     Balancekv__V1__ClusterResponse response = BALANCEKV__V1__CLUSTER_RESPONSE__INIT;
