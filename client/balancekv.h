@@ -1,12 +1,18 @@
 // balancekv.h - the C client of balancekvd: link with -lbalancekv (pkg-config balancekv).
 //
-// A client is one connection that mends itself. What it does about failures:
+// A client is a connection that mends itself, to one daemon or to several of which it uses the first that works. What it does about
+// failures:
 //   - No connection, a connection lost, the daemon busy or draining: the call is tried again after a pause (10 ms, doubling
 //     to 500 ms, half of it random) until it works or its deadline comes. Every operation may be repeated: Put is idempotent,
 //     a Pin whose answer was lost leaves a lease that ends by itself, a Drop then counts what its last attempt dropped. A
 //     call that never got through ends with BKV_BUSY and the last reason. Only bkv_ping is not tried again.
 //   - The daemon was restarted: specs are opened again by themselves, unseen but for the time it takes.
 //   - The daemon is there but does not answer (or is stopped): BKV_DEADLINE_EXCEEDED, in time, whatever was under way.
+//   - There are several endpoints: one that cannot be reached, loses the connection, is draining, stays busy for some 0.1 s or does
+//     not answer is left for the next, within the call's deadline. A daemon that is at work on a call is not silent: where nothing
+//     is heard for an eighth of the call's timeout (0.05 to 0.2 s), it is asked for its health, and has a quarter of the timeout
+//     (at most 0.5 s) to say so. Later calls go to the first endpoint, in the order given, that works; those that do not are asked
+//     every second. Specs are opened at each by themselves. Pins and folds are the daemon's own that made them; bkv_unpin finds it.
 // Every other status is the daemon's answer and is returned at once. Every call takes a deadline in milliseconds (0: the
 // client's default).
 //
@@ -19,6 +25,12 @@
 // inline, in messages, and so does everything small. A payload is copied into it once, or never where it is made there
 // (bkv_buffer_get); a record that is got lies in it until it is freed. After a call that ended without the daemon's answer
 // (deadline, cancelled, connection lost), what it used of that memory is not used again, since the daemon may still be at it.
+//
+// In a cluster every daemon answers for all. With `route` in the options the client asks the owners of the blocks itself: Lookups and
+// Gets go, in parts, to the daemons that own the keys, whose addresses it learns from the one it was given, and come back as one. A
+// Put goes to an owner only from a client that has no daemon on its own host, to which it would rather leave the compression. An
+// owner that does not answer is left for the next one, and in the end for the endpoints of the list. This saves the way through the
+// local daemon for records that it does not have; where most of them are there, go without it.
 //
 // Synchronous calls are the asynchronous ones waited for. Asynchronous: bkv_queue_t is a completion queue with a file
 // descriptor (eventfd) for any event loop; bkv_*_submit starts a call with a tag, bkv_queue_poll hands back completions.
@@ -54,10 +66,12 @@ typedef struct bkv_client_options {
     const char *tls_key;
     const char *tls_name; // name to expect in the daemon's certificate; NULL: the endpoint's host
 
-    // How payloads move: "inline", "shm" or "verbs"; NULL: $BKV_TRANSPORT, else "auto", the best that both ends have. What "auto"
+    // How payloads move: "inline", "shm" (with endpoints that are unix sockets, if there are any) or "verbs"; NULL: $BKV_TRANSPORT, else "auto", the best that both ends have. What "auto"
     // cannot have goes inline, and bkv_transports says why; one asked for by name that cannot be had is UNIMPLEMENTED.
     const char *transport;
-    uint64_t window_bytes;    // of memory shared with the daemon for it, taken with the first use; 0: 256 MiB
+    uint64_t
+        window_bytes; // of memory shared with each daemon for it, taken with the first use; 0: 256 MiB. An eighth where only
+                      // routing knows the daemon
     const char *verbs_device; // RDMA device as "NAME[:PORT[:GID INDEX]]"; NULL: the first with an active port
 
     bool route; // in a cluster: ask the daemons that own the blocks themselves, see above
@@ -225,7 +239,8 @@ BKV_API bkv_status_t bkv_drop(bkv_client_t *client, const bkv_spec_id_t *id, con
 BKV_API bkv_status_t bkv_stats_get(bkv_client_t *client, uint32_t timeout_ms, bkv_stats_t **stats, bkv_error_t *err);
 BKV_API void bkv_stats_free(bkv_stats_t *stats);
 
-// The health service's answer: BKV_OK when serving, BKV_BUSY when draining or not to be reached; not tried again. After a
+// The health service's answer: BKV_OK when serving, BKV_BUSY when draining or not to be reached; not tried again, but with several
+// endpoints they are asked in turn until one serves. After a
 // restart it may take a second until the client looks again. round_trip_ns may be NULL.
 BKV_API bkv_status_t bkv_ping(bkv_client_t *client, uint32_t timeout_ms, uint64_t *round_trip_ns, bkv_error_t *err);
 
@@ -304,7 +319,7 @@ BKV_API bkv_status_t bkv_drain(bkv_client_t *client, const char *member, bkv_dra
 
 BKV_API void bkv_record_free(bkv_record_t *record); // frees data, not the struct; NULL data is allowed
 
-// Which transports there are and which is in use: asks the daemon, and tries those that are not in use yet. info has room for
+// Which transports there are and which is in use, with the endpoint that calls go to now: asks the daemon, and tries those that are not in use yet. info has room for
 // BKV_TRANSPORTS; *count says how many there are.
 BKV_API bkv_status_t bkv_transports(bkv_client_t *client, uint32_t timeout_ms, bkv_transport_info_t *info, size_t *count,
                                     bkv_error_t *err);

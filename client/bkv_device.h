@@ -22,6 +22,9 @@
 //
 // What lies in the room has been verified by the daemon, and is not checked again: kernels that read it trust the daemon.
 //
+// With several endpoints the memory is shared with the first on this host that works, once and for all: what is put from it or got
+// into it goes to that daemon alone, and waits for it as with a single endpoint.
+//
 // After a restart of the daemon, or a fault of the GPU, the memory is shared anew by the next call. Every function is
 // thread-safe.
 #ifndef BKV_DEVICE_H

@@ -203,6 +203,7 @@ static bkv_client_map_t *map_use(bkv_client_t *client) {
     if (due) {
         route->asking = true;
         route->asked_ns = now_ns;
+        client->live_count++; // stays until that has been started
     }
     bkv_client_map_t *map = route->map;
     if (map != NULL) {
@@ -211,6 +212,7 @@ static bkv_client_map_t *map_use(bkv_client_t *client) {
     pthread_mutex_unlock(&client->lock);
     if (due) {
         ask(client);
+        bkv_client_leave(client);
     }
     return map;
 }

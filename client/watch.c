@@ -220,9 +220,11 @@ uint64_t bkv_client_watch_run(bkv_client_t *client, uint64_t now_ns) {
         revive(client, now_ns, due, &count);
     }
     next_ns = atomic_load(&client->watch_ns);
+    client->live_count += count; // the client stays until they have been started
     pthread_mutex_unlock(&client->lock);
     for (size_t i = 0; i < count; i++) {
         probe_start(due[i].endpoint, due[i].timeout_ms);
+        bkv_client_leave(client);
     }
     return next_ns;
 }
