@@ -92,31 +92,31 @@ struct bkv_call {
     uint32_t timeout_ms;
     uint64_t started_ns, deadline_ns;
     grpc_slice request;   // empty where kind->next makes the messages
-    bool places;          // payloads or records, through memory shared with the daemon where that makes sense (link.h):
-    uint64_t place_bytes; // so many in one piece
+    uint64_t place_bytes; // where `places`: moved in one piece
     bkv_error_t error;    // of the latest attempt; in the end the result
+    bool places;          // moves payloads or records, through memory shared with the daemon where that makes sense (link.h)
 
     // Where it goes (endpoint.h). Written by whoever drives the call, under the client's lock.
+    bool bound;                                     // goes nowhere else than where it went
+    bool moving;                                    // the attempt was cancelled, so that the call can go elsewhere
     bkv_client_endpoint_t *endpoint;                // of the attempt, or the next
-    bool bound;                                     // goes nowhere else
     bkv_client_endpoint_t *owners[BKV_CALL_OWNERS]; // to be asked before all others, in this order
     uint32_t owner_count, owner_next;
     uint32_t tried;                 // the listed endpoints that were, in this round: a bit for each
     uint32_t busy;                  // how often the endpoint has said that it is
     uint32_t asked_next;            // because it was not found (one_has_it)
     uint64_t begun_ns;              // of the attempt, the wait for a window included
-    bool moving;                    // the attempt was cancelled, so that the call can go elsewhere
     bkv_call_t *parent;             // that this one is a part of (route.h); NULL: none
     void (*over)(bkv_call_t *call); // of a call that nobody waits for: takes it when it has its result
 
     uint32_t attempts;
+    uint32_t rejoined;   // how often the daemon did not know its session
     uint64_t spec_epoch; // boot epoch of the endpoint at which the spec was open when the attempt started; 0: not known to be
     bool reopening;      // the attempt is an Open
     bool reopened;       // there has been one
     bkv_error_t missed;  // the NOT_FOUND that led to it
 
     bkv_client_window_t *window; // of the attempt, counted; NULL: everything goes inline
-    uint32_t rejoined;           // how often the daemon did not know its session
 
     // Under the client's lock.
     bkv_attempt_t *attempt; // NULL between two

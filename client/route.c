@@ -314,6 +314,7 @@ static void split_fill(splitter_t *splitter, bkv_client_split_t *split) {
         if (part->count == 0) {
             part->owner_count = owners_of(splitter->client, splitter->map, &splitter->keys[i], part->owners);
         }
+        assert(part->numbers != NULL);
         part->numbers[part->count] = i;
         part->keys[part->count++] = splitter->keys[i];
     }

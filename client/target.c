@@ -3,6 +3,7 @@
 
 #include "proto/pem.h"
 
+#include <assert.h>
 #include <ctype.h>
 #include <grpc/grpc_security.h>
 #include <stdlib.h>
@@ -166,6 +167,7 @@ static bkv_status_t target_init(bkv_client_target_t *target, const char *endpoin
 
 static bool known(const bkv_client_target_t *targets, uint32_t count, const char *endpoint) {
     for (uint32_t i = 0; i < count; i++) {
+        assert(targets[i].address != NULL);
         if (strcmp(targets[i].address, endpoint) == 0) {
             return true;
         }
