@@ -25,7 +25,7 @@ void rig_open_spec(rig_t *rig, uint32_t block_tokens) {
         peer_unary(rig->channel, "Open", &request.base, &balancekv__v1__open_response__descriptor, &code, text);
     cr_assert_eq(code, GRPC_STATUS_OK, "%s", text);
     cr_assert_eq(reply->spec_id.len, BKV_SPEC_ID_BYTES);
-    cr_assert(reply->boot_epoch == 4711 && reply->max_batch == 64 && reply->max_message_bytes == 8 << 20);
+    cr_assert(reply->boot_epoch == 4711 && reply->max_batch == rig->config.max_batch && reply->max_message_bytes == 8 << 20);
     cr_assert(reply->spec->value_dim == RIG_DIM && reply->spec->rate == 16 && reply->spec->tp_size == 1);
     bool sharing = rig->config.transports != NULL;
     cr_assert_eq(reply->n_transports, sharing ? 2 : 1);
@@ -149,8 +149,9 @@ void rig_put(rig_t *rig, uint32_t number, uint32_t tokens, const void *payload, 
 
 static void start_get(rig_t *rig, const uint32_t *numbers, size_t count, Balancekv__V1__Place *place, unsigned timeout_ms,
                       peer_call_t *call) {
-    uint8_t keys[64][BKV_KEY_BYTES];
-    ProtobufCBinaryData fields[64];
+    uint8_t keys[256][BKV_KEY_BYTES];
+    ProtobufCBinaryData fields[256];
+    cr_assert_leq(count, 256);
     for (size_t i = 0; i < count; i++) {
         rig_key(numbers[i], keys[i]);
         fields[i] = rig_bytes(keys[i], BKV_KEY_BYTES);
@@ -160,7 +161,7 @@ static void start_get(rig_t *rig, const uint32_t *numbers, size_t count, Balance
     request.n_keys = count;
     request.keys = fields;
     request.place = place;
-    uint8_t packed[64 * 40 + 256];
+    uint8_t packed[256 * 40 + 256];
     size_t length = balancekv__v1__get_request__pack(&request, packed);
     peer_start(rig->channel, "Get", timeout_ms, call);
     peer_send(call, packed, length);
