@@ -8,6 +8,7 @@
 
 #include <assert.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define CALL_GIFTS 256u
 #define CALL_BYTES (8u << 20)
@@ -25,12 +26,14 @@ typedef struct bkv_giving_lane {
 
 typedef struct call {
     bkv_giving_t *giving;
+    lane_t *lane; // there as long as it counts this call
     bkv_peer_t *peer;
     bool ask;
     uint32_t count;
     uint64_t deadline_ms;
     bkv_gift_t *first; // [count]
     bkv_name_t names[CALL_GIFTS];
+    bkv_status_t results[CALL_GIFTS];
 } call_t;
 
 void bkv_giving_init(bkv_giving_t *giving, uint32_t timeout_ms) {
@@ -127,27 +130,48 @@ static bkv_status_t denial(uint64_t bytes) {
 static void pump(bkv_giving_t *giving, const bkv_peer_t *peer, bool ask);
 
 // The lane's next call begins before the givers of this one are told: the cluster may be gone once the last of them is.
-static void end_call(call_t *call, const bkv_error_t *error, const bkv_status_t *stored, const uint64_t *had) {
+static void end_call(call_t *call) {
     bkv_giving_t *giving = call->giving;
     pthread_mutex_lock(&giving->lock);
-    (*find_lane(giving, call->peer, call->ask))->calls--;
+    call->lane->calls--;
     pthread_mutex_unlock(&giving->lock);
     pump(giving, call->peer, call->ask);
     bkv_gift_t *gift = call->first;
     for (uint32_t i = 0; i < call->count; i++) {
         bkv_gift_t *next = gift->next;
-        gift->done(gift, error->status != BKV_OK ? failure(error) : call->ask ? denial(had[i]) : stored[i]);
+        gift->done(gift, call->results[i]);
         gift = next;
     }
     free(call);
 }
 
+static void fail_call(call_t *call, const bkv_error_t *error) {
+    for (uint32_t i = 0; i < call->count; i++) {
+        call->results[i] = failure(error);
+    }
+    end_call(call);
+}
+
 static void on_store(void *user, const bkv_error_t *error, const bkv_status_t *results) {
-    end_call(user, error, results, NULL);
+    call_t *call = user;
+    if (error->status != BKV_OK) {
+        fail_call(call, error);
+        return;
+    }
+    memcpy(call->results, results, call->count * sizeof(results[0]));
+    end_call(call);
 }
 
 static void on_have(void *user, const bkv_error_t *error, const uint64_t *bytes) {
-    end_call(user, error, NULL, bytes);
+    call_t *call = user;
+    if (error->status != BKV_OK) {
+        fail_call(call, error);
+        return;
+    }
+    for (uint32_t i = 0; i < call->count; i++) {
+        call->results[i] = denial(bytes[i]);
+    }
+    end_call(call);
 }
 
 static void on_lone_store(void *user, const bkv_error_t *error, const bkv_status_t *results) {
@@ -185,7 +209,12 @@ static call_t *next_call(bkv_giving_t *giving, const bkv_peer_t *peer, bool ask,
     if (*at != NULL && is_due(*at)) {
         call = malloc(sizeof(*call));
         if (call != NULL) {
-            *call = (call_t){.giving = giving, .peer = (*at)->peer, .ask = ask, .deadline_ms = UINT64_MAX};
+            call->giving = giving;
+            call->lane = *at;
+            call->peer = (*at)->peer;
+            call->ask = ask;
+            call->count = 0;
+            call->deadline_ms = UINT64_MAX;
             load(call, *at);
         } else {
             *alone = take_gift(*at);
@@ -209,7 +238,7 @@ static void pump(bkv_giving_t *giving, const bkv_peer_t *peer, bool ask) {
         } else if (call == NULL) {
             return;
         } else if (begin(call, &error) != BKV_OK) {
-            end_call(call, &error, NULL, NULL);
+            fail_call(call, &error);
         }
     }
 }
