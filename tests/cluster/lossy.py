@@ -13,6 +13,8 @@ import socket
 import sys
 import time
 
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # beyond the system's limit: what does not fit would be lost
+BUFFER = 32 << 20
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23
 ETH_P_ALL = 3
 FRAME_MAX = 1 << 17
@@ -23,7 +25,8 @@ def plug(interface):
     end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
     end.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
     end.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+    end.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+    end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
     end.bind((interface, 0))
     end.setblocking(False)
     return end

@@ -145,6 +145,8 @@ class Network:
         ip("-n", self.switch, "link", "add", host.port, "type", "veth", "peer", "name", "eth0", "address", host.mac, "netns",
            host.namespace)
         ip("-n", self.switch, "link", "set", host.port, "master", "b0", "up")
+        # The plain one, whatever this machine's own is: a guess of bandwidth and delay would be wrong after each impair().
+        run("ip", "netns", "exec", host.namespace, "sysctl", "-q", "-w", "net.ipv4.tcp_congestion_control=reno")
         ip("-n", host.namespace, "link", "set", "eth0", "up")
         ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "eth0")
 
@@ -206,6 +208,8 @@ class Network:
             wire.wait()
             wire.stdout.close()
         self.wires.clear()
+        if own_namespace() in names():  # whose end of the cable would go a little later than the next one comes
+            ip("-n", own_namespace(), "link", "del", "eth0")
         for name in names():
             if name.startswith(self.prefix):
                 remove(name)
