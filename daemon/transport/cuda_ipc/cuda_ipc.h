@@ -152,6 +152,10 @@ typedef struct bkv_ipc_lane {
     void *stream, *event;
     uint8_t *memory, *host; // on the device; pinned
     size_t memory_bytes, host_bytes;
+    // What `planned_count` blocks alike were last found to need; 0: nothing yet.
+    bkv_ingest_device_t planned;
+    uint32_t planned_count;
+    size_t planned_bytes;
 } bkv_ipc_lane_t;
 
 struct bkv_ipc_device {

@@ -28,15 +28,16 @@ static size_t round_up(uint64_t bytes) {
 
 // ---- choosing ----
 
-static bool alike(const bkv_ipc_transfer_t *a, const bkv_ipc_transfer_t *b) {
-    if (a->ingest == NULL || b->ingest == NULL) {
-        return a->ingest == b->ingest;
-    }
-    const bkv_shape_t *s = &a->make.shape, *t = &b->make.shape;
-    const bkv_codec_params_t *p = &a->make.params, *q = &b->make.params;
+static bool made_alike(const bkv_ingest_device_t *a, const bkv_ingest_device_t *b) {
+    const bkv_shape_t *s = &a->shape, *t = &b->shape;
+    const bkv_codec_params_t *p = &a->params, *q = &b->params;
     return s->layers == t->layers && s->heads == t->heads && s->tokens == t->tokens && s->key_dim == t->key_dim &&
            s->value_dim == t->value_dim && s->dtype == t->dtype && p->codec == q->codec && p->rate == q->rate &&
            p->sink == q->sink && p->seed == q->seed && p->shares == q->shares;
+}
+
+static bool alike(const bkv_ipc_transfer_t *a, const bkv_ipc_transfer_t *b) {
+    return a->ingest == NULL || b->ingest == NULL ? a->ingest == b->ingest : made_alike(&a->make, &b->make);
 }
 
 // What a transfer needs of the lane's memory, workspace aside.
@@ -154,7 +155,18 @@ typedef struct room {
     size_t stride, records, status, tables, workspace, workspace_bytes, payloads, payload_bytes, total;
 } room_t;
 
-static room_t lay_out(const bkv_ipc_device_t *device, const batch_t *batch) {
+// Planning a record takes as long as making one, so the last answer is kept; not where there are shares, whose address may by
+// now be that of others.
+static size_t workspace_bytes(bkv_ipc_lane_t *lane, const bkv_ingest_device_t *make, uint32_t count) {
+    if (lane->planned_count != count || make->params.shares != NULL || !made_alike(&lane->planned, make)) {
+        lane->planned = *make;
+        lane->planned_count = count;
+        lane->planned_bytes = bkv_cuda_compress_workspace(lane->device->cuda, &make->shape, &make->params, count);
+    }
+    return lane->planned_bytes;
+}
+
+static room_t lay_out(bkv_ipc_lane_t *lane, const batch_t *batch) {
     const bkv_ipc_transfer_t *first = batch->list[0];
     room_t room = {.stride = record_stride(first)};
     uint32_t gathered = 0, tables = 0;
@@ -165,7 +177,7 @@ static room_t lay_out(const bkv_ipc_device_t *device, const batch_t *batch) {
     room.status = room.records + room.stride * batch->count;
     room.tables = room.status + round_up(batch->count * sizeof(uint64_t));
     room.workspace = room.tables + round_up(tables * sizeof(uint64_t));
-    room.workspace_bytes = bkv_cuda_compress_workspace(device->cuda, &first->make.shape, &first->make.params, batch->count);
+    room.workspace_bytes = workspace_bytes(lane, &first->make, batch->count);
     room.payloads = room.workspace + (room.workspace_bytes < SIZE_MAX ? round_up(room.workspace_bytes) : 0);
     room.payload_bytes = round_up(bkv_shape_bytes(&first->make.shape));
     room.total = room.payloads + gathered * room.payload_bytes;
@@ -238,8 +250,9 @@ static bkv_status_t enqueue(bkv_ipc_lane_t *lane, const batch_t *batch, const ro
 
 // Makes records of a batch of blocks. BKV_OK: lane->host has a status word for each.
 static bkv_status_t compress(bkv_ipc_lane_t *lane, const batch_t *batch, size_t *length, bkv_error_t *err) {
-    room_t room = lay_out(lane->device, batch);
+    room_t room = lay_out(lane, batch);
     if (room.workspace_bytes == SIZE_MAX) {
+        lane->planned_count = 0;
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for a record's directory");
     }
     int error = make_room(lane, room.total, room.workspace - room.status);
