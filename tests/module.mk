@@ -10,6 +10,7 @@ TEST_LIBS = $(call libs_of,$(TEST_PC)) -lm
 $(BUILD)/obj/tests/%.o: DEPS_CFLAGS = $(UNIT_CPPFLAGS) $(call cflags_of,$(TEST_PC))
 $(UNIT_OBJ): | $(PROTO_HDR)
 
+comma := ,
 # One binary a room, over every room's objects, so that a unit test can reach what is not exported.
 UNIT_UNDER = $(CLIENT_OBJ) $(filter-out %/main.o,$(BKV_OBJ)) $(DAEMON_LIB) $(KERNELS_LIB)
 define UNIT_RULE
@@ -20,6 +21,8 @@ $(BUILD)/tests/unit-$(1): $(patsubst %.c,$(BUILD)/obj/%.o,$(wildcard $(2)/*.c)) 
 endef
 $(foreach room,$(UNIT_ROOMS),$(eval $(call UNIT_RULE,$(room),tests/unit/$(room))))
 $(eval $(call UNIT_RULE,daemon,tests/unit))
+# Some of what rpc/ calls goes through tests/unit/rpc/pool.c, which is a cluster to those tests that want one.
+$(BUILD)/tests/unit-rpc: LDFLAGS += $(addprefix -Wl$(comma)--wrap=bkv_cluster_,fetch used lookup forget)
 # The pipeline's cache of records on a GPU meets the same fake GPU as the transports do.
 $(BUILD)/tests/unit-pipeline: $(addprefix $(BUILD)/obj/tests/unit/transport/,fake_gpu.o fake_gpu_work.o)
 

@@ -11,9 +11,27 @@
 #include <string.h>
 #include <unistd.h>
 
+static pool_t *present; // each test has a process of its own
+
+// NULL: it is a real cluster.
 static pool_t *pool_of(bkv_cluster_t *cluster) {
-    return (pool_t *)cluster;
+    return cluster == (bkv_cluster_t *)present ? present : NULL;
 }
+
+void __real_bkv_cluster_fetch(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms,
+                              bkv_found_t *found, bkv_cluster_done_t done, void *user);
+void __wrap_bkv_cluster_fetch(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms,
+                              bkv_found_t *found, bkv_cluster_done_t done, void *user);
+void __real_bkv_cluster_used(bkv_cluster_t *cluster, const bkv_name_t *name);
+void __wrap_bkv_cluster_used(bkv_cluster_t *cluster, const bkv_name_t *name);
+void __real_bkv_cluster_lookup(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms,
+                               bool *have, bkv_cluster_done_t done, void *user);
+void __wrap_bkv_cluster_lookup(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms,
+                               bool *have, bkv_cluster_done_t done, void *user);
+void __real_bkv_cluster_forget(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms, bool *had,
+                               bkv_cluster_done_t done, void *user);
+void __wrap_bkv_cluster_forget(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms, bool *had,
+                               bkv_cluster_done_t done, void *user);
 
 // ---- records ----
 
@@ -98,10 +116,13 @@ static void *answer(void *user) {
     return NULL;
 }
 
-void bkv_cluster_fetch(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms,
-                       bkv_found_t *found, bkv_cluster_done_t done, void *user) {
-    (void)deadline_ms;
+void __wrap_bkv_cluster_fetch(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms,
+                              bkv_found_t *found, bkv_cluster_done_t done, void *user) {
     pool_t *pool = pool_of(cluster);
+    if (pool == NULL) {
+        __real_bkv_cluster_fetch(cluster, names, count, deadline_ms, found, done, user);
+        return;
+    }
     question_t *question = malloc(sizeof(*question));
     *question = (question_t){.pool = pool, .names = names, .count = count, .found = found, .done = done, .user = user};
     atomic_fetch_add(&pool->fetches, 1);
@@ -119,27 +140,39 @@ void bkv_cluster_fetch(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t
     pthread_detach(thread);
 }
 
-void bkv_cluster_used(bkv_cluster_t *cluster, const bkv_name_t *name) {
-    atomic_fetch_add(&pool_of(cluster)->used, 1);
-    bkv_store_drop_copy(pool_of(cluster)->store, name, bkv_now_ms());
+void __wrap_bkv_cluster_used(bkv_cluster_t *cluster, const bkv_name_t *name) {
+    pool_t *pool = pool_of(cluster);
+    if (pool == NULL) {
+        __real_bkv_cluster_used(cluster, name);
+        return;
+    }
+    atomic_fetch_add(&pool->used, 1);
+    bkv_store_drop_copy(pool->store, name, bkv_now_ms());
 }
 
 // ---- Lookup, Forget ----
 
-void bkv_cluster_lookup(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms, bool *have,
-                        bkv_cluster_done_t done, void *user) {
-    (void)deadline_ms;
+void __wrap_bkv_cluster_lookup(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms,
+                               bool *have, bkv_cluster_done_t done, void *user) {
+    const pool_t *pool = pool_of(cluster);
+    if (pool == NULL) {
+        __real_bkv_cluster_lookup(cluster, names, count, deadline_ms, have, done, user);
+        return;
+    }
     for (uint32_t i = 0; i < count; i++) {
         uint32_t number = number_of(&names[i]);
-        have[i] |= number < POOL_RECORDS && pool_of(cluster)->has[number];
+        have[i] |= number < POOL_RECORDS && pool->has[number];
     }
     done(user);
 }
 
-void bkv_cluster_forget(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms, bool *had,
-                        bkv_cluster_done_t done, void *user) {
-    (void)deadline_ms;
+void __wrap_bkv_cluster_forget(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t count, uint64_t deadline_ms, bool *had,
+                               bkv_cluster_done_t done, void *user) {
     pool_t *pool = pool_of(cluster);
+    if (pool == NULL) {
+        __real_bkv_cluster_forget(cluster, names, count, deadline_ms, had, done, user);
+        return;
+    }
     for (uint32_t i = 0; i < count; i++) {
         uint32_t number = number_of(&names[i]);
         had[i] = bkv_store_drop(pool->store, &names[i].spec_id, &names[i].key, bkv_now_ms());
@@ -155,6 +188,7 @@ void bkv_cluster_forget(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_
 
 void pool_open(pool_t *pool, rig_t *rig, bool sharing) {
     *pool = (pool_t){.store = NULL};
+    present = pool;
     peer_daemon_init(&rig->daemon, &rig->config);
     pool->store = rig->daemon.store;
     rig->config.cluster = (bkv_cluster_t *)pool;

@@ -1,5 +1,7 @@
-// pool.h - a pool for the server under test, of records that this process makes when they are asked for: what the server calls in
-// daemon/cluster/{fetch,lookup,forget}.c is defined in pool.c, so this room's binary has none of these.
+// pool.h - a pool for the server under test, of records that this process makes when they are asked for.
+//
+// What the server calls in daemon/cluster/{fetch,lookup,forget}.c comes here first (--wrap, tests/module.mk), and goes on to the
+// real functions where the cluster is a real one.
 #ifndef BKV_TEST_RPC_POOL_H
 #define BKV_TEST_RPC_POOL_H
 
