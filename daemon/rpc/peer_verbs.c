@@ -146,9 +146,9 @@ void bkv_handle_peer_locate(bkv_call_t *call, bkv_bump_t *bump) {
         return;
     }
     bkv_serve_t *serve;
-    bkv_locate_t locate;
+    bkv_locate_t locate = {0};
     bkv_link_id_t id;
-    answer_t answer;
+    answer_t answer = {0};
     uint64_t hold;
     bkv_error_t error;
     if (find_serve(call, &serve, &error) != BKV_OK || get_locate(call, request, &locate, &id, &error) != BKV_OK ||

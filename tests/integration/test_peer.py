@@ -62,7 +62,7 @@ class Pooled(Case):
         cls.etcd = Etcd()
         cls.addClassCleanup(cls.etcd.close)
         cls.etcd.start()
-        cls.daemon = Daemon(etcd=cls.etcd.endpoint, node="only", **cls.secured())
+        cls.daemon = Daemon(etcd=cls.etcd.endpoint, node="only", verbs="off", **cls.secured())
         cls.addClassCleanup(cls.daemon.close)
         cls.daemon.start()
 
@@ -149,6 +149,14 @@ class Plain(Pooled):
         self.assertEqual(after["adopted_total"] - before["adopted_total"], 1)
         self.assertEqual(after["published_total"], before["published_total"])
         self.assertEqual(after["copies"], 0)
+
+    def test_without_rdma_there_are_no_one_sided_reads(self):
+        client = self.connect_tcp()
+        window = pb.VerbsWindow(queue_pair=17, packet=1, gid=bytes(15) + b"1", mtu=1024, reads=1)
+        self.assert_error(Code.UNIMPLEMENTED, "transport.verbs: ", client.unary, PEER + "Link",
+                          peer_pb.LinkRequest(verbs=window, member="other"), peer_pb.LinkResponse)
+        self.assert_error(Code.UNIMPLEMENTED, "transport.verbs: ", client.unary, PEER + "Locate",
+                          peer_pb.LocateRequest(link=bytes(16)), peer_pb.LocateResponse)
 
     def test_drain_from_a_peer_and_from_an_operator(self):
         self.assertFalse(self.peer.drain(ask=True).draining)

@@ -120,6 +120,27 @@ class Reads(unittest.TestCase):
                 self.assertTrue(record.endswith(content(name)))
         self.assertEqual(self.here.reads(), before + BLOCKS - 1)
 
+    def test_nonsense_is_refused(self):
+        """Link and Locate as no daemon would ask; who does as it should is read to none the less."""
+        def refused(code, field, method, request, reply):
+            with self.assertRaises(grpc.RpcError) as caught:
+                self.there.client.unary(wire.PEER + method, request, reply)
+            self.assertEqual((caught.exception.code(), caught.exception.details().split(":")[0]), (code, field))
+        link, locate = wire.peer_pb.LinkRequest, wire.peer_pb.LocateRequest
+        good = dict(queue_pair=99, packet=1, gid=bytes(10) + b"\xff\xff\x0a\x4d\x00\x01", mtu=1024, reads=1)
+        for field, member, verbs in (("verbs", "m", None), ("member", "m" * 64, good), ("member", "", good),
+                                     ("verbs.gid", "m", {**good, "gid": b"short"}), ("verbs.mtu", "m", {**good, "mtu": 1000}),
+                                     ("verbs.queue_pair", "m", {**good, "queue_pair": 1})):
+            refused(grpc.StatusCode.INVALID_ARGUMENT, field, "Link",
+                    link(verbs=pb.VerbsWindow(**verbs) if verbs else None, member=member), wire.peer_pb.LinkResponse)
+        for code, field, fields in (("INVALID_ARGUMENT", "link", dict(link=b"short")),
+                                    ("INVALID_ARGUMENT", "names", dict(link=bytes(16), names=bytes(49))),
+                                    ("INVALID_ARGUMENT", "release", dict(link=bytes(16), release=range(65))),
+                                    ("FAILED_PRECONDITION", "link", dict(link=bytes(16), names=bytes(48))),
+                                    ("FAILED_PRECONDITION", "link", dict(link=b"\xff" * 16, release=[1]))):
+            refused(grpc.StatusCode[code], field, "Locate", locate(**fields), wire.peer_pb.LocateResponse)
+        self.get_until_read()
+
     def test_the_cable_is_pulled_out(self):
         """While records are read: nothing is wrong, missing or late, as gRPC goes on; later they are read again."""
         self.get_until_read()

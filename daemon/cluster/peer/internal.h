@@ -1,10 +1,10 @@
 // internal.h - what the files of this room share; nobody else includes it.
 //
 // Files: peers.c (create, destroy, the table of peers), peer.c (one of them: its channel, what becomes of its health), lane.c (the
-// threads, who was silent for too long, probes), call.c (a call), attempt.c (how it
-// is put), ask.c (Have, Forget, Drain, and any other
-// single question), fetch.c (records by stream, and what their sink is told), store.c (records on their way out), pulse.h (how a
-// peer answers, in numbers), verbs.h (one-sided reads).
+// threads, who was silent for too long, probes), call.c (a call), attempt.c (how it is put), ask.c (Have, Forget, Drain, and any
+// other single question), fetch.c (records by stream, and what their sink is told), store.c (records on their way out), pulse.h
+// (how a peer answers, in numbers), verbs.h and link.h (one-sided reads, the asking end), serve.h and holds.h (the answering one),
+// device.h (what both share).
 //
 // A call is one question of a caller's, from its start to its `done`. It is put as one or more attempts, each a gRPC call, one
 // after the other: a question about more names than go into one message has several parts. An attempt may outlive its call:

@@ -257,9 +257,9 @@ static void free_unused(bkv_way_t *way) {
 static void wait_for_work(verbs_t *verbs) {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += BKV_LINK_TICK_MS * 1000000l;
-    until.tv_sec += until.tv_nsec / 1000000000l;
-    until.tv_nsec %= 1000000000l;
+    until.tv_nsec += BKV_LINK_TICK_MS * 1000000L;
+    until.tv_sec += until.tv_nsec / 1000000000L;
+    until.tv_nsec %= 1000000000L;
     while (!verbs->ending && verbs->todo == NULL && verbs->unused == NULL &&
            pthread_cond_timedwait(&verbs->changed, &verbs->lock, &until) == 0) {
     }

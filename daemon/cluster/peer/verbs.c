@@ -18,7 +18,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define READ_FROM (256u << 10) // expected bytes of a fetch from which it is worth it
+// Expected bytes of a fetch from which it is worth it: a question more takes as long as a stream takes for about so many, some 70 us
+// at 3 to 4 GB/s; and what is READ costs neither end a thread's time.
+#define READ_FROM (256u << 10)
 
 typedef struct bkv_peers_verbs verbs_t;
 typedef struct bkv_pull pull_t;

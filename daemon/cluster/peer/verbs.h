@@ -4,8 +4,9 @@
 
 #include "daemon/cluster/peer/internal.h"
 
-// Opens the device that config names, for all peers, and registers the store's arena: peers->verbs, which stays NULL where there
-// is none and "auto" or "off" was said. INVALID_ARGUMENT, UNIMPLEMENTED: a device that was named cannot be used.
+// Opens the device that config names, for both ends: peers->verbs, which stays NULL where there is none and "auto" or "off" was
+// said. The store's arena is registered when a link is first wanted, by either end. INVALID_ARGUMENT, UNIMPLEMENTED: a device that
+// was named cannot be used.
 bkv_status_t bkv_peer_verbs_open(bkv_peers_t *peers, const bkv_peers_config_t *config, bkv_error_t *err);
 
 // No call is under way any more, and there are no peers. Also after an _open that failed or opened nothing.
