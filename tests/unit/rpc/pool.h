@@ -12,11 +12,11 @@
 typedef struct pool {
     bkv_store_t *store;
     uint8_t spec_id[BKV_SPEC_ID_BYTES];
-    bool has[POOL_RECORDS];
-    bkv_status_t fails[POOL_RECORDS];         // what comes in the place of the record; BKV_OK: the record
+    _Atomic bool has[POOL_RECORDS];
+    _Atomic bkv_status_t fails[POOL_RECORDS]; // what comes in the place of the record; BKV_OK: the record
     _Atomic uint32_t delay_us;                // of an answer; 0: it comes before the question returns
     _Atomic uint32_t most;                    // records for which there is room in an answer; 0: as the store says
-    bool vanish;                              // what has been brought is dropped before anybody sees it
+    _Atomic bool vanish;                      // what has been brought is dropped before anybody sees it
     _Atomic uint32_t fetches, asked, longest; // questions, names in them, and in one of them at most
     _Atomic uint32_t used;
     _Atomic uint32_t under_way;
