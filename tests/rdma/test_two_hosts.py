@@ -47,12 +47,12 @@ def serve(folder):
         time.sleep(LIMIT_S)
 
 
-def connect():
-    """A client, once the other host has come up."""
+def connect(**options):
+    """A client, once the daemon's host has come up."""
     end = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return Client(ADDRESS, device="rxe0", timeout_ms=DEADLINE_S * 1000)
+            return Client(ADDRESS, timeout_ms=DEADLINE_S * 1000, **options)
         except native.Failure:
             if time.monotonic() > end:
                 raise
@@ -60,7 +60,7 @@ def connect():
 
 def use():
     """The client's host: says which calls failed and after which time."""
-    client, done = connect(), 0
+    client, done = connect(device="rxe0"), 0
     while True:
         start = time.monotonic()
         try:
@@ -83,8 +83,9 @@ def member(name, address, **options):
 def own(_):
     """The host of the member that owns all blocks."""
     with member("owner", ADDRESS):
-        client = Client(ADDRESS, transport="inline")
-        client.put_names(*range(BLOCKS))
+        client = connect(transport="inline")
+        for name in range(BLOCKS):
+            client.put_names(name)
         say("put")
         time.sleep(LIMIT_S)
 
