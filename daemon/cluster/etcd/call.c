@@ -347,8 +347,8 @@ static void login_again(bkv_etcd_call_t *call, const char *refused) {
     call_next(call);
 }
 
-static void call_answered(bkv_etcd_call_t *call, bkv_etcd_attempt_t *attempt) {
-    ProtobufCMessage *response = bkv_etcd_unpack(call->kind->response, attempt->response);
+void bkv_etcd_call_answer(bkv_etcd_call_t *call, grpc_byte_buffer *message) {
+    ProtobufCMessage *response = bkv_etcd_unpack(call->kind->response, message);
     if (response == NULL) {
         bkv_fail(&call->last, BKV_INTERNAL, "etcd: the answer to %s is none", call->kind->method);
         call_conclude(call, &call->last, NULL);
@@ -367,7 +367,7 @@ static void on_result(void *self, bool ok) {
         call->attempt = NULL;
         attempt->call = NULL;
         if (attempt->code == GRPC_STATUS_OK) {
-            call_answered(call, attempt);
+            bkv_etcd_call_answer(call, attempt->response);
         } else {
             bkv_etcd_verdict_t verdict = bkv_etcd_judge(attempt->code, attempt->details, &call->last);
             if (verdict == BKV_ETCD_RETRY) {

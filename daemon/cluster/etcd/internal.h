@@ -118,17 +118,26 @@ bkv_status_t bkv_etcd_call_start(bkv_etcd_t *etcd, const bkv_etcd_kind_t *kind, 
                                  uint32_t timeout_ms, bkv_etcd_done_t done, void *user, bkv_error_t *err);
 void bkv_etcd_calls_cancel(bkv_etcd_t *etcd);
 
+// Ends a call with what etcd has answered; NULL: with nothing. The message stays the caller's.
+void bkv_etcd_call_answer(bkv_etcd_call_t *call, grpc_byte_buffer *message);
+
 // gRPC's code and message, and what they mean here.
 typedef enum bkv_etcd_verdict { BKV_ETCD_FINAL, BKV_ETCD_RETRY, BKV_ETCD_LOGIN } bkv_etcd_verdict_t;
 bkv_etcd_verdict_t bkv_etcd_judge(grpc_status_code code, grpc_slice details, bkv_error_t *error);
 
 // ---- kv.c ----
 
+// Whether etcd may have counted so far: it begins with 1, and behind every revision there is a next one.
+bool bkv_etcd_is_revision(int64_t revision);
+
 // The first key that is none with this prefix: its last byte, plus one. A prefix of 0xff alone has none; "\0" then means "to
 // the end". Returns its length.
 size_t bkv_etcd_prefix_end(bkv_etcd_text_t prefix, uint8_t end[BKV_ETCD_KEY_MAX]);
 
 // ---- watch.c ----
+
+// Takes in a message of a watch's stream, which stays the caller's.
+void bkv_etcd_watch_take(bkv_etcd_watch_t *watch, grpc_byte_buffer *message);
 
 void bkv_etcd_watches_move(bkv_etcd_t *etcd, uint32_t endpoint); // away from it
 void bkv_etcd_watches_end(bkv_etcd_t *etcd);

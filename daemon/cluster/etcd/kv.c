@@ -42,9 +42,13 @@ static void tell(bkv_etcd_call_t *call, const bkv_error_t *error, const bkv_etcd
     }
 }
 
+bool bkv_etcd_is_revision(int64_t revision) {
+    return revision > 0 && revision < INT64_MAX;
+}
+
 // A header with a revision: without one an answer is none.
 static bool has_header(const Etcdserverpb__ResponseHeader *header, bkv_etcd_reply_t *reply) {
-    if (header == NULL || header->revision <= 0) {
+    if (header == NULL || !bkv_etcd_is_revision(header->revision)) {
         return false;
     }
     reply->revision = header->revision;

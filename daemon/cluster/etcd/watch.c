@@ -186,13 +186,18 @@ static void event_take(bkv_etcd_watch_t *watch, const Etcdserverpb__Event *event
     }
 }
 
+static bool is_new(const bkv_etcd_watch_t *watch, const Etcdserverpb__KeyValue *kv) {
+    return kv->mod_revision > watch->revision && bkv_etcd_is_revision(kv->mod_revision) &&
+           is_under(watch, kv->key.data, kv->key.len);
+}
+
 // The events of a message; several may be of one revision, but a revision is never in two messages.
 static void events_take(bkv_etcd_watch_t *watch, const Etcdserverpb__WatchResponse *response) {
     int64_t last = watch->revision;
     for (size_t i = 0; i < response->n_events; i++) {
         const Etcdserverpb__Event *event = response->events[i];
         const Etcdserverpb__KeyValue *kv = event->kv;
-        if (kv != NULL && kv->mod_revision > watch->revision && is_under(watch, kv->key.data, kv->key.len)) {
+        if (kv != NULL && is_new(watch, kv)) {
             event_take(watch, event);
             last = kv->mod_revision > last ? kv->mod_revision : last;
         }
@@ -217,6 +222,17 @@ static void response_take(bkv_etcd_watch_t *watch, const Etcdserverpb__WatchResp
     }
     watch->failures = 0;
     events_take(watch, response);
+}
+
+void bkv_etcd_watch_take(bkv_etcd_watch_t *watch, grpc_byte_buffer *message) {
+    Etcdserverpb__WatchResponse *response =
+        (Etcdserverpb__WatchResponse *)bkv_etcd_unpack(&etcdserverpb__watch_response__descriptor, message);
+    if (response != NULL) {
+        response_take(watch, response);
+        etcdserverpb__watch_response__free_unpacked(response, NULL);
+    } else {
+        watch_relist(watch);
+    }
 }
 
 // ---- the stream ----
@@ -259,17 +275,10 @@ static void stream_receive(stream_t *stream) {
 static void on_received(void *self, bool ok) {
     stream_t *stream = self;
     if (ok && stream->received != NULL && stream->watch != NULL) {
-        Etcdserverpb__WatchResponse *response =
-            (Etcdserverpb__WatchResponse *)bkv_etcd_unpack(&etcdserverpb__watch_response__descriptor, stream->received);
+        stream->heard_ms = bkv_now_ms();
+        bkv_etcd_watch_take(stream->watch, stream->received);
         grpc_byte_buffer_destroy(stream->received);
         stream->received = NULL;
-        stream->heard_ms = bkv_now_ms();
-        if (response != NULL) {
-            response_take(stream->watch, response);
-            etcdserverpb__watch_response__free_unpacked(response, NULL);
-        } else {
-            watch_relist(stream->watch);
-        }
         if (stream->watch != NULL) {
             stream_receive(stream);
         }

@@ -1,7 +1,12 @@
 // test_etcd_watch.c - watches of a real etcd that is killed, stopped, compacted and replaced under them.
 #include "asker.h"
+#include "impostor.h"
+
+#include "daemon/observe/clock.h"
+#include "etcd.pb-c.h"
 
 #include <criterion/criterion.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -175,6 +180,87 @@ Test(etcd_watch, watches_move_to_the_endpoint_that_answers, .timeout = 60) {
     bkv_etcd_destroy(rig.etcd);
     etcd_server_clear(&one);
     etcd_server_clear(&two);
+}
+
+// ---- revisions ----
+
+typedef struct teller {
+    _Atomic uint32_t listings;
+    _Atomic int64_t asked_from;
+} teller_t;
+
+static Etcdserverpb__KeyValue last_key(int64_t revision) {
+    Etcdserverpb__KeyValue kv = ETCDSERVERPB__KEY_VALUE__INIT;
+    kv.key = (ProtobufCBinaryData){.data = (uint8_t *)"/p/a", .len = 4};
+    kv.value = (ProtobufCBinaryData){.data = (uint8_t *)"1", .len = 1};
+    kv.mod_revision = revision;
+    return kv;
+}
+
+// At first the listing itself is of the last number there is, later of the one before it.
+static void tell_listing(impostor_call_t *call, teller_t *teller) {
+    bool first = atomic_fetch_add(&teller->listings, 1) == 0;
+    Etcdserverpb__ResponseHeader header = ETCDSERVERPB__RESPONSE_HEADER__INIT;
+    Etcdserverpb__RangeResponse response = ETCDSERVERPB__RANGE_RESPONSE__INIT;
+    Etcdserverpb__KeyValue kv = last_key(1), *kvs[] = {&kv};
+    header.revision = first ? INT64_MAX : INT64_MAX - 1;
+    response.header = &header;
+    response.n_kvs = 1;
+    response.kvs = kvs;
+    impostor_reply(call, &response.base);
+}
+
+static void tell_changes(impostor_call_t *call, teller_t *teller) {
+    Etcdserverpb__WatchRequest *request = impostor_request(call, &etcdserverpb__watch_request__descriptor);
+    if (request == NULL) {
+        return;
+    }
+    atomic_store(&teller->asked_from, request->create_request->start_revision);
+    etcdserverpb__watch_request__free_unpacked(request, NULL);
+    Etcdserverpb__ResponseHeader header = ETCDSERVERPB__RESPONSE_HEADER__INIT;
+    Etcdserverpb__WatchResponse response = ETCDSERVERPB__WATCH_RESPONSE__INIT;
+    Etcdserverpb__KeyValue kv = last_key(INT64_MAX);
+    Etcdserverpb__Event event = ETCDSERVERPB__EVENT__INIT, *events[] = {&event};
+    header.revision = INT64_MAX;
+    event.type = ETCDSERVERPB__EVENT__EVENT_TYPE__DELETE;
+    event.kv = &kv;
+    response.header = &header;
+    response.n_events = 1;
+    response.events = events;
+    impostor_send(call, &response.base);
+    response.canceled = true;
+    impostor_send(call, &response.base);
+    impostor_hush(call);
+}
+
+static void tell(impostor_call_t *call, void *user) {
+    if (strcmp(impostor_method(call), "Range") == 0) {
+        tell_listing(call, user);
+    } else if (strcmp(impostor_method(call), "Watch") == 0) {
+        tell_changes(call, user);
+    }
+}
+
+// What says that it is an etcd may say any number. From a revision on there must be a next one to ask for.
+Test(etcd_watch, the_last_revision_that_there_is_is_none, .timeout = 60) {
+    teller_t teller = {.listings = 0};
+    impostor_t *impostor = impostor_start(tell, &teller);
+    char endpoint[32];
+    snprintf(endpoint, sizeof(endpoint), "127.0.0.1:%u", impostor_port(impostor));
+    const char *endpoints[] = {endpoint};
+    const bkv_etcd_options_t options = {.endpoints = endpoints, .endpoint_count = 1};
+    bkv_etcd_t *etcd;
+    cr_assert_eq(bkv_etcd_create(&options, &etcd, NULL), BKV_OK);
+    seen_start(&seen, etcd, "/p/");
+    for (uint64_t until = bkv_now_ms() + 20000; atomic_load(&teller.listings) < 3 && bkv_now_ms() < until;) {
+        usleep(1000);
+    }
+    cr_assert(seen_wait(&seen, 1, "/p/a", "1"));
+    cr_assert_eq(seen.losses, 1, "the first listing counts for nothing");
+    cr_assert_eq(seen.removals, 0, "nor does what is said to have come after all others");
+    cr_assert_eq(atomic_load(&teller.asked_from), INT64_MAX);
+    bkv_etcd_destroy(etcd);
+    impostor_stop(impostor);
 }
 
 // ---- login and TLS ----
