@@ -120,7 +120,9 @@ build-fuzz/obj/%.o: %.c | $(PROTO_HDR)
 build-fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(FUZZ_OBJ)
 	$(call say,FUZ,$<)
 	$(Q)clang $(CPPFLAGS) $(call cflags_of,$(DAEMON_PC) $(BKV_PC)) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -pthread -o $@ $^ \
-	  $(call libs_of,$(DAEMON_PC) $(BKV_PC)) -lm
+	  $(FUZZ_WRAP:%=-Wl,--wrap=%) $(call libs_of,$(DAEMON_PC) $(BKV_PC)) -lm
+# What a fuzzer does itself, in the place of the network and the RDMA device.
+build-fuzz/fuzz_answers: FUZZ_WRAP = bkv_peer_call_attempt bkv_verbs_begin bkv_verbs_wake
 .PHONY: fuzz fuzz-run
 ## fuzz: every parser of outside bytes, FUZZ_SECONDS each (default 20)
 fuzz: setup

@@ -160,8 +160,8 @@ static void conclude(verbs_t *verbs, link_t *link, const bkv_error_t *error) {
     bkv_peers_leave(verbs->peers);
 }
 
-static bkv_status_t check_answer(const Balancekv__Cluster__V1__LinkResponse *response, bkv_way_t *way, bkv_verbs_end_t *other,
-                                 bkv_error_t *err) {
+bkv_status_t bkv_way_answered(bkv_way_t *way, const ProtobufCMessage *message, bkv_verbs_end_t *other, bkv_error_t *err) {
+    const Balancekv__Cluster__V1__LinkResponse *response = (const Balancekv__Cluster__V1__LinkResponse *)message;
     if (response->verbs == NULL || response->link.len != sizeof(way->id.bytes)) {
         return bkv_fail(err, BKV_INTERNAL, "Link: not an answer");
     }
@@ -180,7 +180,7 @@ static void on_answer(void *user, const bkv_error_t *error, const ProtobufCMessa
     verbs_t *verbs = link->way->verbs;
     link->answer = *error;
     if (error->status == BKV_OK) {
-        check_answer((const Balancekv__Cluster__V1__LinkResponse *)response, link->way, &link->other, &link->answer);
+        bkv_way_answered(link->way, response, &link->other, &link->answer);
     }
     pthread_mutex_lock(&verbs->lock);
     enqueue(verbs, link, BKV_LINK_ANSWERED);

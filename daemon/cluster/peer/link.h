@@ -75,6 +75,10 @@ bkv_way_t *bkv_link_get(bkv_peer_t *peer, uint64_t now_ms);
 // Gives the reference back. hold: to be released with the next Locate; 0: none.
 void bkv_way_put(bkv_way_t *way, uint64_t hold);
 
+// Takes in a LinkResponse: the way's id, how much of an arena it leads to, and what to connect to. INTERNAL, INVALID_ARGUMENT: it
+// is not an answer, or not one that can be read from.
+bkv_status_t bkv_way_answered(bkv_way_t *way, const ProtobufCMessage *response, bkv_verbs_end_t *other, bkv_error_t *err);
+
 // The way is of no use any more. again: it may be made anew at once, as it is the other end that has forgotten it.
 void bkv_link_failed(bkv_peer_t *peer, const bkv_way_t *way, bool again, uint64_t now_ms);
 
