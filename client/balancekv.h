@@ -11,7 +11,7 @@
 //   - There are several endpoints: one that cannot be reached, loses the connection, is draining, stays busy for some 0.1 s or does
 //     not answer is left for the next, within the call's deadline. A daemon that is at work on a call is not silent: where nothing
 //     is heard for an eighth of the call's timeout (0.05 to 0.2 s), it is asked for its health, and has a quarter of the timeout
-//     (at most 0.5 s) to say so. Later calls go to the first endpoint, in the order given, that works; those that do not are asked
+//     (at most 1 s) to say so. Later calls go to the first endpoint, in the order given, that works; those that do not are asked
 //     every second. Specs are opened at each by themselves. Pins and folds are the daemon's own that made them; bkv_unpin finds it.
 // Every other status is the daemon's answer and is returned at once. Every call takes a deadline in milliseconds (0: the
 // client's default).

@@ -19,7 +19,7 @@
 #define LOOK_MOST_MS   200
 #define PROBE_SHARE    4
 #define PROBE_LEAST_MS 50
-#define PROBE_MOST_MS  500
+#define PROBE_MOST_MS  1000
 #define SILENCES_MOST  3 // doublings
 
 // When one that is down is asked: soon, and then every second; a member that only routing knows (route.h) ever more rarely.
@@ -27,6 +27,9 @@
 #define AGAIN_MS       1000u
 #define AGAIN_DOUBLED  3 // times
 #define AGAIN_LIMIT_MS 1000
+
+// A deadline that is noticed so late says more about this machine than about the daemon.
+#define LATE_MS 500
 
 #define PROBES_AT_ONCE 16
 #define MOVE_STEP      256
@@ -59,12 +62,18 @@ void bkv_client_watch_down(bkv_client_endpoint_t *endpoint) {
 
 static void move_away(bkv_client_endpoint_t *endpoint);
 
+// Nothing came in time, and nothing else meanwhile.
+static bool is_silent(const bkv_call_t *probe) {
+    return atomic_load_explicit(&probe->endpoint->heard_ns, memory_order_relaxed) < probe->begun_ns &&
+           bkv_client_now_ns() < probe->deadline_ns + LATE_MS * NS_PER_MS;
+}
+
 // What came of it. Any answer at all is one from a daemon that is there.
 static void probe_over(bkv_call_t *call) {
     bkv_client_endpoint_t *endpoint = call->endpoint;
     bkv_client_t *client = call->client;
     bkv_status_t status = call->error.status;
-    bool silent = status == BKV_DEADLINE_EXCEEDED;
+    bool silent = status == BKV_DEADLINE_EXCEEDED && is_silent(call);
     pthread_mutex_lock(&client->lock);
     endpoint->probing = false;
     if (status == BKV_OK) {

@@ -23,7 +23,7 @@ static void scene_begin(scene_t *scene, uint32_t daemons) {
     for (uint32_t i = 0; i < daemons; i++) {
         herd_start(&scene->herd, i);
     }
-    scene->client = herd_client(&scene->herd, 5000);
+    scene->client = herd_client(&scene->herd, 20000);
     cr_assert(bkv_open(scene->client, &spec, 0, &scene->id, NULL, &err) == BKV_OK, "%s", err.message);
     cr_assert(scene->herd.daemons[0].opens == 1);
 }
@@ -157,12 +157,12 @@ Test(endpoint, silent) {
     scene_begin(&scene, 2);
     scene.herd.daemons[0].mood = HERD_MUTE;
     assert_found_within(&scene, 1000, 900);
-    assert_found_within(&scene, 1000, 300); // it is known by now
+    assert_found_within(&scene, 10000, 1000); // it is known by now
     cr_assert(scene.herd.daemons[0].lookups == 1 && scene.herd.daemons[1].lookups == 2);
     scene.herd.daemons[0].mood = HERD_SERVES;
     assert_back(&scene);
     scene.herd.daemons[0].mood = HERD_MUTE;
-    assert_found_within(&scene, 10000, 3000); // with more time it is given more, though not all of it
+    assert_found_within(&scene, 10000, 5000); // with more time it is given more, though not all of it
     scene_end(&scene);
 }
 
@@ -172,7 +172,7 @@ Test(endpoint, silent_and_no_time) {
     scene_begin(&scene, 2);
     scene.herd.daemons[0].mood = HERD_MUTE;
     cr_assert(look_up(&scene, 60, NULL) == BKV_DEADLINE_EXCEEDED);
-    assert_found_within(&scene, 300, 250);
+    assert_found_within(&scene, 5000, 1000); // to find out anew would take 0.2 s and 1 s
     scene_end(&scene);
 }
 

@@ -214,10 +214,10 @@ Test(route, silent_owner) {
     scene.herd.daemons[2].mood = HERD_MUTE;
     uint64_t start = fake_now_ms();
     look_up_all(&scene);
-    cr_assert(fake_now_ms() - start < 3000);
+    cr_assert(fake_now_ms() - start < 4500);
     start = fake_now_ms();
     look_up_all(&scene);
-    cr_assert(fake_now_ms() - start < 500, "it is known by now");
+    cr_assert(fake_now_ms() - start < 1000, "it is known by now");
     scene.herd.daemons[2].mood = HERD_SERVES;
     settle(&scene);
     scene_end(&scene);
