@@ -7,8 +7,8 @@
 
 #include "daemon/observe/clock.h"
 
+#include <assert.h>
 #include <stdlib.h>
-#include <string.h>
 
 #define NOBODY UINT16_MAX
 
@@ -73,6 +73,7 @@ static void choose(bkv_reading_t *reading, uint32_t key, bool late) {
         return;
     }
     sought->again = false;
+    assert(reading->making != NULL);
     if (sought->next < owned->count && !late) {
         sought->to = owned->owners[sought->next++];
         reading->making[sought->to].keys++;

@@ -1,6 +1,7 @@
 // owners.c - see owners.h.
 #include "daemon/cluster/owners.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -130,6 +131,7 @@ bkv_status_t bkv_owners_init(bkv_owners_t *owners, bkv_cluster_t *cluster, const
 
 void bkv_owners_let_go(bkv_owners_t *owners) {
     for (uint32_t i = 0; i < owners->count; i++) {
+        assert(owners->owners != NULL);
         bkv_peer_release(owners->owners[i].peer);
         owners->owners[i].peer = NULL;
     }

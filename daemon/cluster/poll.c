@@ -34,15 +34,13 @@ struct poll {
     bkv_alarm_t alarm;
 };
 
-static void poll_unref(poll_t *poll) {
-    if (atomic_fetch_sub(&poll->refs, 1) == 1) {
-        bkv_owners_deinit(&poll->owners);
-        pthread_mutex_destroy(&poll->lock);
-        free(poll->questions);
-        free(poll->keys);
-        free(poll->left);
-        free(poll);
-    }
+static void poll_free(poll_t *poll) {
+    bkv_owners_deinit(&poll->owners);
+    pthread_mutex_destroy(&poll->lock);
+    free(poll->questions);
+    free(poll->keys);
+    free(poll->left);
+    free(poll);
 }
 
 // ---- waiting ----
@@ -82,8 +80,8 @@ static bool is_over(poll_t *poll) {
     return false;
 }
 
-// [lock] Takes the lock off, and does what has become due.
-static void poll_unlock(poll_t *poll) {
+// [lock] Takes the lock off, does what has become due, and gives the caller's reference back.
+static void poll_leave(poll_t *poll) {
     bool tell = !poll->told && is_over(poll);
     if (tell) {
         poll->told = true;
@@ -98,15 +96,17 @@ static void poll_unlock(poll_t *poll) {
     if (tell) {
         poll->kind->done(poll->user);
         bkv_cluster_release(poll->cluster);
-        poll_unref(poll);
+    }
+    uint32_t refs = tell ? 2 : 1; // and the one until done
+    if (atomic_fetch_sub(&poll->refs, refs) == refs) {
+        poll_free(poll);
     }
 }
 
 static void on_alarm(void *user) {
     poll_t *poll = user;
     pthread_mutex_lock(&poll->lock);
-    poll_unlock(poll);
-    poll_unref(poll);
+    poll_leave(poll);
 }
 
 // ---- asking ----
@@ -130,8 +130,7 @@ static void on_have(void *user, const bkv_error_t *error, const uint64_t *bytes)
     question->running = false;
     poll->running--;
     hear(question, error->status == BKV_OK ? bytes : NULL);
-    poll_unlock(poll);
-    poll_unref(poll);
+    poll_leave(poll);
 }
 
 // [lock]
@@ -200,7 +199,7 @@ static poll_t *poll_new(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_
     pthread_mutex_init(&poll->lock, NULL);
     atomic_init(&poll->refs, 1);
     if (bkv_owners_init(&poll->owners, cluster, names, count, NULL) != BKV_OK || make_questions(poll, count) != BKV_OK) {
-        poll_unref(poll);
+        poll_free(poll);
         return NULL;
     }
     return poll;
@@ -228,6 +227,5 @@ void bkv_poll_start(bkv_cluster_t *cluster, const bkv_name_t *names, uint32_t co
             hear(&poll->questions[o], NULL);
         }
     }
-    poll_unlock(poll);
-    poll_unref(poll);
+    poll_leave(poll);
 }
