@@ -75,7 +75,6 @@ class Worker(threading.Thread):
             finally:
                 self.load.finish()
             time.sleep(self.rng.expovariate(1 / self.load.pause_s))
-        self.hang_up()
 
     def hang_up(self):
         for line in self.lines.values():
@@ -336,3 +335,5 @@ class Load:
             worker.join(DEADLINE_S + 10)
             if worker.is_alive():
                 self.referee.say(self.referee.odd, "a worker hangs")
+        for worker in self.workers:  # only now: closing a channel may hold up the others
+            worker.hang_up()

@@ -65,6 +65,7 @@ def results(faults, referee, took):
     rows = [report.row("operations", operations, ""), report.row("operations/s", operations / took, "1/s"),
             report.row("wrong bytes", len(referee.wrong), "", bar=0, at_least=False),
             report.row(f"operations past deadline + {ALLOWANCE_S} s", len(referee.late), "", bar=0, at_least=False),
+            report.row("of stopped daemons, past deadline", referee.totals["late excused"], ""),
             report.row("misses of replicated blocks", len(referee.misses), "", bar=0, at_least=False),
             report.row("misses before a lease's end", referee.totals["misses excused"], ""),
             report.row("absent to Lookup in times of trouble", referee.totals["absences excused"], ""),
@@ -74,6 +75,7 @@ def results(faults, referee, took):
             report.row("failures at daemons in trouble", referee.totals["failures excused"], ""),
             report.row("answers of no known kind", len(referee.odd), "", bar=0, at_least=False),
             report.row("blocks not with their owners", len(faults.problems), "", bar=0, at_least=False),
+            report.row("this program stood still, at most", referee.metronome.longest_s(), "s"),
             report.row("retries at other daemons", referee.totals["retries"], ""),
             report.row("puts by two daemons", referee.totals["puts replicated"], ""),
             report.row("puts that were short", referee.totals["puts short of replicas"], "")]
