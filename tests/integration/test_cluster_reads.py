@@ -157,7 +157,7 @@ class Reads(Pool):
     def test_one_that_stands_still_is_gone_round(self):
         keys = self.put_blocks(60)
         want = self.nodes["a"].client.get(self.spec_id, keys)
-        self.nodes["b"].client.get(self.spec_id, keys)
+        self.settle()  # before, a Lookup waits for all who may have it
         self.nodes["b"].daemon.signal(signal.SIGSTOP)
         try:
             longest = 0.0
