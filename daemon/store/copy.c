@@ -52,8 +52,9 @@ static bool get_item(bkv_store_t *store, uint32_t entry, uint8_t flags, uint64_t
     const bkv_entry_t *e = &store->index.entries[entry];
     bkv_shard_t *shard = bkv_index_lock_entry(&store->index, entry);
     bool listed = (e->flags & (BKV_ENTRY_LINKED | BKV_ENTRY_COPY)) == flags && !bkv_entry_expired(e, now_ms);
+    const bkv_record_header_t *header = listed ? (const void *)bkv_arena_at(&store->arena, e->page) : NULL;
+    listed = listed && ((flags & BKV_ENTRY_COPY) != 0 || (header->flags & BKV_RECORD_FOLD) == 0);
     if (listed) {
-        const bkv_record_header_t *header = (const void *)bkv_arena_at(&store->arena, e->page);
         memcpy(item->name.spec_id.bytes, header->spec_id, sizeof(item->name.spec_id.bytes));
         item->name.key = e->key;
         item->bytes = bkv_entry_length(e);

@@ -144,10 +144,10 @@ bool bkv_store_drop_copy(bkv_store_t *store, const bkv_name_t *name, uint64_t no
 // What is left of a pinned record's time to live, in ms, at least 1; 0: it has no end.
 uint64_t bkv_store_ttl(const bkv_store_t *store, const bkv_pin_t *pin, uint64_t now_ms);
 
-// The records that are no copies, in pieces and in an order of the store's own: fills at most `capacity` items with those at
-// *cursor and behind it and moves *cursor past them; looks at no more than 16 times as many entries, so that a 0 with *more set
-// means: go on. A record that is resident from before cursor 0 until the end is listed, once; one that comes or goes meanwhile
-// may be. Takes no lock for long.
+// The blocks that are no copies, in pieces and in an order of the store's own: fills at most `capacity` items with those at *cursor
+// and behind it and moves *cursor past them; looks at no more than 16 times as many entries, so that a 0 with *more set means: go
+// on. A block that is resident from before cursor 0 until the end is listed, once; one that comes or goes meanwhile may be. Folds
+// are not listed: they are nobody's to have, and whoever wants one makes it again. Takes no lock for long.
 typedef struct bkv_store_item {
     bkv_name_t name;
     uint64_t bytes; // of the record

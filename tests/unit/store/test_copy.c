@@ -323,6 +323,22 @@ Test(store_copy, an_empty_store_has_an_empty_list) {
     bkv_store_destroy(store);
 }
 
+Test(store_copy, folds_are_not_listed) {
+    bkv_store_t *store = store_of_64();
+    bkv_slot_t slot;
+    uint32_t times[NUMBERS];
+    fixture_add(store, 1, 160 + 16);
+    cr_assert_eq(bkv_store_reserve(store, TENANT, 160 + 32, NOW, &slot, NULL), BKV_OK);
+    fixture_fill(slot.data, 2, 160 + 32, TENANT);
+    ((bkv_record_header_t *)(void *)slot.data)->flags |= BKV_RECORD_FOLD; // a publish does not look at the checksum
+    cr_assert_eq(bkv_store_publish(store, &slot, 0, 0, NOW, NULL), BKV_OK);
+    cr_assert(fixture_has(store, 2));
+    list_all(store, 4, NOW, times);
+    cr_assert_eq(times[1], 1);
+    cr_assert_eq(times[2], 0);
+    bkv_store_destroy(store);
+}
+
 // Few among many that are not listed: a 0 with more to come.
 Test(store_copy, a_list_looks_at_so_many_and_no_more) {
     bkv_store_t *store = store_of_64();
