@@ -7,6 +7,8 @@
 
 #include <stdlib.h>
 
+#define LEAST_WAIT 4 // of the peer timeout, that is waited for everybody
+
 typedef struct poll poll_t;
 
 // What one owner is asked.
@@ -133,6 +135,13 @@ static void on_have(void *user, const bkv_error_t *error, const uint64_t *bytes)
     poll_leave(poll);
 }
 
+// An owner that has a block after all is worth more than a moment: one in twenty answers takes longer than the peer's patience, and
+// a block that is taken for absent is computed anew. Who stands still is soon not asked at all.
+static uint64_t patience_us(const bkv_cluster_t *cluster, const bkv_owner_t *owner) {
+    uint64_t least_us = (uint64_t)cluster->peer_timeout_ms * 1000 / LEAST_WAIT;
+    return owner->health.patience_us > least_us ? owner->health.patience_us : least_us;
+}
+
 // [lock]
 static void ask(question_t *question, const bkv_owner_t *owner, const bkv_name_t *names, uint64_t deadline_ms) {
     poll_t *poll = question->poll;
@@ -144,7 +153,7 @@ static void ask(question_t *question, const bkv_owner_t *owner, const bkv_name_t
     for (uint32_t i = 0; i < question->count; i++) {
         about[i] = names[question->keys[i]];
     }
-    question->usually_us = bkv_now_us() + owner->health.patience_us;
+    question->usually_us = bkv_now_us() + patience_us(poll->cluster, owner);
     atomic_fetch_add(&poll->refs, 1);
     question->running = bkv_peer_have(owner->peer, about, question->count, deadline_ms, on_have, question, NULL) == BKV_OK;
     poll->running += question->running;

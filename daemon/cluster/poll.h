@@ -7,7 +7,7 @@
 // What an asker makes of what it has heard so far.
 typedef enum bkv_verdict {
     BKV_WAIT,           // for all owners
-    BKV_WAIT_PATIENTLY, // for no owner longer than it usually takes
+    BKV_WAIT_PATIENTLY, // for no owner longer than it usually takes, or a moment
     BKV_ENOUGH,
 } bkv_verdict_t;
 
