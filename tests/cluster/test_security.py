@@ -104,7 +104,9 @@ class Security(unittest.TestCase):
         for node in self.pool.nodes.values():
             if node.running():
                 self.assertTrue(self.get(node.client, block).endswith(block.payload()), node.name)
-        self.assertEqual(sum(self.have(self.tcp(node, "daemon"), block).bytes[0] > 0 for node in self.pool.up()), 2)
+        # Both owners, and n1 may have kept a copy.
+        holders = [node for node in self.pool.up() if self.have(self.tcp(node, "daemon"), block).bytes[0] > 0]
+        self.assertGreaterEqual(len(holders), 2)
 
     def test_a_tenants_certificate_is_for_its_blocks_alone(self):
         node, block = self.pool.nodes["n2"], Block(RED, 2, 1)
