@@ -313,10 +313,15 @@ static void on_drain(void *user, const bkv_error_t *error, const bkv_drain_progr
 }
 
 static void *on_begin(void *user, uint32_t index, uint64_t tenant, uint64_t bytes, uint64_t ttl_ms) {
-    (void)user, (void)tenant, (void)ttl_ms;
+    (void)user, (void)ttl_ms;
     require(index < run.count && bytes >= sizeof(bkv_record_header_t) && bytes <= peers.record_max);
     kept_t *kept = &run.kept[index];
     require(!kept->begun && !kept->ended);
+    if (run.question == FETCH && !run.unsure) { // all of its header is there by now
+        bkv_record_header_t header;
+        memcpy(&header, kept->said, sizeof(header));
+        require(kept->said_bytes >= sizeof(header) && header.tenant == tenant);
+    }
     kept->begun = true;
     kept->bytes = bytes;
     if ((run.unwanted >> index & 1) == 0) {

@@ -40,6 +40,11 @@ static grpc_byte_buffer *received(const uint8_t *data, size_t size, size_t piece
     return message;
 }
 
+// One that a client can go on from.
+static bool is_revision(int64_t revision) {
+    return revision > 0 && revision < INT64_MAX;
+}
+
 // Looks at every byte, so that one which is not there is noticed.
 static void read_text(bkv_etcd_text_t text) {
     unsigned sum = 0;
@@ -70,7 +75,7 @@ typedef struct asked {
 } asked_t;
 
 static void check_reply(question_t question, const bkv_etcd_reply_t *reply) {
-    require(bkv_etcd_is_revision(reply->revision));
+    require(is_revision(reply->revision));
     bool of_lease = question == GRANT || question == KEEP;
     require(of_lease ? reply->lease == LEASE && reply->ttl_s > 0 && reply->ttl_s <= TTL_MAX : reply->lease == 0);
     require(question == LIST || (!reply->more && reply->count <= (question == SWAP && !reply->succeeded ? 1 : 0)));
@@ -181,7 +186,7 @@ static void check_key(bkv_etcd_text_t key) {
 }
 
 static void see_change(seen_t *seen, int64_t revision) {
-    require(seen->revision > 0 && revision > seen->revision && bkv_etcd_is_revision(revision));
+    require(seen->revision > 0 && revision > seen->revision && is_revision(revision));
     seen->newest = revision > seen->newest ? revision : seen->newest;
 }
 
@@ -212,7 +217,7 @@ static void on_removed(void *user, bkv_etcd_text_t key, int64_t revision) {
 // Within a stream revisions only grow, each message's changes are all told before it, and none is told twice.
 static void on_synced(void *user, int64_t revision) {
     seen_t *seen = user;
-    require(bkv_etcd_is_revision(revision));
+    require(is_revision(revision));
     require(seen->listing || (revision > seen->revision && revision == seen->newest));
     *seen = (seen_t){.synced = true, .revision = revision, .newest = revision};
 }
