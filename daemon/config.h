@@ -55,8 +55,8 @@ typedef struct bkv_config {
     BKV_OPTIONS(X)
 #undef X
     bkv_tenant_quota_t *tenants;
+    char *file; // that was read; NULL: none
     uint32_t tenant_count;
-    char *file;                   // that was read; NULL: none
     int origin[BKV_OPTION_COUNT]; // line of the file; 0: default; -1: flag
 } bkv_config_t;
 

@@ -52,13 +52,13 @@
     X(cluster, domain, STRING, "", false, "failure domain, such as the rack: a block's replicas lie in different ones")        \
     X(cluster, replicas, U32, "2", false, "daemons that hold each block; the first to join decides for all")                   \
     X(cluster, weight, U32, "0", false, "share of the blocks against other daemons; 0: one for each 64M of the arena")         \
+    X(cluster, hot_copies, U32, "2", true,                                                                                     \
+      "reads of another daemon's block, within a while, after which a copy stays; 0: none")                                    \
     X(cluster, owns, BOOL, "yes", false, "no: hold no blocks of the pool, only serve the workers of this host")                \
     X(cluster, lease, MS, "5s", false, "after which silence others take this daemon for gone")                                 \
     X(cluster, peer_timeout, MS, "1s", false, "after which another daemon that is silent is passed over for a while")          \
     X(cluster, repair_delay, MS, "10s", true, "how long members must stay as they are before blocks are moved for them")       \
     X(cluster, repair_rate, SIZE, "256M", true, "most bytes a second to send other daemons for repair; 0: no limit")           \
-    X(cluster, hot_copies, U32, "2", true,                                                                                     \
-      "reads of another daemon's block, within a while, after which a copy stays; 0: none")                                    \
     X(cluster, peer_name, STRING, "balancekvd", false, "DNS name in the certificates of all daemons, and of nobody else")      \
     X(cluster, peer_ca, STRING, "", false, "PEM CAs of their certificates; empty: listen.tls_client_ca")                       \
     X(cluster, etcd_ca, STRING, "", false, "PEM CAs of etcd's certificate; turns TLS to etcd on")                              \

@@ -142,10 +142,13 @@ bkv_status_t bkv_device_cache_attend(bkv_device_cache_t *cache, const void *cons
     }
     bkv_device_hold_t *holds = malloc(count * sizeof(holds[0]));
     const void **addresses = malloc(count * sizeof(addresses[0]));
-    int before;
-    bkv_status_t status = holds != NULL && addresses != NULL
-                              ? bkv_device_cache_enter(cache, &before, err)
-                              : bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "gpu_cache: no memory for %u records", count);
+    if (holds == NULL || addresses == NULL) {
+        free(holds);
+        free(addresses);
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "gpu_cache: no memory for %u records", count);
+    }
+    int before = -1;
+    bkv_status_t status = bkv_device_cache_enter(cache, &before, err);
     if (status == BKV_OK) {
         status = attend(cache, records, count, args, holds, addresses, err);
         bkv_device_cache_leave(cache, before);

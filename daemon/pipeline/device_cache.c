@@ -263,22 +263,20 @@ void bkv_device_cache_leave(bkv_device_cache_t *cache, int before) {
 }
 
 bkv_status_t bkv_device_cache_load(bkv_device_cache_t *cache, const void *const *records, uint32_t count, bkv_error_t *err) {
-    int before;
-    bkv_status_t status = bkv_device_cache_enter(cache, &before, err);
-    if (status != BKV_OK) {
-        return status;
-    }
     bkv_device_hold_t *holds = calloc(count + 1u, sizeof(holds[0])); // one more: none is no error
     if (holds == NULL) {
-        status = bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "gpu_cache: no memory to load %u records", count);
-    } else {
-        status = bkv_device_cache_hold(cache, records, count, holds, err);
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "gpu_cache: no memory to load %u records", count);
     }
+    int before = -1;
+    bkv_status_t status = bkv_device_cache_enter(cache, &before, err);
     if (status == BKV_OK) {
-        bkv_device_cache_let_go(cache, holds, count);
+        status = bkv_device_cache_hold(cache, records, count, holds, err);
+        if (status == BKV_OK) {
+            bkv_device_cache_let_go(cache, holds, count);
+        }
+        bkv_device_cache_leave(cache, before);
     }
     free(holds);
-    bkv_device_cache_leave(cache, before);
     return status;
 }
 

@@ -171,13 +171,13 @@ static void on_where(void *user) {
 }
 
 // Specs need not be open here: a key's owners depend on the key alone.
-static bkv_status_t where_begin(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__WhereRequest *request, where_t **out,
+static bkv_status_t where_begin(bkv_call_t *call, bkv_bump_t *bump, const Balancekv__V1__WhereRequest *request,
                                 bkv_error_t *err) {
     bkv_spec_id_t spec_id = {{0}};
-    bkv_status_t status = bkv_wire_check_keys(request->n_keys, request->keys, call->server->config.max_batch, err);
-    if (status == BKV_OK && request->n_keys == 0) {
-        status = bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: none");
+    if (request->n_keys == 0) {
+        return bkv_fail(err, BKV_INVALID_ARGUMENT, "keys: none");
     }
+    bkv_status_t status = bkv_wire_check_keys(request->n_keys, request->keys, call->server->config.max_batch, err);
     if (status == BKV_OK && request->spec_id.len != 0) {
         status = bkv_wire_get_spec_id(&request->spec_id, &spec_id, err);
     }
@@ -185,13 +185,13 @@ static bkv_status_t where_begin(bkv_call_t *call, bkv_bump_t *bump, const Balanc
         return status;
     }
     bkv_key_t *keys = bkv_bump_alloc(bump, request->n_keys * sizeof(keys[0]));
-    *out = where_new(call, (uint32_t)request->n_keys);
-    if (keys == NULL || *out == NULL) {
+    where_t *where = where_new(call, (uint32_t)request->n_keys);
+    if (keys == NULL || where == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "keys: no memory for them");
     }
     bkv_wire_get_keys(request->n_keys, request->keys, keys);
-    for (uint32_t i = 0; i < (*out)->count; i++) {
-        (*out)->names[i] = (bkv_name_t){.spec_id = spec_id, .key = keys[i]};
+    for (uint32_t i = 0; i < where->count; i++) {
+        where->names[i] = (bkv_name_t){.spec_id = spec_id, .key = keys[i]};
     }
     return BKV_OK;
 }
@@ -202,12 +202,12 @@ void bkv_handle_where(bkv_call_t *call, bkv_bump_t *bump) {
     if (request == NULL || !in_cluster(call)) {
         return;
     }
-    where_t *where = NULL;
     bkv_error_t error;
-    if (where_begin(call, bump, request, &where, &error) != BKV_OK) {
+    if (where_begin(call, bump, request, &error) != BKV_OK) {
         bkv_call_fail(call, &error);
         return;
     }
+    const where_t *where = call->body;
     bkv_cluster_where(call->server->config.cluster, where->names, where->count, request->spec_id.len != 0, call->deadline_ms,
                       where->where, on_where, call);
 }

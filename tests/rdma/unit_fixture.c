@@ -90,9 +90,10 @@ void client_open(client_t *client) {
     cr_assert_eq(bkv_verbs_choose(device_name, &choice, &error), BKV_OK);
     cr_assert_eq(bkv_verbs_open(&choice, &client->device, &error), BKV_OK, "%s", error.message);
     client->window = aligned_alloc(4096, WINDOW);
-    cr_assert_eq(bkv_verbs_register(client->device, client->window, WINDOW, BKV_VERBS_WRITE, &client->region, &error), BKV_OK, "%s",
+    cr_assert_eq(bkv_verbs_register(client->device, client->window, WINDOW, BKV_VERBS_WRITE, &client->region, &error), BKV_OK,
+                 "%s", error.message);
+    cr_assert_eq(bkv_verbs_link_init(&client->link, client->device, NULL, 1, BKV_VERBS_WRITE, &error), BKV_OK, "%s",
                  error.message);
-    cr_assert_eq(bkv_verbs_link_init(&client->link, client->device, NULL, 1, BKV_VERBS_WRITE, &error), BKV_OK, "%s", error.message);
     bkv_verbs_link_describe(&client->link, client->region, &client->end);
 }
 

@@ -30,8 +30,9 @@ static void end_open(end_t *end, bool answers) {
     cr_assert_eq(bkv_verbs_choose("auto", &choice, &error), BKV_OK);
     cr_assert_eq(bkv_verbs_open(&choice, &end->device, &error), BKV_OK, "%s", error.message);
     end->memory = aligned_alloc(4096, BYTES);
-    cr_assert_eq(bkv_verbs_register(end->device, end->memory, BYTES, answers ? BKV_VERBS_WRITE : BKV_VERBS_OWN, &end->region, &error), BKV_OK, "%s",
-                 error.message);
+    cr_assert_eq(
+        bkv_verbs_register(end->device, end->memory, BYTES, answers ? BKV_VERBS_WRITE : BKV_VERBS_OWN, &end->region, &error),
+        BKV_OK, "%s", error.message);
     if (!answers) {
         end->completions = ibv_create_cq(end->device->context, 2 * WORK, NULL, NULL, 0);
         cr_assert_not_null(end->completions);
@@ -40,8 +41,9 @@ static void end_open(end_t *end, bool answers) {
 
 static void end_link(end_t *end, bool answers) {
     bkv_error_t error = {.message = ""};
-    cr_assert_eq(bkv_verbs_link_init(&end->link, end->device, end->completions, WORK, answers ? BKV_VERBS_WRITE : BKV_VERBS_OWN, &error), BKV_OK, "%s",
-                 error.message);
+    cr_assert_eq(
+        bkv_verbs_link_init(&end->link, end->device, end->completions, WORK, answers ? BKV_VERBS_WRITE : BKV_VERBS_OWN, &error),
+        BKV_OK, "%s", error.message);
     bkv_verbs_link_describe(&end->link, answers ? end->region : NULL, &end->shown);
 }
 
@@ -272,8 +274,8 @@ Test(link, gpu_memory_is_refused_clearly_where_the_device_cannot) {
     struct ibv_mr *region = NULL;
     end_open(&end, true);
     int no_dmabuf = memfd_create("no-dmabuf", MFD_CLOEXEC);
-    cr_assert_eq(bkv_verbs_register_gpu(end.device, no_dmabuf, 0, 4096, 4096, BKV_VERBS_WRITE, &region, &error), BKV_UNIMPLEMENTED, "%s",
-                 error.message);
+    cr_assert_eq(bkv_verbs_register_gpu(end.device, no_dmabuf, 0, 4096, 4096, BKV_VERBS_WRITE, &region, &error),
+                 BKV_UNIMPLEMENTED, "%s", error.message);
     cr_assert_not_null(strstr(error.message, "cannot register GPU memory through dma-buf"), "%s", error.message);
     cr_assert_null(region);
     close(no_dmabuf);
