@@ -1,6 +1,7 @@
 """Workers: each puts, gets, looks up, folds, attends, pins and drops through any daemon it likes, as an engine with several
 endpoints would: what is refused for now it asks of another daemon, as long as its deadline lasts. referee.py judges.
 """
+import contextlib
 import faulthandler
 import threading
 import time
@@ -14,12 +15,17 @@ from support import record, wire
 
 Code = grpc.StatusCode
 DEADLINE_S = 3.0  # of most operations: three times the daemons' patience with each other
+REAP_S = 2  # past its deadline, when a stream is given up
 SHORT_S = (0.02, 0.1, 0.4)
 AGAIN = (Code.UNAVAILABLE, Code.CANCELLED)
 TYPED = AGAIN + (Code.NOT_FOUND, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)
 QUICK = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 100),
          ("grpc.max_reconnect_backoff_ms", 300)]
 FOLD_BUDGET = 16384
+
+
+class Forgotten(Exception):
+    """A stream that did not end at its deadline."""
 
 
 class Broken(Exception):
@@ -109,6 +115,9 @@ class Worker(threading.Thread):
                 answer = call(line, max(left, 0.001))
                 self.referee.ended(operation, begin, limit, tried)
                 return answer, line, begin
+            except Forgotten:
+                self.referee.add("forgotten", 1)
+                return (Code.DEADLINE_EXCEEDED, ""), None, begin
             except (grpc.RpcError, Broken) as caught:
                 error = caught
             code, text = error.code(), error.details() or ""
@@ -191,11 +200,12 @@ class Worker(threading.Thread):
                     self.referee.missed(operation, begin, block, line.node.name)
         return missing
 
-    @staticmethod
-    def records(line, blocks, timeout):
+    def records(self, line, blocks, timeout):
         """The records of blocks, None for a miss. Broken: some could not be had."""
-        spec_id = line.spec_id(blocks[0].kind, timeout)
-        records, codes, messages, error = line.client.try_get(spec_id, [b.key for b in blocks], timeout=timeout)
+        request = pb.GetRequest(spec_id=line.spec_id(blocks[0].kind, timeout), keys=[b.key for b in blocks])
+        stream = line.client.records("Get", request, timeout)
+        with self.load.reaper.watch(stream, timeout):
+            records, codes, messages, error = line.client.collect(stream, len(blocks))
         for code, message in zip(codes, messages):
             if code not in (0, Code.NOT_FOUND.value[0]):
                 raise Broken(CODES[code], message)
@@ -282,6 +292,36 @@ class Worker(threading.Thread):
         self.ask("give up", call, blocks)
 
 
+class Reaper(threading.Thread):
+    """Ends streams that the client's own gRPC has forgotten to end at their deadline, as is seen now and then when a daemon is
+    started again under it: no answer, no error and no end, whatever the daemon does."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.lock, self.streams, self.reaped = threading.Lock(), {}, set()
+
+    @contextlib.contextmanager
+    def watch(self, stream, timeout):
+        """Around the use of a stream. Raises Forgotten when it had to be ended."""
+        with self.lock:
+            self.streams[stream] = time.monotonic() + timeout + REAP_S
+        yield
+        with self.lock:
+            del self.streams[stream]
+            if stream in self.reaped:
+                self.reaped.remove(stream)
+                raise Forgotten
+
+    def run(self):
+        while True:
+            time.sleep(0.1)
+            with self.lock:
+                late = [stream for stream, until in self.streams.items() if time.monotonic() > until]
+                self.reaped.update(late)
+            for stream in late:
+                stream.cancel()
+
+
 class Load:
     """The workers of a run, to be paused while the pool is looked at as a whole."""
 
@@ -289,7 +329,7 @@ class Load:
         self.pool, self.ledger, self.referee, self.pause_s = pool, ledger, referee, pause_s
         self.ending, self.paused, self.reading = threading.Event(), threading.Event(), False
         self.avoided, self.hidden = set(), set()  # names of nodes to be asked seldom, and not at all
-        self.active, self.changed = 0, threading.Condition()
+        self.active, self.changed, self.reaper = 0, threading.Condition(), Reaper()
         self.workers = [Worker(self, number) for number in range(workers)]
 
     def nodes(self):
@@ -325,6 +365,7 @@ class Load:
         self.resume()
 
     def __enter__(self):
+        self.reaper.start()
         for worker in self.workers:
             worker.start()
         return self

@@ -66,6 +66,7 @@ def results(faults, referee, took):
             report.row("wrong bytes", len(referee.wrong), "", bar=0, at_least=False),
             report.row(f"operations past deadline + {ALLOWANCE_S} s", len(referee.late), "", bar=0, at_least=False),
             report.row("of stopped daemons, past deadline", referee.totals["late excused"], ""),
+            report.row("of streams that the client forgot", referee.totals["forgotten"], ""),
             report.row("misses of replicated blocks", len(referee.misses), "", bar=0, at_least=False),
             report.row("misses before a lease's end", referee.totals["misses excused"], ""),
             report.row("absent to Lookup in times of trouble", referee.totals["absences excused"], ""),
