@@ -319,12 +319,15 @@ extern "C" int bkv_gpu_attend(const bkv_gpu_attend_t *job, void *stream) {
     return error != 0 ? error : merge_launch(job, queue);
 }
 
-// Divides what a warp of `warps` has of a device's shared memory between keys and values. True: `tokens` of this kind fit.
+// Divides what a warp of `warps` has of a device's shared memory between keys and values: params go with the keys. True:
+// `tokens` of this kind fit.
 static bool stages_fit(bkv_gpu_attend_t *job, uint32_t shared_memory, uint32_t warps, uint32_t kind, uint32_t tokens) {
-    const uint32_t both = (shared_memory - BKV_GPU_BARRIERS_ROOM) / warps / 16;
+    const uint32_t own = (shared_memory - BKV_GPU_BARRIERS_ROOM) / warps / 16 * 16,
+                   errands = BKV_GPU_AHEAD * BKV_GPU_ERRAND_ROOM;
+    const uint32_t params = job->key_dim / 32 * BKV_GPU_PARAMS_STEP, rows = max(own, errands + params) - errands - params;
     job->thread_block_warps = warps;
-    job->key_stage = both * job->key_dim / (job->key_dim + job->value_dim) * 16;
-    job->value_stage = both * 16 - job->key_stage;
+    job->key_stage = params + rows / 16 * job->key_dim / (job->key_dim + job->value_dim) * 16;
+    job->value_stage = params + rows - job->key_stage;
     return bkv_gpu_key_room(kind, job->key_dim, tokens) <= job->key_stage &&
            bkv_gpu_value_room(kind, job->value_dim, tokens) <= job->value_stage;
 }

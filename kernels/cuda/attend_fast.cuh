@@ -85,11 +85,23 @@ __device__ __forceinline__ void query_load(const void *q, uint32_t dtype, uint64
     }
 }
 
+// Where the queries of a part are in job.q: elements before row `row` of them, or before the last one there is.
+template <class F> __device__ __forceinline__ uint64_t query_row(const bkv_gpu_attend_t &job, uint32_t part, uint32_t row) {
+    const uint32_t pair = part / job.blocks, first = part % job.blocks * job.columns;
+    return ((uint64_t)pair * job.rows + min(first + row, job.rows - 1)) * F::KEY_DIM;
+}
+
+// Says that query_open comes soon.
+template <class F> __device__ __forceinline__ void query_fetch(const bkv_gpu_attend_t &job, uint32_t part) {
+    const uint32_t lane = threadIdx.x % WARP;
+    const uint64_t at = query_row<F>(job, part, lane % 8) + lane / 8 * (F::KEY_DIM / 4);
+    asm volatile("prefetch.global.L1 [%0];" ::"l"((const uint8_t *)job.q + at * (job.q_dtype == BKV_FP32 ? 4 : 2)));
+}
+
 // The queries of a part. They become float16 with their largest element in [1/4, 1/2): times any scale, that is in range.
 template <class F> __device__ __forceinline__ void query_open(const bkv_gpu_attend_t &job, uint32_t part, F &f) {
     const uint32_t lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4;
-    uint32_t pair = part / job.blocks, row = part % job.blocks * job.columns + (F::TWICE ? g % 4 : g);
-    uint64_t first = ((uint64_t)pair * job.rows + min(row, job.rows - 1)) * F::KEY_DIM;
+    const uint64_t first = query_row<F>(job, part, F::TWICE ? g % 4 : g);
     float q[F::ROUNDS * 32], largest = 0;
 #pragma unroll
     for (int r = 0; r < F::ROUNDS; r++) {
@@ -124,7 +136,7 @@ template <int KIND, class F>
 __device__ __forceinline__ void query_scale(const F &f, const uint8_t *shared, const stage_t &stage, uint32_t *b,
                                             float zero[4]) {
     const uint32_t c = threadIdx.x % 4;
-    float sums[4] = {0, 0, 0, 0};
+    float sums[2][4] = {}; // two, so that a product need not wait for the one before it
 #pragma unroll
     for (int r = 0; r < F::ROUNDS; r++) {
         uint32_t group = c + 4 * r < F::KEY_DIM / 32 ? c + 4 * r : 0; // beyond the end q is 0
@@ -139,7 +151,7 @@ __device__ __forceinline__ void query_scale(const F &f, const uint8_t *shared, c
         }
 #pragma unroll
         for (int e = 0; e < PAIRS; e += 2) { // rows 0 to 7 are all the same; the others are never looked at
-            multiply_add<false>(sums, zeros[e], scales[e], zeros[e + 1], scales[e + 1], f.q[PAIRS * r + e],
+            multiply_add<false>(sums[e / 2 % 2], zeros[e], scales[e], zeros[e + 1], scales[e + 1], f.q[PAIRS * r + e],
                                 f.q[PAIRS * r + e + 1]);
         }
 #pragma unroll
@@ -155,8 +167,8 @@ __device__ __forceinline__ void query_scale(const F &f, const uint8_t *shared, c
             }
         }
     }
-    zero[0] = zero[2] = sums[0] * 0x1p-24f;
-    zero[1] = zero[3] = sums[1] * 0x1p-24f;
+    zero[0] = zero[2] = (sums[0][0] + sums[1][0]) * 0x1p-24f;
+    zero[1] = zero[3] = (sums[0][1] + sums[1][1]) * 0x1p-24f;
 }
 
 // The same where keys are native: the query in their type. bfloat16 takes it in two parts, as it may hold only one.

@@ -131,11 +131,11 @@ __device__ void general_values(const bkv_gpu_attend_t &job, general_t<SLICES> &f
     }
 }
 
-template <int SLICES> __device__ void general_take(const bkv_gpu_attend_t &job, general_t<SLICES> &f, const walk_t &walk) {
-    span_t span = walk_span(walk);
+template <int SLICES> __device__ void general_take(const bkv_gpu_attend_t &job, general_t<SLICES> &f, const found_t &found) {
+    const span_t &span = found.span;
     for (uint32_t t = 0; t < span.count; t += WARP) {
         uint32_t count = min(span.count - t, WARP);
-        float logit = general_logits(job, f, walk.now, span.group, span.first + t, count), top = logit;
+        float logit = general_logits(job, f, found.section, span.group, span.first + t, count), top = logit;
         for (int step = 16; step > 0; step /= 2) {
             top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, step));
         }
@@ -147,7 +147,7 @@ template <int SLICES> __device__ void general_take(const bkv_gpu_attend_t &job, 
         for (int k = 0; k < SLICES; k++) {
             f.out[k] *= shrink;
         }
-        general_values(job, f, walk.now, span.first + t, count, weight);
+        general_values(job, f, found.section, span.first + t, count, weight);
     }
 }
 
@@ -184,17 +184,18 @@ __global__ void __launch_bounds__(GENERAL_WARPS *WARP)
     walk_start(job, walk, share);
     uint32_t part = walk.part;
     general_open(job, part, f);
-    for (;;) {
-        general_take(job, f, walk);
-        if (--left == 0) {
-            break;
-        }
-        walk_next(job, walk);
+    while (left > 0) {
+        found_t found;
+        const uint32_t count = walk_look(job, walk, left, found);
         if (walk.part != part) {
             general_write(job, f, warp, part);
             part = walk.part;
             general_open(job, part, f);
         }
+        for (uint32_t i = 0; i < count; i++) {
+            general_take(job, f, found_get(found, i));
+        }
+        left -= count;
     }
     general_write(job, f, warp, part);
 }

@@ -114,8 +114,12 @@ BKV_BOTH uint32_t bkv_gpu_value_room(uint32_t kind, uint32_t dim, uint32_t token
     return scales + bkv_gpu_rows_room(kind, dim, tokens);
 }
 
-// What a thread block needs before the stages of its warps.
+// What a thread block needs before its warps' own memory.
 #define BKV_GPU_BARRIERS_ROOM 256
+
+// The most tiles that a warp finds at once, a power of two, and shared memory to note what is to be copied for one.
+#define BKV_GPU_AHEAD       8u
+#define BKV_GPU_ERRAND_ROOM 128
 
 // What a device of `shared_memory` bytes a thread block runs these dims with: stages, thread_block_warps and columns. False
 // when only the general kernel takes them. Sets nothing else.

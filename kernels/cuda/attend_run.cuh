@@ -129,6 +129,27 @@ __device__ __forceinline__ void fast_write(const bkv_gpu_attend_t &job, F &f, ui
     }
 }
 
+#define ERRANDS_ROOM (BKV_GPU_AHEAD * BKV_GPU_ERRAND_ROOM)
+
+// Shared memory of a warp: errands, keys, values.
+__host__ __device__ __forceinline__ uint32_t warp_room(const bkv_gpu_attend_t &job) {
+    return ERRANDS_ROOM + job.key_stage + job.value_stage;
+}
+
+// Notes what is to be copied for the next tiles, and says how many these are.
+template <int KEY_DIM, int VALUE_DIM>
+__device__ __forceinline__ uint32_t errands_note(const bkv_gpu_attend_t &job, walk_t &walk, uint32_t left, uint32_t keys_at,
+                                                 errand_t *errands) {
+    found_t found;
+    const uint32_t count = walk_look(job, walk, left, found), lane = threadIdx.x % WARP;
+    __syncwarp(); // all have read what was noted before
+    if (lane < count) {
+        errand_note<KEY_DIM, VALUE_DIM>(found, keys_at, keys_at + job.key_stage, errands[lane]);
+    }
+    __syncwarp();
+    return count;
+}
+
 template <int KEY_DIM, int VALUE_DIM, int COLUMNS, int WARPS>
 __global__ void __launch_bounds__(WARPS *WARP, 1)
     attend_fast(const __grid_constant__ bkv_gpu_attend_t job, uint32_t all_warps) {
@@ -144,46 +165,41 @@ __global__ void __launch_bounds__(WARPS *WARP, 1)
     if (left == 0) {
         return;
     }
-    const uint32_t keys_at = BKV_GPU_BARRIERS_ROOM + own * (job.key_stage + job.value_stage);
-    const uint32_t values_at = keys_at + job.key_stage;
+    const uint32_t errands_at = BKV_GPU_BARRIERS_ROOM + own * warp_room(job), keys_at = errands_at + ERRANDS_ROOM;
+    errand_t *const errands = (errand_t *)(shared + errands_at);
     fast_t<KEY_DIM, VALUE_DIM, COLUMNS> f;
     walk_t walk;
-    stage_t stage;
     copies_t keys, values;
     copies_open(keys, shared, 2 * own);
     copies_open(values, shared, 2 * own + 1);
     walk_start(job, walk, share);
-    stage_keys<KEY_DIM>(walk, shared, keys_at, keys, stage);
-    copies_commit();
-    stage_values<VALUE_DIM>(walk, shared, values_at, values, stage);
-    copies_commit();
-    uint32_t part = stage.part, kind = value_kind(stage.shape);
+    uint32_t ahead = errands_note<KEY_DIM, VALUE_DIM>(job, walk, left, keys_at, errands), at = 0; // noted; of these, run
+    stage_t stage = errands[0].stage;
+    keys_start(errands[0], shared, keys);
+    values_start(errands[at++], shared, values);
+    uint32_t part = walk.part, kind = value_kind(stage.shape);
     bool more = false;
     query_open(job, part, f);
     fast_reset(f);
     for (;;) {
-        if (stage.part != part || value_kind(stage.shape) != kind) {
-            fast_write(job, f, warp, part, kind, more);
-            more = stage.part == part;
-            kind = value_kind(stage.shape);
-            if (!more) {
-                part = stage.part;
-                query_open(job, part, f);
+        if (at == ahead && left > 1) { // while this tile is on its way
+            ahead = errands_note<KEY_DIM, VALUE_DIM>(job, walk, left - 1, keys_at, errands);
+            at = 0;
+            if (walk.part != part) {
+                query_fetch<fast_t<KEY_DIM, VALUE_DIM, COLUMNS>>(job, walk.part);
             }
-            fast_reset(f);
         }
         float s[SUBS][4], largest[2];
-        stage_t next = stage;
         copies_wait(keys, stage.count > 0);
         if (stage.count > 0) {
             tile_keys(f, shared, stage, s, largest);
         }
         __syncwarp(); // all have read the keys before others come over them
         if (left > 1) {
-            walk_next(job, walk);
-            stage_keys<KEY_DIM>(walk, shared, keys_at, keys, next);
+            keys_start(errands[at], shared, keys);
+        } else {
+            copies_commit();
         }
-        copies_commit();
         copies_wait(values, stage.count > 0);
         if (stage.count > 0) {
             tile_take(f, shared, stage, s, largest);
@@ -192,9 +208,18 @@ __global__ void __launch_bounds__(WARPS *WARP, 1)
             break;
         }
         __syncwarp();
-        stage_values<VALUE_DIM>(walk, shared, values_at, values, next);
-        copies_commit();
-        stage = next;
+        stage = errands[at].stage;
+        values_start(errands[at++], shared, values);
+        if (walk.part != part || value_kind(stage.shape) != kind) {
+            fast_write(job, f, warp, part, kind, more);
+            more = walk.part == part;
+            kind = value_kind(stage.shape);
+            if (!more) {
+                part = walk.part;
+                query_open(job, part, f);
+            }
+            fast_reset(f);
+        }
     }
     fast_write(job, f, warp, part, kind, more);
 }
@@ -203,7 +228,7 @@ __global__ void __launch_bounds__(WARPS *WARP, 1)
 template <int KEY_DIM, int VALUE_DIM, int COLUMNS, int WARPS>
 int fast_launch(const bkv_gpu_attend_t *job, cudaStream_t stream) {
     auto *kernel = attend_fast<KEY_DIM, VALUE_DIM, COLUMNS, WARPS>;
-    int bytes = (int)(BKV_GPU_BARRIERS_ROOM + (job->key_stage + job->value_stage) * job->thread_block_warps);
+    int bytes = (int)(BKV_GPU_BARRIERS_ROOM + warp_room(*job) * job->thread_block_warps);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) {
         return (int)error;

@@ -1,5 +1,8 @@
-// attend_stage.cuh - internal: bringing tiles into a warp's shared memory, asynchronously: its keys while the values of the tile
-// before are worked on, then its values while its keys are.
+// attend_stage.cuh - internal: bringing tiles into a warp's shared memory, asynchronously: its keys while the values of the
+// tile before are worked on, then its values while its keys are.
+//
+// What is to be copied for a tile is an errand. A warp's lanes note those of its next tiles side by side, long before their
+// turn comes: where a tile lies takes longer to find out than to say to the copy engine.
 //
 // From sm_90 on the copy engine does it: one instruction of one lane for each piece of consecutive memory, and a barrier in
 // shared memory that counts the bytes as they come. Before, all lanes copy 16 bytes each, again and again.
@@ -11,7 +14,7 @@
 
 // One tile on its way or there. Places are offsets into the thread block's shared memory.
 struct stage_t {
-    uint32_t part, count;  // count: tokens
+    uint32_t count;        // tokens
     uint32_t shape;        // as in place_t
     uint32_t weight_range; // float16 base and step
     uint32_t weights;      // [count] codes
@@ -138,12 +141,20 @@ __device__ __forceinline__ uint32_t piece_cut(piece_t &piece, uint32_t to, const
     return to + skew;
 }
 
-// The pieces of a tile's keys. before: weights, may be missing; params: `params_count` of them, those of 32 channels each; keys:
-// the first unit, where there are units, and key_bytes those of all of them.
+// The pieces of a tile's keys. before: weights, may be missing; params: `params_count` of them, those of 32 channels each;
+// keys: the first unit, where there are units, and key_bytes those of all of them.
 struct key_pieces_t {
     piece_t before, params, keys;
     uint32_t params_count, unit, key_bytes;
 };
+
+// What is to be copied for a tile, and where it will be. Of the values, scales may be missing.
+struct errand_t {
+    stage_t stage;
+    key_pieces_t keys;
+    piece_t scales, values;
+};
+static_assert(sizeof(errand_t) <= BKV_GPU_ERRAND_ROOM && BKV_GPU_ERRAND_ROOM % 16 == 0, "errands lie side by side");
 
 // Bytes that a copy of the keys' unit `i` takes: `skew` of them lie before it.
 __device__ __forceinline__ uint32_t unit_bytes(const key_pieces_t &pieces, uint32_t skew, uint32_t i) {
@@ -153,7 +164,7 @@ __device__ __forceinline__ uint32_t unit_bytes(const key_pieces_t &pieces, uint3
 #if __CUDA_ARCH__ >= 900
 
 // By one lane, but units by all lanes.
-__device__ __forceinline__ void keys_copy(const key_pieces_t &pieces, uint32_t skew, uint8_t *shared, copies_t &copies) {
+__device__ __forceinline__ void keys_copy(const key_pieces_t &pieces, uint32_t skew, const uint8_t *shared, copies_t &copies) {
     const uint32_t base = shared_address(shared);
     const uint32_t units = pieces.unit != 0 ? (pieces.key_bytes + pieces.unit - 1) / pieces.unit : 0;
     if (lane_elected()) {
@@ -184,7 +195,8 @@ __device__ __forceinline__ void keys_copy(const key_pieces_t &pieces, uint32_t s
 }
 
 // By one lane. scales may be missing.
-__device__ __forceinline__ void values_copy(const piece_t &scales, const piece_t &values, uint8_t *shared, copies_t &copies) {
+__device__ __forceinline__ void values_copy(const piece_t &scales, const piece_t &values, const uint8_t *shared,
+                                            copies_t &copies) {
     const uint32_t base = shared_address(shared);
     if (lane_elected()) {
         copies_expect(copies, scales.bytes + values.bytes);
@@ -198,7 +210,7 @@ __device__ __forceinline__ void values_copy(const piece_t &scales, const piece_t
 #else
 
 // All by all lanes together.
-__device__ __forceinline__ void keys_copy(const key_pieces_t &pieces, uint32_t skew, uint8_t *shared, copies_t &) {
+__device__ __forceinline__ void keys_copy(const key_pieces_t &pieces, uint32_t skew, const uint8_t *shared, copies_t &) {
     const uint32_t base = shared_address(shared);
     copies_share(base + pieces.before.to, pieces.before.from, pieces.before.bytes);
     for (uint32_t i = 0; i < pieces.params_count; i++) {
@@ -214,7 +226,7 @@ __device__ __forceinline__ void keys_copy(const key_pieces_t &pieces, uint32_t s
     }
 }
 
-__device__ __forceinline__ void values_copy(const piece_t &scales, const piece_t &values, uint8_t *shared, copies_t &) {
+__device__ __forceinline__ void values_copy(const piece_t &scales, const piece_t &values, const uint8_t *shared, copies_t &) {
     const uint32_t base = shared_address(shared);
     copies_share(base + scales.to, scales.from, scales.bytes);
     copies_share(base + values.to, values.from, values.bytes);
@@ -222,89 +234,94 @@ __device__ __forceinline__ void values_copy(const piece_t &scales, const piece_t
 
 #endif
 
-// Starts to copy the keys of some tokens of the walk's section to `to`. The kind is that of the section, a constant where it
-// can be.
+// Start to copy one half of an errand, all lanes together; nothing for a tile without tokens. Nobody may still read what was
+// there before.
+__device__ __forceinline__ void keys_start(const errand_t &errand, const uint8_t *shared, copies_t &copies) {
+    if (errand.stage.count > 0) {
+        keys_copy(errand.keys, errand.stage.keys & 15, shared, copies);
+    }
+    copies_commit();
+}
+
+__device__ __forceinline__ void values_start(const errand_t &errand, const uint8_t *shared, copies_t &copies) {
+    if (errand.stage.count > 0) {
+        values_copy(errand.scales, errand.values, shared, copies);
+    }
+    copies_commit();
+}
+
+// Notes the keys of some tokens of a section, to be copied to `to`. The kind is that of the section, a constant where it can
+// be.
 template <int KEY_DIM>
-__device__ __forceinline__ void keys_cut(const walk_t &walk, const span_t &span, uint32_t kind, uint8_t *shared, uint32_t to,
-                                         copies_t &copies, stage_t &stage) {
-    const uint32_t row = bkv_gpu_row_bytes(kind, KEY_DIM);
-    key_pieces_t pieces;
-    stage.weights = piece_cut(pieces.before, to, walk.now.keys + 4 + span.first, span.count);
-    pieces.before.bytes = is_weighted(walk.now.shape) ? pieces.before.bytes : 0;
-    to += (span.count + 46) / 16 * 16;
-    stage.key_params = piece_cut(pieces.params, to, section_params(walk.now) + span.group * 4 * KEY_DIM, 128);
+__device__ __forceinline__ void keys_cut(const found_t &found, uint32_t kind, uint32_t to, errand_t &errand) {
+    const place_t &section = found.section;
+    const uint32_t row = bkv_gpu_row_bytes(kind, KEY_DIM), count = found.span.count;
+    key_pieces_t &pieces = errand.keys;
+    errand.stage.weights = piece_cut(pieces.before, to, section.keys + 4 + found.span.first, count);
+    pieces.before.bytes = is_weighted(section.shape) ? pieces.before.bytes : 0;
+    to += (count + 46) / 16 * 16;
+    errand.stage.key_params = piece_cut(pieces.params, to, section_params(section) + found.span.group * 4 * KEY_DIM, 128);
     pieces.params_count = kind <= BKV_GPU_BITS8 ? KEY_DIM / 32 : 0;
     to += pieces.params_count * BKV_GPU_PARAMS_STEP;
     pieces.unit = bkv_gpu_key_unit(kind, KEY_DIM);
-    pieces.key_bytes = row * span.count;
-    stage.keys =
-        piece_cut(pieces.keys, to, section_keys(walk.now, kind, KEY_DIM) + (uint64_t)span.first * row, pieces.key_bytes);
-    keys_copy(pieces, stage.keys & 15, shared, copies);
+    pieces.key_bytes = row * count;
+    errand.stage.keys =
+        piece_cut(pieces.keys, to, section_keys(section, kind, KEY_DIM) + (uint64_t)found.span.first * row, pieces.key_bytes);
 }
 
-// The same for a whole section of codes whose rows just follow one another, in fewer pieces: the weights are next to the first
-// params, the last params to the keys.
+// The same for a whole section of codes whose rows just follow one another, in fewer pieces: the weights are next to the
+// first params, the last params to the keys.
 template <int KEY_DIM>
-__device__ __forceinline__ void keys_whole(const walk_t &walk, uint32_t kind, uint8_t *shared, uint32_t to, copies_t &copies,
-                                           stage_t &stage) {
+__device__ __forceinline__ void keys_whole(const place_t &section, uint32_t kind, uint32_t to, errand_t &errand) {
     static_assert(KEY_DIM >= 64, "the first params are not the last ones");
-    const uint32_t count = walk.now.tokens, last = KEY_DIM / 32 - 1;
-    const uint8_t *params = section_params(walk.now);
-    const uint32_t weights = (uint32_t)(params - walk.now.keys);
-    key_pieces_t pieces;
-    stage.weights = piece_cut(pieces.before, to, walk.now.keys, weights + 128) + 4;
-    stage.key_params = stage.weights - 4 + weights;
-    to = stage.key_params / 16 * 16;
+    const uint32_t last = KEY_DIM / 32 - 1;
+    const uint8_t *params = section_params(section);
+    const uint32_t weights = (uint32_t)(params - section.keys);
+    key_pieces_t &pieces = errand.keys;
+    errand.stage.weights = piece_cut(pieces.before, to, section.keys, weights + 128) + 4;
+    errand.stage.key_params = errand.stage.weights - 4 + weights;
+    to = errand.stage.key_params / 16 * 16;
     piece_cut(pieces.params, to + BKV_GPU_PARAMS_STEP, params + 128, 128);
     pieces.params_count = last - 1;
     to += last * BKV_GPU_PARAMS_STEP;
-    stage.keys = piece_cut(pieces.keys, to, params + 128 * last, 128 + count * bkv_gpu_row_bytes(kind, KEY_DIM)) + 128;
-    pieces.unit = 0;
-    keys_copy(pieces, 0, shared, copies);
-}
-
-// Starts to copy the keys of the walk's current tile to `to`, and says so in `stage`. The caller commits.
-template <int KEY_DIM>
-__device__ __forceinline__ void stage_keys(const walk_t &walk, uint8_t *shared, uint32_t to, copies_t &copies, stage_t &stage) {
-    const uint32_t three = BKV_GPU_BITS3, kind = key_kind(walk.now.shape);
-    const span_t span = walk_span(walk);
-    stage.part = walk.part;
-    stage.count = span.count;
-    stage.shape = walk.now.shape;
-    stage.weight_range = walk.now.weights;
-    if (span.count == 0) {
-        return;
-    }
-    if (kind == three && span.count == walk.now.tokens) {
-        keys_whole<KEY_DIM>(walk, three, shared, to, copies, stage);
-    } else if (kind == three) {
-        keys_cut<KEY_DIM>(walk, span, three, shared, to, copies, stage);
-    } else {
-        keys_cut<KEY_DIM>(walk, span, kind, shared, to, copies, stage);
-    }
+    pieces.unit = pieces.key_bytes = 0;
+    errand.stage.keys =
+        piece_cut(pieces.keys, to, params + 128 * last, 128 + section.tokens * bkv_gpu_row_bytes(kind, KEY_DIM)) + 128;
 }
 
 // The same for the values. Of a whole section, its scales are in one piece with them.
-template <int VALUE_DIM>
-__device__ __forceinline__ void stage_values(const walk_t &walk, uint8_t *shared, uint32_t to, copies_t &copies,
-                                             stage_t &stage) {
-    const uint32_t kind = value_kind(walk.now.shape), row = bkv_gpu_row_bytes(kind, VALUE_DIM);
+template <int VALUE_DIM> __device__ __forceinline__ void values_cut(const found_t &found, uint32_t to, errand_t &errand) {
+    const place_t &section = found.section;
+    const uint32_t kind = value_kind(section.shape), row = bkv_gpu_row_bytes(kind, VALUE_DIM), count = found.span.count;
     const uint32_t scales = kind > BKV_GPU_BITS8 ? 0 : (VALUE_DIM + BKV_VALUE_GROUP_DIMS - 1) / BKV_VALUE_GROUP_DIMS * 4;
-    const span_t span = walk_span(walk);
-    piece_t before = {}, values;
-    if (span.count == 0) {
+    errand.scales = {};
+    if (count == section.tokens) {
+        errand.stage.value_params = piece_cut(errand.values, to, section.values, count * (scales + row));
+        errand.stage.values = errand.stage.value_params + scales * count;
         return;
     }
-    if (span.count == walk.now.tokens) {
-        stage.value_params = piece_cut(values, to, walk.now.values, span.count * (scales + row));
-        stage.values = stage.value_params + scales * span.count;
+    const uint8_t *rows = section.values + (uint64_t)section.tokens * scales + (uint64_t)found.span.first * row;
+    errand.stage.value_params =
+        piece_cut(errand.scales, to, section.values + (uint64_t)found.span.first * scales, count * scales);
+    errand.scales.bytes = scales > 0 ? errand.scales.bytes : 0;
+    errand.stage.values = piece_cut(errand.values, to + errand.scales.bytes, rows, count * row);
+}
+
+// Notes what is to be copied for a tile, by one lane: keys to `keys_at`, values to `values_at`.
+template <int KEY_DIM, int VALUE_DIM>
+__device__ __forceinline__ void errand_note(const found_t &found, uint32_t keys_at, uint32_t values_at, errand_t &errand) {
+    const uint32_t three = BKV_GPU_BITS3, kind = key_kind(found.section.shape);
+    errand.stage.count = found.span.count;
+    errand.stage.shape = found.section.shape;
+    errand.stage.weight_range = found.section.weights;
+    if (kind == three && found.span.count == found.section.tokens) {
+        keys_whole<KEY_DIM>(found.section, three, keys_at, errand);
+    } else if (kind == three) {
+        keys_cut<KEY_DIM>(found, three, keys_at, errand);
     } else {
-        const uint8_t *rows = walk.now.values + (uint64_t)walk.now.tokens * scales + (uint64_t)span.first * row;
-        stage.value_params = piece_cut(before, to, walk.now.values + (uint64_t)span.first * scales, span.count * scales);
-        before.bytes = scales > 0 ? before.bytes : 0;
-        stage.values = piece_cut(values, to + before.bytes, rows, span.count * row);
+        keys_cut<KEY_DIM>(found, kind, keys_at, errand);
     }
-    values_copy(before, values, shared, copies);
+    values_cut<VALUE_DIM>(found, values_at, errand);
 }
 
 #endif

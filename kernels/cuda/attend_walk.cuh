@@ -64,34 +64,34 @@ __device__ __forceinline__ uint32_t group_tiles(uint32_t shape) {
 // Where a warp is. All lanes hold the same.
 struct walk_t {
     const bkv_gpu_section_t *list;
-    uint32_t part, count; // pair * blocks + block of columns; the pair's records
-    uint32_t at, tile;    // the section and which of its tiles
-    place_t now;
+    uint32_t part, count, tiles;             // pair * blocks + block of columns; the pair's records and tiles
+    uint32_t at, tile;                       // the next tile of the pair, and the section that it, or the one before, is in
     uint32_t next_tiles, next_from, next_to; // of the next part's pair, read long before they are needed
+};
+
+// The tokens of a tile: `count` from `first`, in key group `group`. The last tiles of a short group have none.
+struct span_t {
+    uint32_t first, count, group;
+};
+
+// A tile that walk_look found.
+struct found_t {
+    place_t section;
+    span_t span;
 };
 
 template <class T> __device__ __forceinline__ T lane_get(T value, uint32_t lane) {
     return __shfl_sync(ALL_LANES, value, (int)lane);
 }
 
-// Goes to section `at` of the pair. Returns the number of its first tile.
-__device__ __forceinline__ uint32_t walk_section(walk_t &walk, uint32_t at) {
-    const uint4 *section = (const uint4 *)&walk.list[at], places = section[0], rest = section[1];
-    walk.now.keys = (const uint8_t *)(places.x | (uint64_t)places.y << 32);
-    walk.now.values = (const uint8_t *)(places.z | (uint64_t)places.w << 32);
-    walk.now.tokens = rest.x;
-    walk.now.weights = rest.y;
-    walk.now.shape = rest.w;
-    walk.at = at;
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(&walk.list[min(at + 1, walk.count - 1)]));
-    return rest.z;
-}
-
-// Goes to a part whose pair has the records [from, to).
-__device__ inline void walk_open(const bkv_gpu_attend_t &job, walk_t &walk, uint32_t part, uint32_t from, uint32_t to) {
+// Goes to a part whose pair has `tiles` tiles of the records [from, to).
+__device__ inline void walk_open(const bkv_gpu_attend_t &job, walk_t &walk, uint32_t part, uint32_t tiles, uint32_t from,
+                                 uint32_t to) {
     const uint32_t next = min((part + 1) / job.blocks, job.batch * job.heads - 1);
     walk.part = part;
     walk.count = to - from;
+    walk.tiles = tiles;
+    walk.at = walk.tile = 0;
     walk.list = job.sections + (uint64_t)from * job.heads + (uint64_t)(part / job.blocks % job.heads) * walk.count;
     walk.next_tiles = job.tiles[next];
     walk.next_from = job.first[next / job.heads];
@@ -106,7 +106,8 @@ struct share_t {
 };
 
 // The share of warp `warp` of all. By the whole thread block, each of whose threads counts some of the pairs; sums:
-// [blockDim.x] in shared memory. Ends with a barrier. One thread block also leaves behind, for the merge, how many tiles are before each pair.
+// [blockDim.x] in shared memory. Ends with a barrier. One thread block also leaves behind, for the merge, how many tiles are
+// before each pair.
 __device__ inline share_t share_find(const bkv_gpu_attend_t &job, uint64_t *sums, uint32_t warp, uint32_t all_warps) {
     const uint32_t lane = threadIdx.x % WARP, pairs = job.batch * job.heads, each = (pairs + blockDim.x - 1) / blockDim.x;
     const uint32_t first = min(threadIdx.x * each, pairs), last = min(first + each, pairs);
@@ -172,7 +173,7 @@ __device__ inline void walk_start(const bkv_gpu_attend_t &job, walk_t &walk, con
     }
     uint32_t tiles = pair_tiles(job, pair), within = (uint32_t)((tile - before) % tiles);
     const uint32_t part = pair * job.blocks + (uint32_t)((tile - before) / tiles), sequence = pair / job.heads;
-    walk_open(job, walk, part, job.first[sequence], job.first[sequence + 1]);
+    walk_open(job, walk, part, tiles, job.first[sequence], job.first[sequence + 1]);
     uint32_t low = 0, high = walk.count; // the section is in [low, high)
     while (high - low > 1) {
         uint32_t step = (high - low + WARP - 1) / WARP, probe = low + lane * step;
@@ -180,50 +181,78 @@ __device__ inline void walk_start(const bkv_gpu_attend_t &job, walk_t &walk, con
         low += ((uint32_t)__popc(reached) - 1) * step;
         high = min(low + step, high);
     }
-    walk.tile = within - walk_section(walk, low);
+    walk.at = low;
+    walk.tile = within;
 }
 
-// To the next tile, which there must be.
-__device__ inline void walk_next(const bkv_gpu_attend_t &job, walk_t &walk) {
-    const uint32_t tiles = group_tiles(walk.now.shape), group = tiles == 1 ? walk.tile + 1 : (walk.tile + 1) / tiles;
-    if (group * group_tokens(walk.now.shape) < walk.now.tokens) {
-        walk.tile++;
-        return;
-    }
-    walk.tile = 0;
-    if (walk.at + 1 < walk.count) {
-        walk_section(walk, walk.at + 1);
-        return;
-    }
-    uint32_t part = walk.part + 1, from = walk.next_from, to = walk.next_to;
-    if (walk.next_tiles == 0 || walk.next_tiles == BKV_GPU_BROKEN) {
-        while (pair_tiles(job, part / job.blocks) == 0) {
+// To the next part that has tiles, which there must be.
+__device__ inline void walk_forward(const bkv_gpu_attend_t &job, walk_t &walk) {
+    uint32_t part = walk.part + 1, tiles = walk.next_tiles, from = walk.next_from, to = walk.next_to;
+    if (tiles == 0 || tiles == BKV_GPU_BROKEN) {
+        while ((tiles = pair_tiles(job, part / job.blocks)) == 0) {
             part++;
         }
         from = job.first[part / job.blocks / job.heads];
         to = job.first[part / job.blocks / job.heads + 1];
     }
-    walk_open(job, walk, part, from, to);
-    walk_section(walk, 0);
+    walk_open(job, walk, part, tiles, from, to);
 }
 
-// The tokens of the current tile: `count` from `first`, in key group `group`. The last tiles of a short group have none.
-struct span_t {
-    uint32_t first, count, group;
-};
-
-__device__ __forceinline__ span_t walk_span(const walk_t &walk) {
-    const uint32_t tokens = group_tokens(walk.now.shape), tiles = group_tiles(walk.now.shape);
-    uint32_t group = walk.tile, piece = 0, length = tokens;
+// The tokens of tile `tile` of a section.
+__device__ __forceinline__ span_t section_span(const place_t &section, uint32_t tile) {
+    const uint32_t tokens = group_tokens(section.shape), tiles = group_tiles(section.shape);
+    uint32_t group = tile, piece = 0, length = tokens;
     if (tiles > 1) {
-        group = walk.tile / tiles;
-        piece = walk.tile - group * tiles;
+        group = tile / tiles;
+        piece = tile - group * tiles;
         length = (length + tiles - 1) / tiles;
         length = (length + BKV_GPU_TILE_STEP - 1) / BKV_GPU_TILE_STEP * BKV_GPU_TILE_STEP;
     }
     uint32_t first = group * tokens + piece * length;
-    uint32_t end = min(min((group + 1) * tokens, first + length), walk.now.tokens);
+    uint32_t end = min(min((group + 1) * tokens, first + length), section.tokens);
     return {first, end > first ? end - first : 0, group};
+}
+
+// Finds the next tiles, side by side: lane i the i-th of them. All are of one part, walk.part; there are at least one, at
+// most `left` and BKV_GPU_AHEAD. Returns how many; the walk is behind them then.
+__device__ inline uint32_t walk_look(const bkv_gpu_attend_t &job, walk_t &walk, uint32_t left, found_t &found) {
+    const uint32_t lane = threadIdx.x % WARP;
+    if (walk.tile == walk.tiles) {
+        walk_forward(job, walk);
+    }
+    const uint32_t count = min(min(left, BKV_GPU_AHEAD), walk.tiles - walk.tile), tile = walk.tile + min(lane, count - 1);
+    // Each section has a tile or more, so that the tiles are in as many sections at most, behind the first one.
+    const uint32_t start = lane <= BKV_GPU_AHEAD && walk.at + lane < walk.count ? walk.list[walk.at + lane].tile : UINT32_MAX;
+    uint32_t own = 0; // of the sections from walk.at on: the last that does not start behind the tile
+#pragma unroll
+    for (uint32_t step = BKV_GPU_AHEAD; step > 0; step /= 2) {
+        own += lane_get(start, own + step) <= tile ? step : 0;
+    }
+    const uint4 *section = (const uint4 *)&walk.list[walk.at + own], places = section[0], rest = section[1];
+    found.section.keys = (const uint8_t *)(places.x | (uint64_t)places.y << 32);
+    found.section.values = (const uint8_t *)(places.z | (uint64_t)places.w << 32);
+    found.section.tokens = rest.x;
+    found.section.weights = rest.y;
+    found.section.shape = rest.w;
+    found.span = section_span(found.section, tile - rest.z);
+    walk.tile += count;
+    walk.at += lane_get(own, count - 1);
+    if (lane <= BKV_GPU_AHEAD / 4) { // four to a line of 128 bytes
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(&walk.list[min(walk.at + 4 * lane, walk.count - 1)]));
+    }
+    return count;
+}
+
+// What lane `lane` found, for all lanes.
+__device__ __forceinline__ found_t found_get(const found_t &found, uint32_t lane) {
+    found_t of;
+    of.section.keys = (const uint8_t *)lane_get((unsigned long long)found.section.keys, lane);
+    of.section.values = (const uint8_t *)lane_get((unsigned long long)found.section.values, lane);
+    of.section.tokens = lane_get(found.section.tokens, lane);
+    of.section.weights = lane_get(found.section.weights, lane);
+    of.section.shape = lane_get(found.section.shape, lane);
+    of.span = {lane_get(found.span.first, lane), lane_get(found.span.count, lane), lane_get(found.span.group, lane)};
+    return of;
 }
 
 // Where a section's parts lie behind `keys` and `values`. The kind is its own; where it is known, it is a constant.
