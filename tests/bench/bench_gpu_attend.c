@@ -9,13 +9,12 @@
 // cache in bfloat16; its seconds are read from its output.
 #include "cuda/bkv_cuda.h"
 #include "cuda/gpu.h"
-#include "tests/bench/report.h"
+#include "tests/bench/gpu_common.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum { SEQUENCES = 16, CONTEXT = 131072, BLOCK = 256, HEADS = 8, QUERY_HEADS = 32, DIM = 128, LAYERS = 2 };
 enum { RECORDS = SEQUENCES * (CONTEXT / BLOCK), DISTINCT = 4, TURNS = 9, STEPS = 10 };
@@ -30,51 +29,6 @@ typedef struct bench {
     double read; // bytes of one layer of one record that attention must read
 } bench_t;
 
-static void must(int error, const char *what) {
-    if (error != 0) {
-        fprintf(stderr, "bench_gpu_attend: %s: %s\n", what, bkv_gpu_error(error));
-        exit(1);
-    }
-}
-
-static void must_be(bkv_status_t status, const bkv_error_t *err) {
-    if (status != BKV_OK) {
-        fprintf(stderr, "bench_gpu_attend: %s\n", err->message);
-        exit(1);
-    }
-}
-
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
-
-static void *take(size_t bytes) {
-    void *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (!memory) {
-        fprintf(stderr, "bench_gpu_attend: no %zu bytes of memory\n", bytes);
-        exit(1);
-    }
-    return memory;
-}
-
-static void *device_take(size_t bytes) {
-    void *memory;
-    must(bkv_gpu_alloc(&memory, bytes, NULL), "device memory");
-    return memory;
-}
-
-static void put(void *to, const void *from, size_t bytes) {
-    must(bkv_gpu_copy(to, from, bytes, NULL), "copy");
-    must(bkv_gpu_wait(NULL), "copy");
-}
-
-static int compare(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 // Numbers that look like keys: channels with means of their own, a token in twenty on the other side.
 static void payload_fill(uint16_t *at, size_t elements, uint64_t seed) {
     uint64_t state = seed;
@@ -87,6 +41,11 @@ static void payload_fill(uint16_t *at, size_t elements, uint64_t seed) {
         double mean = sin((double)(i % DIM) * 1.7) * (i / DIM % 20 ? 1 : -1);
         at[i] = bkv_float_to_bf16((float)(mean + sum));
     }
+}
+
+static void put(void *to, const void *from, size_t bytes) {
+    gpu_must(bkv_gpu_copy(to, from, bytes, NULL), "copy");
+    gpu_must(bkv_gpu_wait(NULL), "copy");
 }
 
 static double record_read_bytes(const void *record) {
@@ -110,25 +69,25 @@ static void records_fill(bench_t *bench, bkv_codec_params_t params) {
         fprintf(stderr, "bench_gpu_attend: records of %zu bytes need more room\n", bound);
         exit(1);
     }
-    uint16_t *payload = take((size_t)bkv_shape_bytes(&shape));
-    uint8_t *record = take(bound);
-    void *workspace = take(bkv_compress_workspace(backend, &shape, &params));
+    uint16_t *payload = gpu_host_memory((size_t)bkv_shape_bytes(&shape));
+    uint8_t *record = gpu_host_memory(bound);
+    void *workspace = gpu_host_memory(bkv_compress_workspace(backend, &shape, &params));
     bench->read = 0;
     for (uint32_t i = 0; i < DISTINCT; i++) {
         bkv_block_t block;
         bkv_record_id_t id = {.position = (uint64_t)i * BLOCK};
         payload_fill(payload, (size_t)bkv_shape_bytes(&shape) / 2, 1 + i);
         bkv_block_from_payload(&shape, payload, &block);
-        must_be(bkv_compress(backend, &block, &params, &id, record, bound, workspace, &length, &err), &err);
-        must_be(bkv_record_check(record, length, &err), &err);
+        gpu_must_be(bkv_compress(backend, &block, &params, &id, record, bound, workspace, &length, &err), &err);
+        gpu_must_be(bkv_record_check(record, length, &err), &err);
         bench->read += record_read_bytes(record) / DISTINCT;
         put(bench->records + i * bench->stride, record, length);
     }
     for (uint32_t i = DISTINCT; i < RECORDS; i++) {
-        must(bkv_gpu_copy(bench->records + i * bench->stride, bench->records + i % DISTINCT * bench->stride, length, NULL),
-             "copy");
+        gpu_must(bkv_gpu_copy(bench->records + i * bench->stride, bench->records + i % DISTINCT * bench->stride, length, NULL),
+                 "copy");
     }
-    const void **addresses = take(RECORDS * sizeof(void *));
+    const void **addresses = gpu_host_memory(RECORDS * sizeof(void *));
     for (size_t i = 0; i < RECORDS; i++) { // neighbours in a sequence are no neighbours in memory
         addresses[i] = bench->records + i * 1237 % RECORDS * bench->stride;
     }
@@ -141,7 +100,7 @@ static void records_fill(bench_t *bench, bkv_codec_params_t params) {
 
 // Median seconds of one step over `sequences` sequences that share `records` records evenly.
 static double step_seconds(bench_t *bench, uint32_t sequences, uint32_t records, uint32_t query_heads) {
-    uint32_t *first = take((sequences + 1) * sizeof(uint32_t));
+    uint32_t *first = gpu_host_memory((sequences + 1) * sizeof(uint32_t));
     for (uint32_t b = 0; b <= sequences; b++) {
         first[b] = (uint32_t)((uint64_t)records * b / sequences);
     }
@@ -169,18 +128,17 @@ static double step_seconds(bench_t *bench, uint32_t sequences, uint32_t records,
     double seconds[TURNS];
     bkv_error_t err = {0};
     for (int turn = -1; turn < TURNS; turn++) {
-        double start = now();
+        double start = gpu_now();
         for (uint32_t step = 0; step < STEPS; step++) {
             args.layer = step % LAYERS;
-            must_be(bkv_cuda_attend(bench->cuda, &args, bench->workspace, NULL, &err), &err);
+            gpu_must_be(bkv_cuda_attend(bench->cuda, &args, bench->workspace, NULL, &err), &err);
         }
-        must(bkv_gpu_wait(NULL), "attention");
+        gpu_must(bkv_gpu_wait(NULL), "attention");
         if (turn >= 0) {
-            seconds[turn] = (now() - start) / STEPS;
+            seconds[turn] = (gpu_now() - start) / STEPS;
         }
     }
-    qsort(seconds, TURNS, sizeof(double), compare);
-    return seconds[TURNS / 2];
+    return bkv_quantile(seconds, TURNS, 0.5);
 }
 
 // Bytes a second that a copy on the device reads and writes.
@@ -188,33 +146,26 @@ static double copy_rate(const bench_t *bench) {
     size_t bytes = bench->room / 2;
     double seconds[TURNS];
     for (int turn = -1; turn < TURNS; turn++) {
-        double start = now();
+        double start = gpu_now();
         for (int i = 0; i < 3; i++) {
-            must(bkv_gpu_copy(bench->records, bench->records + bytes, bytes, NULL), "copy");
+            gpu_must(bkv_gpu_copy(bench->records, bench->records + bytes, bytes, NULL), "copy");
         }
-        must(bkv_gpu_wait(NULL), "copy");
+        gpu_must(bkv_gpu_wait(NULL), "copy");
         if (turn >= 0) {
-            seconds[turn] = (now() - start) / 3;
+            seconds[turn] = (gpu_now() - start) / 3;
         }
     }
-    qsort(seconds, TURNS, sizeof(double), compare);
-    return 2 * (double)bytes / seconds[TURNS / 2];
+    return 2 * (double)bytes / bkv_quantile(seconds, TURNS, 0.5);
 }
 
-// Seconds of PyTorch's flash attention over the whole cache: the last line of the script's output. 0 where there is none.
+// Seconds of PyTorch's flash attention over the whole cache; 0 where there is none.
 static double torch_seconds(void) {
-    char command[128], line[256];
+    char command[128];
     snprintf(command, sizeof(command), "python3 tests/bench/bench_gpu_sdpa.py %d %d %d %d %d", SEQUENCES, CONTEXT, QUERY_HEADS,
              HEADS, DIM);
-    FILE *script = popen(command, "r");
-    double seconds = 0;
-    while (script && fgets(line, sizeof(line), script)) {
-        printf("%s", line);
-        (void)sscanf(line, "seconds %lf", &seconds);
-    }
-    if (!script || pclose(script) != 0 || seconds <= 0) {
+    double seconds = gpu_script_seconds(command);
+    if (seconds <= 0) {
         printf("SKIPPED the comparison with PyTorch's attention: it needs python3 with PyTorch and a GPU\n");
-        return 0;
     }
     return seconds;
 }
@@ -272,40 +223,31 @@ static void bench_lengths(bench_t *bench) {
 }
 
 int main(int argc, char **argv) {
-    const char *out = NULL;
-    bool quick = false;
-    for (int i = 1; i < argc; i++) {
-        quick = quick || strcmp(argv[i], "--quick") == 0;
-        if (strcmp(argv[i], "--out") == 0 && i + 1 < argc) {
-            out = argv[++i];
-        }
-    }
+    const gpu_options_t options = gpu_options(argc, argv);
     static bench_t bench;
     bkv_error_t err = {0};
     if (bkv_cuda_open(0, &bench.cuda, &err) != BKV_OK) {
         printf("SKIPPED the GPU bench of attention: %s\n", err.message);
         return 0;
     }
-    double torch = quick ? 0 : torch_seconds(); // first: it wants most of the memory
+    double torch = options.quick ? 0 : torch_seconds(); // first: it wants most of the memory
     size_t rows = (size_t)RECORDS * 16 * HEADS;
     bench.room = (size_t)RECORDS * ((size_t)LAYERS * HEADS * BLOCK * DIM * 4 + 4096);
-    bench.records = device_take(bench.room);
-    bench.addresses = device_take(RECORDS * sizeof(void *));
-    bench.first = device_take((RECORDS + 1) * sizeof(uint32_t));
-    bench.q = device_take(rows * DIM * 2);
-    bench.out = device_take(rows * DIM * 2);
-    bench.lse = device_take(rows * sizeof(float));
+    bench.records = gpu_memory(bench.room);
+    bench.addresses = gpu_memory(RECORDS * sizeof(void *));
+    bench.first = gpu_memory((RECORDS + 1) * sizeof(uint32_t));
+    bench.q = gpu_memory(rows * DIM * 2);
+    bench.out = gpu_memory(rows * DIM * 2);
+    bench.lse = gpu_memory(rows * sizeof(float));
     bench.workspace_room = (size_t)256 << 20;
-    bench.workspace = device_take(bench.workspace_room);
-    uint16_t *q = take(rows / 64 * DIM * 2);
+    bench.workspace = gpu_memory(bench.workspace_room);
+    uint16_t *q = gpu_host_memory(rows / 64 * DIM * 2);
     payload_fill(q, rows / 64 * DIM, 99);
     for (size_t i = 0; i < 64; i++) {
         put((uint8_t *)bench.q + i * (rows / 64) * DIM * 2, q, rows / 64 * DIM * 2);
     }
     bench_codecs(&bench, copy_rate(&bench), torch);
     bench_lengths(&bench);
-    bkv_report_print(&bench.report);
-    bool written = !out || bkv_report_write(&bench.report, out);
     bkv_cuda_close(bench.cuda);
-    return written && bkv_report_met(&bench.report) ? 0 : 1;
+    return gpu_report(&options, &bench.report);
 }

@@ -7,13 +7,11 @@
 // PyTorch, times the published algorithm on the same blocks; its seconds are read from its output.
 #include "cuda/bkv_cuda.h"
 #include "cuda/gpu.h"
-#include "tests/bench/report.h"
+#include "tests/bench/gpu_common.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <time.h>
 
 enum { LAYERS = 32, HEADS = 8, BLOCK = 256, DIM = 128, BLOCKS = 32, TURNS = 11 };
 
@@ -29,29 +27,10 @@ typedef struct bench {
     size_t record_room, workspace_room;
 } bench_t;
 
-static void must(int error, const char *what) {
-    if (error != 0) {
-        fprintf(stderr, "bench_gpu_compress: %s: %s\n", what, bkv_gpu_error(error));
-        exit(1);
-    }
-}
-
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
-
-static void *device_take(size_t bytes) {
-    void *memory;
-    must(bkv_gpu_alloc(&memory, bytes, NULL), "device memory");
-    return memory;
-}
-
 // Keys with a common mean, and values, all from a small generator: 64 MB on the host, laid down again and again.
 static void payload_fill(bench_t *bench) {
     size_t bytes = bench->block_bytes * 2, elements = bytes / 2;
-    uint16_t *host = malloc(bytes);
+    uint16_t *host = gpu_host_memory(bytes);
     uint64_t state = 1;
     for (size_t i = 0; i < elements; i++) {
         double sum = -6;
@@ -63,9 +42,9 @@ static void payload_fill(bench_t *bench) {
         host[i] = bkv_float_to_bf16((float)(mean + sum));
     }
     for (size_t i = 0; i < BLOCKS; i += 2) {
-        must(bkv_gpu_copy(bench->payload + i * bench->block_bytes, host, bytes, NULL), "copy");
+        gpu_must(bkv_gpu_copy(bench->payload + i * bench->block_bytes, host, bytes, NULL), "copy");
     }
-    must(bkv_gpu_wait(NULL), "copy");
+    gpu_must(bkv_gpu_wait(NULL), "copy");
     free(host);
 }
 
@@ -91,11 +70,6 @@ static void blocks_lay(bench_t *bench, uint32_t count, layout_t layout) {
     }
 }
 
-static int compare(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 // Median seconds of compressing `count` blocks, after one turn to warm up. A turn is `calls` calls one after another on the
 // stream, as an engine makes them.
 static double compress_seconds(bench_t *bench, uint32_t count, bkv_codec_params_t params, int turns, int calls) {
@@ -115,38 +89,33 @@ static double compress_seconds(bench_t *bench, uint32_t count, bkv_codec_params_
         exit(1);
     }
     for (int turn = -1; turn < turns; turn++) {
-        double start = now();
+        double start = gpu_now();
         for (int call = 0; call < calls; call++) {
-            if (bkv_cuda_compress(bench->cuda, &args, NULL, &err) != BKV_OK) {
-                fprintf(stderr, "bench_gpu_compress: %s\n", err.message);
-                exit(1);
-            }
+            gpu_must_be(bkv_cuda_compress(bench->cuda, &args, NULL, &err), &err);
         }
-        must(bkv_gpu_wait(NULL), "compress");
+        gpu_must(bkv_gpu_wait(NULL), "compress");
         if (turn >= 0) {
-            seconds[turn] = (now() - start) / calls;
+            seconds[turn] = (gpu_now() - start) / calls;
         }
     }
-    qsort(seconds, (size_t)turns, sizeof(double), compare);
-    return seconds[turns / 2];
+    return bkv_quantile(seconds, (size_t)turns, 0.5);
 }
 
 // What a copy of the same payload takes: it reads every byte and writes as many.
 static double copy_seconds(const bench_t *bench) {
     size_t bytes = bench->block_bytes * BLOCKS;
-    uint8_t *to = device_take(bytes);
+    uint8_t *to = gpu_memory(bytes);
     double seconds[TURNS];
     for (int turn = -1; turn < TURNS; turn++) {
-        double start = now();
-        must(bkv_gpu_copy(to, bench->payload, bytes, NULL), "copy");
-        must(bkv_gpu_wait(NULL), "copy");
+        double start = gpu_now();
+        gpu_must(bkv_gpu_copy(to, bench->payload, bytes, NULL), "copy");
+        gpu_must(bkv_gpu_wait(NULL), "copy");
         if (turn >= 0) {
-            seconds[turn] = now() - start;
+            seconds[turn] = gpu_now() - start;
         }
     }
-    must(bkv_gpu_free(to, NULL), "free");
-    qsort(seconds, TURNS, sizeof(double), compare);
-    return seconds[TURNS / 2];
+    gpu_must(bkv_gpu_free(to, NULL), "free");
+    return bkv_quantile(seconds, TURNS, 0.5);
 }
 
 static void bench_codecs(bench_t *bench, double copy) {
@@ -192,16 +161,10 @@ static void bench_lengths(bench_t *bench, uint32_t most) {
     }
 }
 
-// Seconds that the authors' algorithm took for the same payload in PyTorch: the last line of the script's output.
+// Against the authors' algorithm on the same payload in PyTorch.
 static void bench_authors(bench_t *bench) {
-    FILE *script = popen("python3 tests/bench/bench_gpu_authors.py", "r");
-    char line[256];
-    double seconds = 0;
-    while (script && fgets(line, sizeof(line), script)) {
-        printf("%s", line);
-        (void)sscanf(line, "seconds %lf", &seconds);
-    }
-    if (!script || pclose(script) != 0 || seconds <= 0) {
+    double seconds = gpu_script_seconds("python3 tests/bench/bench_gpu_authors.py");
+    if (seconds <= 0) {
         printf("SKIPPED the comparison with the authors' algorithm: it needs python3 with PyTorch and a GPU\n");
         return;
     }
@@ -213,39 +176,30 @@ static void bench_authors(bench_t *bench) {
 }
 
 int main(int argc, char **argv) {
-    const char *out = NULL;
-    bool quick = false;
-    for (int i = 1; i < argc; i++) {
-        quick = quick || strcmp(argv[i], "--quick") == 0;
-        if (strcmp(argv[i], "--out") == 0 && i + 1 < argc) {
-            out = argv[++i];
-        }
-    }
+    const gpu_options_t options = gpu_options(argc, argv);
     static bench_t bench;
     bkv_error_t err = {0};
     if (bkv_cuda_open(0, &bench.cuda, &err) != BKV_OK) {
         printf("SKIPPED the GPU bench of compression: %s\n", err.message);
         return 0;
     }
-    uint32_t most = quick ? 64 : 4096;
+    uint32_t most = options.quick ? 64 : 4096;
     bkv_shape_t shape = {LAYERS, HEADS, BLOCK, DIM, DIM, BKV_BF16};
     bench.block_bytes = (size_t)bkv_shape_bytes(&shape);
-    bench.payload = device_take(bench.block_bytes * BLOCKS);
+    bench.payload = gpu_memory(bench.block_bytes * BLOCKS);
     bench.blocks = calloc(most, sizeof(bkv_block_t));
     bench.ids = calloc(most, sizeof(bkv_record_id_t));
     bench.record_room = (bench.block_bytes + (1 << 16)) * (most / 16 + BLOCKS);
-    bench.records = device_take(bench.record_room);
-    bench.status = device_take(most * sizeof(uint64_t));
+    bench.records = gpu_memory(bench.record_room);
+    bench.status = gpu_memory(most * sizeof(uint64_t));
     bench.workspace_room = (size_t)64 << 20;
-    bench.workspace = device_take(bench.workspace_room);
+    bench.workspace = gpu_memory(bench.workspace_room);
     payload_fill(&bench);
     bench_codecs(&bench, copy_seconds(&bench));
     bench_lengths(&bench, most);
-    if (!quick) {
+    if (!options.quick) {
         bench_authors(&bench);
     }
-    bkv_report_print(&bench.report);
-    bool written = !out || bkv_report_write(&bench.report, out);
     bkv_cuda_close(bench.cuda);
-    return written && bkv_report_met(&bench.report) ? 0 : 1;
+    return gpu_report(&options, &bench.report);
 }

@@ -5,14 +5,13 @@
 //   bench_gpu_ipc [--out FILE.json] [--daemon BALANCEKVD] [--quick]
 //
 // The cache is that of a 32 k-token context: 128 blocks of 256 tokens, 32 layers, 8 KV heads of 128, bf16; 4 GiB.
-#include "report.h"
+#include "gpu_common.h"
 #include "tests/gpu/ipc_rig.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #define LAYERS      32
 #define HEADS       8
@@ -39,22 +38,12 @@ typedef struct bench {
     bkv_report_t report;
 } bench_t;
 
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
-
-static void must(int error, const char *what) {
-    REQUIRE(error == 0, "%s: %s", what, bkv_gpu_error(error));
-}
-
 // ---- the cache ----
 
 // Keys with a common mean, and values: 64 MiB made on the host, laid down again and again.
 static void cache_fill(bench_t *bench) {
     size_t piece = (size_t)64 << 20;
-    uint16_t *host = malloc(piece);
+    uint16_t *host = gpu_host_memory(piece);
     draw_t draw = {7};
     for (size_t i = 0; i < piece / 2; i++) {
         double mean = sin((double)(i % DIM) * 1.7) * (i / DIM % 20 ? 1 : -1);
@@ -118,16 +107,16 @@ static double copy_seconds(bench_t *bench, bool to_host) {
     double seconds[TURNS];
     void *stream = bkv_gpu_own_stream();
     for (int turn = -1; turn < bench->turns; turn++) {
-        double start = now();
+        double start = gpu_now();
         size_t half = bench->cache_bytes / 2; // the pinned memory is half of it
         for (size_t at = 0; at < bench->cache_bytes; at += half) {
-            must(bkv_gpu_copy(to_host ? bench->pinned : bench->cache + at, to_host ? bench->cache + at : bench->pinned, half,
-                              stream),
-                 "copy");
+            gpu_must(bkv_gpu_copy(to_host ? bench->pinned : bench->cache + at, to_host ? bench->cache + at : bench->pinned,
+                                  half, stream),
+                     "copy");
         }
-        must(bkv_gpu_wait(stream), "copy");
+        gpu_must(bkv_gpu_wait(stream), "copy");
         if (turn >= 0) {
-            seconds[turn] = now() - start;
+            seconds[turn] = gpu_now() - start;
         }
     }
     return bkv_quantile(seconds, (size_t)bench->turns, 0.5);
@@ -151,14 +140,14 @@ static double put_once(bench_t *bench, const bkv_spec_id_t *spec) {
         bench->next_key++;
         bench->puts[i].key = bench->keys[i];
     }
-    double start = now();
+    double start = gpu_now();
     for (uint32_t i = 0; i < BLOCKS; i += PER_CALL) {
         bkv_status_t status =
             bkv_device_put_submit(bench->queue, i, bench->shared, spec, &bench->puts[i], PER_CALL, NULL, 0, NULL);
         REQUIRE(status == BKV_OK, "submit: %s", bkv_status_name(status));
     }
     poll_all(bench, BLOCKS / PER_CALL);
-    return now() - start;
+    return gpu_now() - start;
 }
 
 static void drop_all(bench_t *bench, const bkv_spec_id_t *spec) {
@@ -184,14 +173,14 @@ static double put_seconds(bench_t *bench, const bkv_spec_id_t *spec) {
 static double get_once(bench_t *bench, const bkv_spec_id_t *spec, uint32_t per_call) {
     static bkv_device_record_t records[BLOCKS];
     size_t each = bench->room_bytes / BLOCKS * per_call / 64 * 64;
-    double start = now();
+    double start = gpu_now();
     for (uint32_t i = 0, call = 0; i < BLOCKS; i += per_call, call++) {
         bkv_status_t status = bkv_device_get_submit(bench->queue, i, bench->shared, spec, &bench->keys[i], per_call, NULL,
                                                     bench->room + call * each, each, NULL, 0, &records[i]);
         REQUIRE(status == BKV_OK, "submit: %s", bkv_status_name(status));
     }
     poll_all(bench, BLOCKS / per_call);
-    return now() - start;
+    return gpu_now() - start;
 }
 
 static double get_seconds(bench_t *bench, const bkv_spec_id_t *spec, uint32_t per_call) {
@@ -213,10 +202,10 @@ static void bench_latency(bench_t *bench, const bkv_spec_id_t *spec) {
     for (int i = -10; i < 101; i++) {
         bkv_key_next(spec, NULL, &bench->next_key, 1, &put.key);
         bench->next_key++;
-        double start = now();
+        double start = gpu_now();
         REQUIRE(bkv_device_put(bench->shared, spec, &put, 1, NULL, 0, NULL, &err) == BKV_OK, "put: %s", err.message);
         if (i >= 0) {
-            seconds[i] = now() - start;
+            seconds[i] = gpu_now() - start;
         }
         REQUIRE(bkv_drop(bench->client, spec, &put.key, 1, 0, NULL, &err) == BKV_OK, "drop: %s", err.message);
     }
@@ -271,7 +260,7 @@ static void memory_take(bench_t *bench) {
     bench->room_bytes = bench->cache_bytes / 3; // enough for dense4
     bench->cache = ipc_memory(bench->cache_bytes);
     bench->room = ipc_memory(bench->room_bytes);
-    must(bkv_gpu_host_take(&pinned, bench->cache_bytes / 2), "pinned memory");
+    gpu_must(bkv_gpu_host_take(&pinned, bench->cache_bytes / 2), "pinned memory");
     bench->pinned = pinned;
     memset(pinned, 1, bench->cache_bytes / 2);
     bkv_error_t err = {0};
@@ -281,18 +270,11 @@ static void memory_take(bench_t *bench) {
 }
 
 int main(int argc, char **argv) {
-    const char *out = NULL, *program = NULL;
-    static bench_t bench = {.turns = TURNS};
-    for (int i = 1; i < argc; i++) {
-        bench.turns = strcmp(argv[i], "--quick") == 0 ? 1 : bench.turns;
-        if (strcmp(argv[i], "--out") == 0 && i + 1 < argc) {
-            out = argv[++i];
-        } else if (strcmp(argv[i], "--daemon") == 0 && i + 1 < argc) {
-            program = argv[++i];
-        }
-    }
+    const gpu_options_t options = gpu_options(argc, argv);
+    static bench_t bench;
+    bench.turns = options.quick ? 1 : TURNS;
     ipc_daemon_t daemon;
-    ipc_daemon_start(&daemon, program != NULL ? program : ipc_daemon_program(), "4G"); // forks, so before CUDA is touched
+    ipc_daemon_start(&daemon, options.daemon ? options.daemon : ipc_daemon_program(), "4G"); // forks, so before CUDA is touched
     bench.client = ipc_client(&daemon, 60000);
     if (bkv_gpu_count() == 0) {
         printf("SKIPPED the bench of CUDA IPC: there is no CUDA device here\n");
@@ -306,7 +288,5 @@ int main(int argc, char **argv) {
     bkv_device_unshare(bench.shared);
     bkv_client_destroy(bench.client);
     ipc_daemon_stop(&daemon);
-    bkv_report_print(&bench.report);
-    bool written = !out || bkv_report_write(&bench.report, out);
-    return written && bkv_report_met(&bench.report) ? 0 : 1;
+    return gpu_report(&options, &bench.report);
 }
