@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """What a pool costs against a daemon alone, and what distance costs a Get. Prints a table, writes build/bench/bench-cluster.json.
 
-    bench.py [--blocks 96] [--rounds 5] [--gets 1000]
+    bench.py [--blocks 96] [--rounds 5] [--gets 1000] [--replicas 2]
 
-Throughput per core. One daemon alone and three in a pool do the same work for the same generator: for each daemon four threads that
-put blocks and get records, one at a time. All daemons of a side share one CPU, the generator has the other, and what counts is the
+Throughput per core. One daemon alone and three in a pool do the same work for the same generator: four threads that put blocks
+and get records, one at a time. All daemons of a side share one CPU, the generator has the other, and what counts is the
 payload that is served in a CPU second of the daemons, by the kernel's account: so it is fair that three of them have one CPU, and
 what else this machine does matters little. Sides alternate, and the median of the rounds is taken. Blocks are a worker's usual
-ones: bf16 for `balance` at rate 16, and each is put once and read four times. In the pool R = 2: each block is put at any daemon,
-compressed there, and given to two. Reads go either to any daemon, or by a client that routes by key. A pool of one shows what is
-owed to the threads of a cluster alone.
+ones: bf16 for `balance` at rate 16, and each is put once and read four times. In the pool each block is put at any daemon,
+compressed there, and given to its owners. Reads go either to any daemon, or by a client that routes by key. A pool of one shows
+what is owed to the threads of a cluster alone.
 
 Latency. One Get at a time at one daemon, of records that are here and of records that are at another. What distance may cost is
 one bare round trip, which the daemon measures itself (its small questions to that peer). On one machine that is mostly the work of
@@ -36,7 +36,7 @@ SPEC = dict(model="bench@1", layers=LAYERS, kv_heads=HEADS, key_dim=DIM, dtype=p
             codec=pb.CODEC_BALANCE, rate=RATE)
 BLOCK = LAYERS * HEADS * TOKENS * 2 * DIM * 2  # 4 MiB, of which 256 KiB are kept
 READS = 4  # of each block
-THREADS = 4  # for each daemon
+THREADS = 4
 DAEMON_CPU, OWN_CPU = 0, 1
 DELAY_MS = 20
 SLOW_MS = 100
@@ -63,7 +63,7 @@ class Side:
 
     def __init__(self, nodes):
         self.nodes, self.numbers = nodes, iter(range(1 << 40))
-        threads = range(THREADS * len(nodes))
+        threads = range(THREADS)
         self.clients = [[connect(node) for node in nodes] for _ in threads]
         self.routers = [[connect(nodes[0], route=True)] for _ in threads] if len(nodes) > 1 else self.clients
         self.content, self.lock = payload(), threading.Lock()
@@ -135,10 +135,10 @@ def round_of(side, blocks):
     return figures
 
 
-def throughput(rows, rounds, blocks):
+def throughput(rows, rounds, blocks, replicas):
     """One daemon alone, which has a network and a folder as the pool's have, and a pool of one, against three."""
     pin = ["taskset", "-c", str(DAEMON_CPU)]
-    with Pool(5, repair_delay="60s", arena="512M", staging="64M", level="warn") as pool:
+    with Pool(5, repair_delay="60s", arena="512M", staging="64M", level="warn", replicas=replicas) as pool:
         pool.nodes["n4"].options.update(etcd="")
         pool.nodes["n5"].options.update(cluster_name="one")
         for node in pool.nodes.values():
@@ -250,6 +250,7 @@ def main():
     parser.add_argument("--blocks", type=int, default=96, help="of a round of throughput")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gets", type=int, default=1000, help="of the comparison of latencies")
+    parser.add_argument("--replicas", type=int, default=2)
     options = parser.parse_args()
     quiet_signals()
     why = network.why_not()
@@ -259,7 +260,7 @@ def main():
     network.move_in()
     rows = []
     latency(rows, options.gets)
-    throughput(rows, options.rounds, options.blocks)
+    throughput(rows, options.rounds, options.blocks, options.replicas)
     return 0 if report.finish("bench-cluster", rows) else 1
 
 
