@@ -248,7 +248,7 @@ static void fill(group_t *group, const bkv_carry_config_t *config, size_t count)
 }
 
 static group_t *group_new(const bkv_carry_config_t *config, const bkv_repair_send_t *sends, size_t count) {
-    size_t errands = 0;
+    size_t errands = 1; // one more than there are: none is no lack of memory
     for (size_t i = 0; i < count; i++) {
         assert(sends[i].step.count > 0);
         errands += sends[i].step.count;
