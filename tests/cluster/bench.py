@@ -6,7 +6,8 @@
 Throughput per core. One daemon alone and three in a pool do the same work for the same generator: four threads that put blocks
 and get records, one at a time. All daemons of a side share one CPU, the generator has the other, and what counts is the
 payload that is served in a CPU second of the daemons, by the kernel's account: so it is fair that three of them have one CPU, and
-what else this machine does matters little. Sides alternate, and the median of the rounds is taken. Blocks are a worker's usual
+what else this machine does matters little. Their memory has been touched before, as that of a daemon that has run for a while has.
+Sides alternate, and the median of the rounds is taken. Blocks are a worker's usual
 ones: bf16 for `balance` at rate 16, and each is put once and read four times. In the pool each block is put at any daemon,
 compressed there, and given to its owners. Reads go either to any daemon, or by a client that routes by key. A pool of one shows
 what is owed to the threads of a cluster alone.
@@ -138,7 +139,7 @@ def round_of(side, blocks):
 def throughput(rows, rounds, blocks, replicas):
     """One daemon alone, which has a network and a folder as the pool's have, and a pool of one, against three."""
     pin = ["taskset", "-c", str(DAEMON_CPU)]
-    with Pool(5, repair_delay="60s", arena="512M", staging="64M", level="warn", replicas=replicas) as pool:
+    with Pool(5, repair_delay="60s", arena="512M", staging="64M", prefault="yes", level="warn", replicas=replicas) as pool:
         pool.nodes["n4"].options.update(etcd="")
         pool.nodes["n5"].options.update(cluster_name="one")
         for node in pool.nodes.values():

@@ -470,7 +470,8 @@ static void start(void) {
     peers.max_batch = MAX_BATCH;
     pthread_mutex_init(&peers.lock, NULL);
     pthread_cond_init(&peers.idle, NULL);
-    for (uint32_t i = 0; i < BKV_PEER_LANES; i++) {
+    peers.lane_count = 2;
+    for (uint32_t i = 0; i < peers.lane_count; i++) {
         peers.lanes[i].peers = &peers;
         pthread_mutex_init(&peers.lanes[i].lock, NULL);
     }

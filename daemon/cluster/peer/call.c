@@ -74,7 +74,7 @@ bkv_status_t bkv_peer_call_admit(bkv_peer_call_t *call, bkv_error_t *err) {
         bkv_peers_leave(peers);
         return status;
     }
-    call->lane = &peers->lanes[atomic_fetch_add(&peers->next_lane, 1) % BKV_PEER_LANES];
+    call->lane = &peers->lanes[atomic_fetch_add(&peers->next_lane, 1) % peers->lane_count];
     lane_add(call->lane, call);
     if (atomic_load(&peers->closing) || atomic_load(&call->peer->closed)) { // since the look at these, and after the cancels
         atomic_store(&call->cancelled, true);

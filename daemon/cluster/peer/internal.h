@@ -27,7 +27,7 @@
 #include <stdatomic.h>
 
 #define BKV_PEER_SERVICE   "/balancekv.cluster.v1.Peer/"
-#define BKV_PEER_LANES     2
+#define BKV_PEER_LANES     4    // at most
 #define BKV_PEER_CALLS_MAX 1024 // in flight to one peer; more are refused with BUSY
 #define BKV_PEER_BUCKETS   1024 // of the table
 
@@ -55,7 +55,7 @@ struct bkv_peers {
     struct bkv_peers_verbs *verbs; // verbs.c's: the device; NULL: none
 
     bkv_peer_lane_t lanes[BKV_PEER_LANES];
-    uint32_t lanes_running;
+    uint32_t lane_count, lanes_running;
     _Atomic uint32_t next_lane;
     bkv_peers_counters_t counters; // gauges are in use as well
 

@@ -9,6 +9,7 @@
 #include "proto/handover.h"
 
 #include <signal.h>
+#include <unistd.h>
 
 #define LOOKS        16 // within the timeout
 #define LOOK_MOST_MS 100
@@ -56,8 +57,15 @@ static int thread_start(bkv_peer_lane_t *lane) {
     return error;
 }
 
+// Fewer than CPUs: all of gRPC's queues wait on one set of descriptors, so that each thread more is woken for what is another's and
+// hands it on. On two CPUs a second lane costs a pool 8 % of its work a CPU second (make bench-cluster).
+static uint32_t lanes_for(long cpus) {
+    return cpus < 8 ? 1 : cpus < 32 ? 2 : BKV_PEER_LANES;
+}
+
 bkv_status_t bkv_peer_lanes_start(bkv_peers_t *peers, bkv_error_t *err) {
-    for (uint32_t i = 0; i < BKV_PEER_LANES; i++) {
+    peers->lane_count = lanes_for(sysconf(_SC_NPROCESSORS_ONLN));
+    for (uint32_t i = 0; i < peers->lane_count; i++) {
         bkv_peer_lane_t *lane = &peers->lanes[i];
         lane->peers = peers;
         lane->completions = grpc_completion_queue_create_for_next(NULL);
