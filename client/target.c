@@ -1,10 +1,10 @@
 // target.c - checks endpoint and TLS options, and makes channels. Calls over them are call.c's.
 #include "target.h"
 
+#include "proto/address.h"
 #include "proto/pem.h"
 
 #include <assert.h>
-#include <ctype.h>
 #include <grpc/grpc_security.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,27 +40,11 @@ static bkv_status_t check_unix(const char *path, bkv_error_t *err) {
     return BKV_OK;
 }
 
-static bool port_valid(const char *text) {
-    unsigned port = 0;
-    for (size_t i = 0; text[i] != '\0'; i++) {
-        if (!isdigit((unsigned char)text[i]) || i >= 5) {
-            return false;
-        }
-        port = port * 10 + (unsigned)(text[i] - '0');
-    }
-    return port >= 1 && port <= 65535;
-}
-
-// "host:port", "1.2.3.4:port" or "[v6]:port". Anything else gRPC might take for one of its own URI schemes.
 static bkv_status_t check_tcp(const char *endpoint, bkv_error_t *err) {
-    const char *colon = strrchr(endpoint, ':');
-    size_t host = colon != NULL ? (size_t)(colon - endpoint) : 0;
-    bool bracketed = host > 2 && endpoint[0] == '[' && endpoint[host - 1] == ']';
-    bool plain = host > 0 && strcspn(endpoint, ":[]/ ") == host;
-    if (!bracketed && !plain) {
+    if (!bkv_address_has_host(endpoint)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoint: \"%s\" is neither unix:/path nor host:port", endpoint);
     }
-    if (!port_valid(colon + 1)) {
+    if (!bkv_address_has_port(endpoint)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoint: \"%s\" has no port between 1 and 65535", endpoint);
     }
     return BKV_OK;

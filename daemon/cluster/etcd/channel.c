@@ -1,9 +1,9 @@
 // channel.c - checks the options, reads the TLS files, makes a channel for each endpoint.
 #include "daemon/cluster/etcd/internal.h"
 
+#include "proto/address.h"
 #include "proto/pem.h"
 
-#include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/un.h>
@@ -29,29 +29,14 @@ static bool set(const char *text) {
 
 // ---- endpoints ----
 
-static bool port_valid(const char *text) {
-    unsigned port = 0;
-    for (size_t i = 0; text[i] != '\0'; i++) {
-        if (!isdigit((unsigned char)text[i]) || i >= 5) {
-            return false;
-        }
-        port = port * 10 + (unsigned)(text[i] - '0');
-    }
-    return port >= 1 && port <= 65535;
-}
-
-// "host:port", "1.2.3.4:port", "[v6]:port" or "unix:/path". Anything else gRPC might take for one of its own URI schemes.
+// "host:port" or "unix:/path".
 static bkv_status_t check_endpoint(const char *endpoint, bkv_error_t *err) {
     if (strncmp(endpoint, "unix:/", 6) == 0) {
         return strlen(endpoint) - 5 < sizeof(((struct sockaddr_un *)NULL)->sun_path)
                    ? BKV_OK
                    : bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoints: the path in \"%s\" is too long", endpoint);
     }
-    const char *colon = strrchr(endpoint, ':');
-    size_t host = colon != NULL ? (size_t)(colon - endpoint) : 0;
-    bool bracketed = host > 2 && endpoint[0] == '[' && endpoint[host - 1] == ']';
-    bool plain = host > 0 && strcspn(endpoint, ":[]/ ") == host;
-    if ((!bracketed && !plain) || !port_valid(colon + 1)) {
+    if (!bkv_address_has_host(endpoint) || !bkv_address_has_port(endpoint)) {
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "endpoints: \"%s\" is neither host:port nor unix:/path", endpoint);
     }
     return BKV_OK;

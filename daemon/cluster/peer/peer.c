@@ -3,8 +3,8 @@
 
 #include "daemon/cluster/peer/verbs.h"
 #include "daemon/observe/log.h"
+#include "proto/address.h"
 
-#include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,29 +23,9 @@
 
 // ---- address ----
 
-static bool port_valid(const char *text) {
-    unsigned port = 0;
-    for (size_t i = 0; text[i] != '\0'; i++) {
-        if (!isdigit((unsigned char)text[i]) || i >= 5) {
-            return false;
-        }
-        port = port * 10 + (unsigned)(text[i] - '0');
-    }
-    return port >= 1 && port <= 65535;
-}
-
-// "host:port", "1.2.3.4:port" or "[v6]:port". Anything else gRPC might take for one of its own URI schemes.
-static bool address_valid(const char *address) {
-    const char *colon = strrchr(address, ':');
-    size_t host = colon != NULL ? (size_t)(colon - address) : 0;
-    bool bracketed = host > 2 && address[0] == '[' && address[host - 1] == ']';
-    bool plain = host > 0 && strcspn(address, ":[]/ ") == host;
-    return (bracketed || plain) && port_valid(colon + 1);
-}
-
 static const char *address_of(const bkv_member_t *member) {
     for (uint32_t i = 0; i < member->address_count; i++) {
-        if (address_valid(member->addresses[i])) {
+        if (bkv_address_has_host(member->addresses[i]) && bkv_address_has_port(member->addresses[i])) {
             return member->addresses[i];
         }
     }
