@@ -8,6 +8,7 @@ from harness import Daemon, eventually, key, payload, pb, run, wire
 from support.etcd import Etcd, free_port
 
 LEASE_S = 1
+PEER_TIMEOUT_S = 1
 MOVED_S = 30.0  # the longest that a repair of these few blocks may take on a busy machine
 BLOCKS = 120
 
@@ -18,7 +19,7 @@ class Node:
     def __init__(self, name, etcd, delay, **options):
         self.name, port = name, free_port()
         self.daemon = Daemon(node=name, etcd=etcd.endpoint, tcp=f"127.0.0.1:{port}", lease=f"{LEASE_S}s",
-                             peer_timeout="1s", repair_delay=delay, **{"arena": "64M", **options})
+                             peer_timeout=f"{PEER_TIMEOUT_S}s", repair_delay=delay, **{"arena": "64M", **options})
         self.client, self.local = wire.Client(f"127.0.0.1:{port}"), wire.Client(self.daemon.target)
 
     def start(self):

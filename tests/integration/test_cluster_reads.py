@@ -8,7 +8,7 @@ import grpc
 import harness
 from harness import Code, HEADS, KEY_DIM, LAYERS, TOKENS, VALUE_DIM, eventually, key, np, payload, pb, record, run
 from support.window import Window
-from test_cluster_moves import Pool
+from test_cluster_moves import PEER_TIMEOUT_S, Pool
 
 RAW_BYTES = LAYERS * HEADS * TOKENS * (KEY_DIM + VALUE_DIM) * 2
 
@@ -160,14 +160,19 @@ class Reads(Pool):
         self.settle()  # before, a Lookup waits for all who may have it
         self.nodes["b"].daemon.signal(signal.SIGSTOP)
         try:
-            longest = 0.0
-            for name in ("a", "c") * 3:
+            took = []
+            for name in ("a", "c") * 4:
                 began = time.monotonic()
                 self.assertEqual(self.nodes[name].client.get(self.spec_id, keys), want)
                 self.assertEqual(self.nodes[name].client.lookup(self.spec_id, [key(9000 + n) for n in range(50)]).prefix, 0)
-                longest = max(longest, time.monotonic() - began)
-            print(f"   with one of three stopped: a Get and a Lookup took {longest * 1000:.0f} ms at most")
-            self.assertLess(longest, 1.0)
+                took.append(time.monotonic() - began)
+            took.sort()
+            print(f"   with one of three stopped: a Get and a Lookup took {took[len(took) // 2] * 1000:.0f} ms, "
+                  f"{took[-1] * 1000:.0f} ms at most")
+            # Each of the two may wait for its timeout once, should the lease end meanwhile: then blocks are to be moved, and a
+            # Lookup waits for all who may have them, until b is known to be silent.
+            self.assertLess(took[len(took) // 2], PEER_TIMEOUT_S / 2)
+            self.assertLess(took[-1], PEER_TIMEOUT_S + 1.0)
         finally:
             self.nodes["b"].daemon.signal(signal.SIGCONT)
 
