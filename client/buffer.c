@@ -1,5 +1,5 @@
 // buffer.c - see buffer.h. Each buffer is preceded by a 64-byte head that says where it came from.
-#include "buffer.h"
+#include "client/buffer.h"
 
 #include <pthread.h>
 #include <stdbool.h>

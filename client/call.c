@@ -1,7 +1,6 @@
-// call.c - drives a call: attempts, retries, the result, and who is told. What is sent and received is up to the operations
-// (unary.c, put.c, get.c, attend.c), when to sleep and what to cancel to client.c, which thread runs this to drive.c, where to go
-// to endpoint.c.
-#include "client.h"
+// call.c - drives a call: attempts, retries, the result, and who is told. What is sent and received is up to operations/,
+// where to go to endpoints/, when to sleep and what to cancel to client.c, which thread runs this to drive.c.
+#include "client/client.h"
 #include "proto/handover.h"
 
 #include <assert.h>

@@ -11,9 +11,9 @@
 #ifndef BKV_CLIENT_CALL_H
 #define BKV_CLIENT_CALL_H
 
-#include "balancekv.h"
-#include "window.h"
-#include "wire.h"
+#include "client/balancekv.h"
+#include "client/memory/window.h"
+#include "client/wire.h"
 
 #include <grpc/grpc.h>
 #include <pthread.h>
@@ -53,7 +53,7 @@ typedef struct bkv_call_kind {
     void (*finish)(bkv_call_t *call);
     // Frees what the operation owns. Optional.
     void (*clean)(bkv_call_t *call);
-    // In the place of a first attempt, of a call that is made of others (route.h). Optional.
+    // In the place of a first attempt, of a call that is made of others (endpoints/route.h). Optional.
     void (*start)(bkv_call_t *call);
 } bkv_call_kind_t;
 
@@ -94,9 +94,9 @@ struct bkv_call {
     grpc_slice request;   // empty where kind->next makes the messages
     uint64_t place_bytes; // where `places`: moved in one piece
     bkv_error_t error;    // of the latest attempt; in the end the result
-    bool places;          // moves payloads or records, through memory shared with the daemon where that makes sense (link.h)
+    bool places; // moves payloads or records, through memory shared with the daemon where that makes sense (memory/link.h)
 
-    // Where it goes (endpoint.h). Written by whoever drives the call, under the client's lock.
+    // Where it goes (endpoints/endpoint.h). Written by whoever drives the call, under the client's lock.
     bool bound;                                     // goes nowhere else than where it went
     bool moving;                                    // the attempt was cancelled, so that the call can go elsewhere
     bkv_client_endpoint_t *endpoint;                // of the attempt, or the next

@@ -2,14 +2,20 @@
 // were opened.
 //
 // One lock protects all of it. It is a leaf: gRPC is never called, and no other lock taken, while it is held.
+//
+// This room is the course of a call and what all calls use. Beside it:
+//   operations/  Open, Put, Get, ...: what is sent, and what comes back
+//   endpoints/   which daemons there are, which of them work, and which a call goes to
+//   memory/      memory shared with a daemon, through which payloads and records move without messages
+//   device/      a worker's GPU memory
 #ifndef BKV_CLIENT_CLIENT_H
 #define BKV_CLIENT_CLIENT_H
 
-#include "buffer.h"
-#include "call.h"
-#include "endpoint.h"
-#include "pool.h"
-#include "route.h"
+#include "client/buffer.h"
+#include "client/call.h"
+#include "client/endpoints/endpoint.h"
+#include "client/endpoints/route.h"
+#include "client/pool.h"
 
 // Where a spec is open, as far as we know.
 typedef struct bkv_client_opened {
@@ -54,7 +60,7 @@ struct bkv_client {
     bkv_client_route_t route;
     bool closing; // no new attempts
 
-    // Looking after the endpoints (watch.c).
+    // Looking after the endpoints (endpoints/watch.c).
     _Atomic uint64_t watch_ns; // when there is something to do; UINT64_MAX: nothing
     uint64_t tick_ns;          // the next look at the calls; UINT64_MAX: none
     uint32_t quiet_ticks;
@@ -112,7 +118,7 @@ void bkv_client_cancel(bkv_client_t *client, const bkv_queue_t *queue);
 // Of a response to a call: which boot of its endpoint it came from, and that the call's spec is open there.
 void bkv_client_saw_epoch(bkv_client_t *client, const bkv_call_t *call, uint64_t boot_epoch);
 
-// specs.c. The lock must be held for these two. Opened: what is known of the spec at an endpoint.
+// operations/specs.c. The lock must be held for these two. Opened: what is known of the spec at an endpoint.
 bkv_client_spec_t *bkv_client_spec_find(bkv_client_t *client, const bkv_spec_id_t *id);
 bkv_client_opened_t bkv_client_spec_opened(const bkv_client_spec_t *spec, const bkv_client_endpoint_t *endpoint);
 void bkv_client_specs_free(bkv_client_t *client);
@@ -131,7 +137,7 @@ uint64_t bkv_client_spec_bf16(bkv_client_t *client, const bkv_spec_id_t *id, siz
 // The answer to an Open that call.c made again: BKV_OK with *boot_epoch, and the spec is known to be open at it.
 bkv_status_t bkv_client_spec_reopened(bkv_call_t *call, grpc_byte_buffer *message, uint64_t *boot_epoch, bkv_error_t *err);
 
-// put.c. Takes in the answer to a Put of `count` blocks, whose keys key_of knows; results may be NULL.
+// operations/put.c. Takes in the answer to a Put of `count` blocks, whose keys key_of knows; results may be NULL.
 typedef const bkv_key_t *(*bkv_client_put_key_t)(const bkv_call_t *call, size_t i);
 bkv_status_t bkv_client_put_results(bkv_call_t *call, grpc_byte_buffer *message, bkv_client_put_key_t key_of, size_t count,
                                     bkv_put_result_t *results, bkv_error_t *err);

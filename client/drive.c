@@ -9,7 +9,7 @@
 //
 // A caller that drives cannot be held up by a daemon that does not read: gRPC's sockets do not block, what is half-way into one
 // waits in an attempt of its own (call.h), and gRPC's timers end the wait of whoever polls.
-#include "client.h"
+#include "client/client.h"
 #include "proto/handover.h"
 
 #include <assert.h>

@@ -1,5 +1,5 @@
 // keys.c - block keys (SHA-256 chains), their hex form and the library's version: the parts of the client without a network.
-#include "balancekv.h"
+#include "client/balancekv.h"
 
 #include <assert.h>
 #include <openssl/evp.h>

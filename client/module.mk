@@ -2,7 +2,7 @@
 CLIENT_PC := grpc libprotobuf-c libcrypto libxxhash libibverbs
 BKV_PC := jansson
 BKV_SRC := $(wildcard client/bkv/*.c)
-CLIENT_SRC := $(wildcard client/*.c)
+CLIENT_SRC := $(wildcard client/*.c) $(foreach room,operations endpoints memory device,$(wildcard client/$(room)/*.c))
 CLIENT_OBJ := $(CLIENT_SRC:%.c=$(BUILD)/obj/%.o)
 BKV_OBJ := $(BKV_SRC:%.c=$(BUILD)/obj/%.o)
 SOVERSION := 0

@@ -1,5 +1,5 @@
 // pool.c - see pool.h. The free buffers are a list, latest first: what was just sent is still in the cache.
-#include "pool.h"
+#include "client/pool.h"
 #include "proto/handover.h"
 
 #include <assert.h>

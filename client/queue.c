@@ -1,7 +1,7 @@
 // queue.c - the completion queue of the asynchronous calls: what is done waits here until it is polled, an eventfd says so.
 //
 // The queue is bounded by counting: a call is admitted only if fewer than `depth` are in flight or waiting to be polled.
-#include "client.h"
+#include "client/client.h"
 
 #include <assert.h>
 #include <errno.h>

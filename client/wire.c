@@ -1,5 +1,5 @@
 // wire.c - packing and unpacking of messages. What is in them is the operations' business (unary.c, put.c, get.c).
-#include "wire.h"
+#include "client/wire.h"
 
 #include <grpc/byte_buffer_reader.h>
 #include <stdlib.h>

@@ -2,9 +2,9 @@
 #ifndef BKV_CLIENT_WIRE_H
 #define BKV_CLIENT_WIRE_H
 
-#include "balancekv.h"
 #include "balancekv.pb-c.h"
-#include "window.h"
+#include "client/balancekv.h"
+#include "client/memory/window.h"
 
 #include <grpc/byte_buffer.h>
 #include <grpc/slice.h>

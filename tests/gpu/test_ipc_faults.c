@@ -4,7 +4,7 @@
 // It runs itself again as the worker that is to die: test_ipc_faults --worker export|put ENDPOINT.
 #include "ipc_rig.h"
 
-#include "client/device.h"
+#include "client/device/device.h"
 
 #include <dirent.h>
 #include <errno.h>

@@ -1,5 +1,5 @@
 // A window's regions against a model, their holders, and quarantine. The memory is plain here: no kind, no daemon.
-#include "client/window.h"
+#include "client/memory/window.h"
 
 #include <criterion/criterion.h>
 #include <pthread.h>
