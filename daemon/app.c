@@ -176,6 +176,7 @@ static bkv_status_t start_server(bkv_app_t *app, bkv_error_t *err) {
         .threads = rpc_threads(config),
         .max_calls = config->limits_max_calls,
         .max_batch = config->limits_max_batch,
+        .peer_batch = BKV_PEER_BATCH,
         .max_message = config->limits_max_message,
         .max_block = config->limits_max_block,
         .op_timeout_ms = config->limits_op_timeout,

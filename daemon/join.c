@@ -90,7 +90,7 @@ static bkv_peers_config_t get_peers(const bkv_config_t *config, bkv_store_t *sto
         .tls_key = config->listen_tls_key,
         .tls_name = config->cluster_peer_name,
         .timeout_ms = (uint32_t)config->cluster_peer_timeout,
-        .max_batch = config->limits_max_batch,
+        .max_batch = BKV_PEER_BATCH,
         .verbs_device = config->transport_verbs,
         .verbs_port = config->transport_verbs_port,
         .verbs_gid = bkv_config_verbs_gid(config),

@@ -22,7 +22,7 @@
 struct bkv_intake {
     bkv_store_t *store;
     const bkv_model_table_t *models;
-    uint32_t max_batch;
+    uint32_t records_most;
     uint32_t *codes; // [room]
     uint32_t count, room;
     uint64_t bytes_taken;
@@ -37,12 +37,12 @@ struct bkv_intake {
     _Alignas(BKV_RECORD_ALIGN) bkv_record_header_t header;
 };
 
-bkv_intake_t *bkv_intake_create(bkv_store_t *store, const bkv_model_table_t *models, uint32_t max_batch) {
+bkv_intake_t *bkv_intake_create(bkv_store_t *store, const bkv_model_table_t *models, uint32_t records_most) {
     bkv_intake_t *intake = aligned_alloc(BKV_RECORD_ALIGN, sizeof(*intake));
     if (intake == NULL) {
         return NULL;
     }
-    *intake = (bkv_intake_t){.store = store, .models = models, .max_batch = max_batch, .sum = bkv_sum_create()};
+    *intake = (bkv_intake_t){.store = store, .models = models, .records_most = records_most, .sum = bkv_sum_create()};
     if (intake->sum == NULL) {
         bkv_intake_destroy(intake);
         return NULL;
@@ -241,8 +241,8 @@ static void settle_short(bkv_intake_t *intake) {
 }
 
 static bkv_status_t add_code(bkv_intake_t *intake, bkv_error_t *err) {
-    if (intake->count == intake->max_batch) {
-        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "record: one more than max_batch %" PRIu32, intake->count);
+    if (intake->count == intake->records_most) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "record: one more than %" PRIu32, intake->count);
     }
     if (intake->count == intake->room) {
         uint32_t room = intake->room == 0 ? FIRST_ROOM : 2 * intake->room;

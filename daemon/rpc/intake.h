@@ -15,13 +15,13 @@
 typedef struct bkv_intake bkv_intake_t;
 
 // models: where the spec of a record is open, its tenant must be that spec's. Both outlive the intake. NULL: no memory.
-bkv_intake_t *bkv_intake_create(bkv_store_t *store, const bkv_model_table_t *models, uint32_t max_batch);
+bkv_intake_t *bkv_intake_create(bkv_store_t *store, const bkv_model_table_t *models, uint32_t records_most);
 
 // Gives up what has not come completely. NULL: nothing.
 void bkv_intake_destroy(bkv_intake_t *intake);
 
 // The next message. A failure ends the stream, though what came before has been taken in. INVALID_ARGUMENT: no StoreRequest, or
-// data that belong to no record; RESOURCE_EXHAUSTED: one record more than max_batch, or no memory.
+// data that belong to no record; RESOURCE_EXHAUSTED: one record more than records_most, or no memory.
 bkv_status_t bkv_intake_take(bkv_intake_t *intake, grpc_byte_buffer *message, bkv_bump_t *bump, uint64_t now_ms,
                              bkv_error_t *err);
 

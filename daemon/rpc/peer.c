@@ -115,8 +115,8 @@ bkv_status_t bkv_peer_names(const bkv_server_t *server, const ProtobufCBinaryDat
         return bkv_fail(err, BKV_INVALID_ARGUMENT, "names: %zu bytes are not one or more names of %d bytes", bytes->len,
                         BKV_NAME_BYTES);
     }
-    if (found > server->config.max_batch) {
-        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "names: %zu are more than max_batch %u", found, server->config.max_batch);
+    if (found > server->config.peer_batch) {
+        return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "names: %zu are more than %u", found, server->config.peer_batch);
     }
     *names = (const bkv_name_t *)(const void *)bytes->data;
     *count = (uint32_t)found;

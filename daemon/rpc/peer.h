@@ -17,7 +17,7 @@ bool bkv_call_is_operator(const bkv_call_t *call, bkv_error_t *err);
 const ProtobufCMessage *bkv_peer_request(bkv_call_t *call, const ProtobufCMessageDescriptor *type, bkv_bump_t *bump);
 
 // Names as they go from daemon to daemon, 48 bytes each; *names lies where the request's bytes do. INVALID_ARGUMENT: these are not
-// 1 or more names; RESOURCE_EXHAUSTED: more than max_batch.
+// 1 or more names; RESOURCE_EXHAUSTED: more than peer_batch.
 bkv_status_t bkv_peer_names(const bkv_server_t *server, const ProtobufCBinaryData *bytes, const bkv_name_t **names,
                             uint32_t *count, bkv_error_t *err);
 

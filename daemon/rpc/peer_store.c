@@ -58,7 +58,7 @@ void bkv_handle_peer_store(bkv_call_t *call, bkv_bump_t *bump) {
         bkv_call_fail(call, &error);
         return;
     }
-    call->body = bkv_intake_create(config->store, bkv_pipeline_models(config->pipeline), config->max_batch);
+    call->body = bkv_intake_create(config->store, bkv_pipeline_models(config->pipeline), config->peer_batch);
     call->body_free = intake_free;
     if (call->body == NULL) {
         bkv_fail(&error, BKV_RESOURCE_EXHAUSTED, "request: no memory for it");

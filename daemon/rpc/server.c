@@ -62,7 +62,8 @@ static void wait_idle(bkv_server_t *server) {
 }
 
 size_t bkv_server_request_most(const bkv_server_t *server) {
-    return REQUEST_BASE + REQUEST_PER_KEY * server->config.max_batch;
+    const bkv_server_config_t *config = &server->config;
+    return REQUEST_BASE + REQUEST_PER_KEY * (config->max_batch > config->peer_batch ? config->max_batch : config->peer_batch);
 }
 
 // ---- workers ----
@@ -308,7 +309,8 @@ static bkv_status_t server_begin(bkv_server_t *server, bkv_error_t *err) {
 }
 
 bkv_status_t bkv_server_start(const bkv_server_config_t *config, bkv_server_t **server_out, bkv_error_t *err) {
-    assert(config->pipeline != NULL && config->store != NULL && config->max_calls > 0 && config->max_batch > 0);
+    assert(config->pipeline != NULL && config->store != NULL && config->max_calls > 0 && config->max_batch > 0 &&
+           config->peer_batch > 0);
     bkv_server_t *server = server_new(config);
     if (server == NULL) {
         return bkv_fail(err, BKV_RESOURCE_EXHAUSTED, "no memory for the server");

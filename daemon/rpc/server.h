@@ -27,7 +27,8 @@ typedef struct bkv_server_config {
     const char *tcp; // NULL or "": no TCP
     bool insecure;
     const char *tls_cert, *tls_key, *tls_client_ca; // NULL or "": none
-    uint32_t threads, max_calls, max_batch;
+    uint32_t threads, max_calls;
+    uint32_t max_batch, peer_batch; // names of one call: a client's, another daemon's
     uint64_t max_message, max_block;
     uint64_t op_timeout_ms;
 } bkv_server_config_t;

@@ -202,7 +202,7 @@ static void fuzz_fold(const ProtobufCMessage *message, bkv_bump_t *bump) {
 
 // Names that are taken are whole, and as they were sent.
 static void check_names(const ProtobufCBinaryData *bytes) {
-    const bkv_server_t server = {.config = {.max_batch = MAX_BATCH}};
+    const bkv_server_t server = {.config = {.max_batch = MAX_BATCH, .peer_batch = MAX_BATCH}};
     const bkv_name_t *names;
     uint32_t count;
     bkv_error_t err;

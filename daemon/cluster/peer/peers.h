@@ -28,6 +28,9 @@ typedef struct bkv_peers bkv_peers_t;
 typedef struct bkv_peer bkv_peer_t;
 typedef struct bkv_peer_call bkv_peer_call_t;
 
+// Names in one message, and records in one Store, among daemons: the same for all, whatever limits.max_batch each of them has.
+#define BKV_PEER_BATCH 1024u
+
 typedef struct bkv_peers_config {
     bkv_store_t *store;             // outlives the peers: Store reads from it, one-sided reads need it registered
     const char *self;               // this daemon's id
@@ -35,7 +38,7 @@ typedef struct bkv_peers_config {
     const char *tls_cert, *tls_key; // this daemon's own
     const char *tls_name;           // the DNS name that every member's certificate carries
     uint32_t timeout_ms;            // see above
-    uint32_t max_batch;             // names in one message; larger questions are split
+    uint32_t max_batch;             // names in one message: BKV_PEER_BATCH; larger questions are split
     const char *verbs_device;       // "auto", "off" or a name, as of [transport]; with its port and GID
     uint32_t verbs_port;
     int verbs_gid;

@@ -43,6 +43,7 @@ static void start_daemon(const fake_place_t *place, uint64_t epoch) {
         .threads = 1,
         .max_calls = 256,
         .max_batch = 64,
+        .peer_batch = 64,
         .max_message = 80 << 20,
         .max_block = 4 << 20,
         .op_timeout_ms = 30000,

@@ -49,6 +49,7 @@ void peer_daemon_init(peer_daemon_t *daemon, bkv_server_config_t *config) {
         .threads = 2,
         .max_calls = 64,
         .max_batch = 64,
+        .peer_batch = 64,
         .max_message = 8 << 20,
         .max_block = 32 << 20,
         .op_timeout_ms = 10000,

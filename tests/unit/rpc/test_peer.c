@@ -58,7 +58,7 @@ Test(rpc_peer, names_are_whole_and_not_too_many) {
     } cases[] = {{0, GRPC_STATUS_INVALID_ARGUMENT, "names: 0 bytes"},
                  {47, GRPC_STATUS_INVALID_ARGUMENT, "names: 47 bytes"},
                  {49, GRPC_STATUS_INVALID_ARGUMENT, "names: 49 bytes"},
-                 {sizeof(names), GRPC_STATUS_RESOURCE_EXHAUSTED, "max_batch 64"},
+                 {sizeof(names), GRPC_STATUS_RESOURCE_EXHAUSTED, "more than 64"},
                  {64 * sizeof(names[0]), GRPC_STATUS_OK, ""}};
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         grpc_status_code code;

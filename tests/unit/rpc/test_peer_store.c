@@ -419,7 +419,7 @@ Test(rpc_peer_store, one_record_more_than_a_batch_ends_the_stream) {
     for (uint32_t i = 0; i < 65; i++) {
         send_number(&f, 1, f.record, f.length);
     }
-    expect_failure(&f, GRPC_STATUS_RESOURCE_EXHAUSTED, "max_batch 64");
+    expect_failure(&f, GRPC_STATUS_RESOURCE_EXHAUSTED, "more than 64");
     start(&f);
     for (uint32_t i = 0; i < 64; i++) {
         cr_assert(send_number(&f, 1, f.record, f.length));

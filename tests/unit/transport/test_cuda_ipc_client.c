@@ -38,6 +38,7 @@ static void serve(world_t *world, uint64_t epoch) {
         .threads = 1,
         .max_calls = 64,
         .max_batch = 16,
+        .peer_batch = 16,
         .max_message = 8 << 20,
         .max_block = 8 << 20,
         .op_timeout_ms = 20000,
