@@ -67,6 +67,23 @@ class Reads(Pool):
             self.assertEqual(node.stat("peer_fetched_total") - before[1], len(theirs))
             self.assertLessEqual(node.stat("peer_calls_total") - before[0], 4, "two owners, and perhaps a hedge to each")
 
+    def test_a_member_may_have_smaller_limits_than_the_others(self):
+        self.add("d", max_batch=8)
+        self.wait_for_members()
+        self.settle()
+        keys = self.put_blocks(60)
+        theirs = [one for one in keys if self.nodes["d"].have([self.spec_id + one])]
+        self.assertGreater(len(theirs), 16, "d owns more than it takes in one call")
+        want = self.nodes["a"].client.get(self.spec_id, keys)
+        for name in ("b", "c"):  # one of them has to ask d, the other owner being the third
+            self.assertEqual(self.nodes[name].client.get(self.spec_id, keys), want)
+            self.assertEqual(self.nodes[name].client.lookup(self.spec_id, keys).prefix, len(keys))
+        with self.assertRaises(grpc.RpcError) as caught:
+            self.nodes["d"].client.get(self.spec_id, keys[:9])
+        self.assertEqual(caught.exception.code(), Code.RESOURCE_EXHAUSTED)
+        self.assertEqual(self.nodes["a"].client.drop(self.spec_id, keys), 60)
+        self.assertEqual(self.nodes["d"].have(self.names), set())
+
     def test_nobody_is_asked_for_what_is_here(self):
         keys = self.put_blocks(30)
         for name, theirs in self.strangers(keys).items():
@@ -171,7 +188,7 @@ class Reads(Pool):
                   f"{took[-1] * 1000:.0f} ms at most")
             # Each of the two may wait for its timeout once, should the lease end meanwhile: then blocks are to be moved, and a
             # Lookup waits for all who may have them, until b is known to be silent.
-            self.assertLess(took[len(took) // 2], PEER_TIMEOUT_S / 2)
+            self.assertLess(took[len(took) // 2], 0.8 * PEER_TIMEOUT_S)
             self.assertLess(took[-1], PEER_TIMEOUT_S + 1.0)
         finally:
             self.nodes["b"].daemon.signal(signal.SIGCONT)
