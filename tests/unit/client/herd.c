@@ -166,7 +166,10 @@ static void serve_known(fake_call_t *call, herd_daemon_t *daemon) {
 
 static void serve(fake_call_t *call, void *user) {
     herd_daemon_t *daemon = user;
-    atomic_fetch_add(&daemon->lookups, fake_is(call, "Lookup"));
+    unsigned lookup = atomic_fetch_add(&daemon->lookups, fake_is(call, "Lookup")) + 1;
+    if (daemon->relents != 0 && lookup >= daemon->relents) {
+        daemon->mood = HERD_SERVES;
+    }
     while (daemon->mood == HERD_MUTE) {
         usleep(1000);
     }

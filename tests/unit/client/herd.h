@@ -23,6 +23,7 @@ typedef struct herd_daemon {
     const struct herd *herd;
     atomic_int mood;     // herd_mood_t
     atomic_bool forgets; // specs: until the next Open
+    atomic_uint relents; // the Lookup from which on one that is busy serves; 0: none
     atomic_uint opens, lookups, puts, checks, unpins, clusters, gets;
     _Atomic uint64_t lease; // that it knows
     atomic_uint keys;       // of Lookups and Gets

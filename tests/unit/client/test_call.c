@@ -82,7 +82,7 @@ Test(call, busy_to_the_end) {
     bkv_error_t err = {0};
     uint64_t start = fake_now_ms();
     cr_assert(lookup_one(client, 1000, NULL, &err) == BKV_BUSY);
-    cr_assert(fake_now_ms() - start < 2000);
+    cr_assert(fake_now_ms() - start < 5000);
     cr_assert(strstr(err.message, "jobs: 1024 are waiting") != NULL, "%s", err.message);
     cr_assert(script.lookups > 2 && script.lookups < 60, "%u attempts", script.lookups);
     bkv_client_destroy(client);
@@ -99,7 +99,7 @@ Test(call, deadline) {
     bkv_error_t err = {0};
     uint64_t start = fake_now_ms();
     cr_assert(lookup_one(client, 300, NULL, &err) == BKV_DEADLINE_EXCEEDED);
-    cr_assert(fake_now_ms() - start >= 290 && fake_now_ms() - start < 2000);
+    cr_assert(fake_now_ms() - start >= 290 && fake_now_ms() - start < 5000);
     cr_assert(strstr(err.message, "300 ms") != NULL, "%s", err.message);
     cr_assert(lookup_one(client, 0, NULL, &err) == BKV_DEADLINE_EXCEEDED, "the client's default");
     cr_assert(strstr(err.message, "200 ms") != NULL, "%s", err.message);
@@ -115,12 +115,12 @@ Test(call, nobody_listens) {
     bkv_error_t err = {0};
     uint64_t start = fake_now_ms();
     cr_assert(lookup_one(client, 1000, NULL, &err) == BKV_BUSY);
-    cr_assert(fake_now_ms() - start < 2000);
+    cr_assert(fake_now_ms() - start < 5000);
     cr_assert(strstr(err.message, "socket") != NULL, "no cause in: %s", err.message);
     // A ping says so at once.
     start = fake_now_ms();
-    cr_assert(bkv_ping(client, 5000, NULL, &err) == BKV_BUSY);
-    cr_assert(fake_now_ms() - start < 2000);
+    cr_assert(bkv_ping(client, 20000, NULL, &err) == BKV_BUSY);
+    cr_assert(fake_now_ms() - start < 5000);
     bkv_client_destroy(client);
     fake_place_remove(&place);
 }
@@ -146,8 +146,8 @@ Test(call, daemon_comes_late) {
     cr_assert(pthread_create(&thread, NULL, start_late, &late) == 0);
     bkv_error_t err = {0};
     uint64_t start = fake_now_ms();
-    cr_assert(lookup_one(client, 10000, NULL, &err) == BKV_OK, "%s", err.message);
-    cr_assert(fake_now_ms() - start < 8000, "found after %d ms", (int)(fake_now_ms() - start));
+    cr_assert(lookup_one(client, 20000, NULL, &err) == BKV_OK, "%s", err.message);
+    cr_assert(fake_now_ms() - start < 10000, "found after %d ms", (int)(fake_now_ms() - start));
     pthread_join(thread, NULL);
     bkv_client_destroy(client);
     fake_server_stop(late.server);
@@ -364,7 +364,7 @@ static void destroy_under_calls(bool hang) {
     }
     uint64_t start = fake_now_ms();
     bkv_client_destroy(client);
-    cr_assert(fake_now_ms() - start < 2000);
+    cr_assert(fake_now_ms() - start < 5000);
     for (size_t i = 0; i < 4; i++) {
         pthread_join(threads[i], NULL);
         cr_assert(waiters[i].status == BKV_CANCELLED, "%s", bkv_status_name(waiters[i].status));

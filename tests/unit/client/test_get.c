@@ -297,7 +297,7 @@ Test(get, never_ends) {
     bkv_record_t record;
     uint64_t start = fake_now_ms();
     cr_assert(bkv_get(client, &id, &key, 1, NULL, 300, &record, NULL) == BKV_DEADLINE_EXCEEDED);
-    cr_assert(fake_now_ms() - start < 2000);
+    cr_assert(fake_now_ms() - start < 5000);
     cr_assert(record.status == BKV_DEADLINE_EXCEEDED && record.data == NULL);
     bkv_client_destroy(client);
     fake_server_stop(server);

@@ -10,6 +10,8 @@
 #define WINDOW  (4u << 20)
 #define PAYLOAD 200000u
 
+#define ATTACH_MS 1900 // the client gives attaching up after two seconds: what waits for none of it takes less
+
 typedef struct scene {
     placing_t daemon;
     bkv_client_t *client;
@@ -142,7 +144,7 @@ Test(link, named_waits_for_a_daemon_that_is_busy) {
     bkv_status_t status = put(&scene, 300, &err); // whichever comes first: the last pause too many, or the deadline
     cr_assert(status == BKV_BUSY || status == BKV_DEADLINE_EXCEEDED);
     cr_assert(strstr(err.message, "draining") != NULL, "%s", err.message);
-    cr_assert(fake_now_ms() - start < 1500);
+    cr_assert(fake_now_ms() - start < 5000);
     pthread_create(&thread, NULL, serve_again, &scene);
     cr_assert(put(&scene, 0, &err) == BKV_OK, "%s", err.message);
     cr_assert(scene.daemon.placed == 1);
@@ -201,12 +203,12 @@ Test(link, a_silent_fd_socket_holds_up_nobody_for_long) {
     uint64_t start = fake_now_ms();
     cr_assert(put(&scene, 200, &err) == BKV_DEADLINE_EXCEEDED, "%s", err.message);
     uint64_t took = fake_now_ms() - start;
-    cr_assert(took >= 190 && took < 1000, "%llu ms", (unsigned long long)took);
+    cr_assert(took >= 190 && took < ATTACH_MS, "%llu ms", (unsigned long long)took);
     cr_assert(put(&scene, 0, &err) == BKV_OK, "%s", err.message); // when attaching was given up
     took = fake_now_ms() - start;
-    cr_assert(scene.daemon.plain == 1 && took < 4000, "%llu ms", (unsigned long long)took);
+    cr_assert(scene.daemon.plain == 1 && took < ATTACH_MS + 4000, "%llu ms", (unsigned long long)took);
     start = fake_now_ms();
-    cr_assert(put(&scene, 0, &err) == BKV_OK && fake_now_ms() - start < 1000);
+    cr_assert(put(&scene, 0, &err) == BKV_OK && fake_now_ms() - start < ATTACH_MS);
     scene_end(&scene);
 }
 
@@ -228,7 +230,7 @@ Test(link, destroy_waits_for_no_fd_socket) {
     }
     uint64_t start = fake_now_ms();
     bkv_client_destroy(scene.client);
-    cr_assert(fake_now_ms() - start < 1000);
+    cr_assert(fake_now_ms() - start < ATTACH_MS);
     pthread_join(thread, NULL);
     placing_stop(&scene.daemon);
     free(scene.payload);
@@ -243,7 +245,7 @@ Test(link, submitted_calls_wait_without_blocking) {
     bkv_put_result_t results[CALLS];
     bkv_completion_t done[CALLS];
     scene_make(&scene, "shm", WINDOW);
-    scene.daemon.attach_ms = 400;
+    scene.daemon.attach_ms = 1200;
     memset(scene.payload, 1, PAYLOAD);
     cr_assert(bkv_queue_create(scene.client, CALLS, &queue, NULL) == BKV_OK);
     uint64_t start = fake_now_ms();
@@ -252,11 +254,11 @@ Test(link, submitted_calls_wait_without_blocking) {
             .key = fake_key(3, (uint8_t)i), .tokens = PLACING_TOKENS, .payload = scene.payload, .payload_bytes = PAYLOAD};
         cr_assert(bkv_put_submit(queue, i, &scene.id, &puts[i], 1, i == 0 ? 100 : 0, &results[i]) == BKV_OK);
     }
-    cr_assert(fake_now_ms() - start < 300, "submitting waits for nothing");
-    cr_assert(bkv_queue_poll(queue, done, CALLS, 350) == 1, "the one in a hurry is over first");
+    cr_assert(fake_now_ms() - start < 1000, "submitting waits for nothing");
+    cr_assert(bkv_queue_poll(queue, done, CALLS, 1000) == 1, "the one in a hurry is over first");
     cr_assert(done[0].tag == 0 && done[0].error.status == BKV_DEADLINE_EXCEEDED);
     for (size_t count = 1; count < CALLS;) {
-        size_t now = bkv_queue_poll(queue, done, CALLS, 5000);
+        size_t now = bkv_queue_poll(queue, done, CALLS, 20000);
         cr_assert(now > 0);
         for (size_t i = 0; i < now; i++) {
             cr_assert(done[i].error.status == BKV_OK, "%s", done[i].error.message);
@@ -274,12 +276,12 @@ Test(link, cancelled_while_waiting) {
     bkv_queue_t *queue;
     bkv_record_t record;
     scene_make(&scene, "shm", WINDOW);
-    scene.daemon.attach_ms = 300;
+    scene.daemon.attach_ms = 1200;
     cr_assert(bkv_queue_create(scene.client, 1, &queue, NULL) == BKV_OK);
     cr_assert(bkv_get_submit(queue, 1, &scene.id, &scene.key, 1, NULL, 0, &record) == BKV_OK);
     uint64_t start = fake_now_ms();
     bkv_queue_destroy(queue);
-    cr_assert(fake_now_ms() - start < 200 && record.data == NULL);
+    cr_assert(fake_now_ms() - start < 1000 && record.data == NULL);
     cr_assert(put(&scene, 0, NULL) == BKV_OK && scene.daemon.placed == 1 && scene.daemon.gets == 0);
     scene_end(&scene);
 }

@@ -222,9 +222,9 @@ Test(place, what_was_not_answered_is_not_used_again) {
     get_and_check(&scene, true);
     cr_assert(scene.daemon.last_offset == offset, "after an answer, it is");
     scene.daemon.hang = true;
-    cr_assert(get(&scene, 1, 200, &record, NULL) == BKV_DEADLINE_EXCEEDED);
+    cr_assert(get(&scene, 1, 1000, &record, NULL) == BKV_DEADLINE_EXCEEDED);
     cr_assert(scene.daemon.last_offset == offset && record.owner == NULL);
-    cr_assert(placing_put(scene.client, &scene.id, &key, scene.payload, PAYLOAD, 1, 200, NULL, NULL) == BKV_DEADLINE_EXCEEDED);
+    cr_assert(placing_put(scene.client, &scene.id, &key, scene.payload, PAYLOAD, 1, 1000, NULL, NULL) == BKV_DEADLINE_EXCEEDED);
     uint64_t second = scene.daemon.last_offset;
     cr_assert(second > offset);
     scene.daemon.hang = false;
@@ -265,7 +265,7 @@ Test(place, a_buffer_that_was_not_answered_for_is_copied) {
     uint8_t *buffer = bkv_buffer_get(scene.client, PAYLOAD);
     put_and_check(&scene, buffer, PAYLOAD, 1);
     scene.daemon.hang = true;
-    cr_assert(placing_put(scene.client, &scene.id, &key, buffer, PAYLOAD, 2, 200, NULL, NULL) == BKV_DEADLINE_EXCEEDED);
+    cr_assert(placing_put(scene.client, &scene.id, &key, buffer, PAYLOAD, 2, 1000, NULL, NULL) == BKV_DEADLINE_EXCEEDED);
     scene.daemon.hang = false;
     put_and_check(&scene, buffer, PAYLOAD, 3);
     cr_assert(scene.daemon.share.attaches == 2, "in another session, for the daemon may read the first one's memory still");
@@ -285,7 +285,7 @@ Test(place, a_worn_window_is_replaced) {
     cr_assert(get(&scene, 1, 0, &held, &err) == BKV_OK, "%s", err.message);
     scene.daemon.hang = true;
     for (int i = 0; i < 4; i++) { // 264 KB each
-        cr_assert(get(&scene, 1, 100, &record, NULL) == BKV_DEADLINE_EXCEEDED);
+        cr_assert(get(&scene, 1, 500, &record, NULL) == BKV_DEADLINE_EXCEEDED);
     }
     cr_assert(scene.daemon.share.attaches == 1 && scene.daemon.share.detaches == 0);
     scene.daemon.hang = false;

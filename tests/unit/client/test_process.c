@@ -46,7 +46,12 @@ static bkv_status_t look_up(bkv_client_t *client, const bkv_spec_id_t *id, uint3
     return bkv_lookup(client, id, &key, 1, timeout_ms, NULL, NULL, err);
 }
 
+// Far more than sockets and windows take, so that it cannot be sent while nobody reads.
+#ifdef __SANITIZE_THREAD__
+#define PAYLOAD (16u << 20)
+#else
 #define PAYLOAD (64u << 20)
+#endif
 
 static bkv_put_t map_block(void) {
     void *payload = mmap(NULL, PAYLOAD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -78,22 +83,22 @@ Test(process, stopped) {
 
     uint64_t start = fake_now_ms();
     cr_assert(look_up(client, &id, 300, &err) == BKV_DEADLINE_EXCEEDED, "%s", err.message);
-    assert_within(start, 2000, "Lookup");
+    assert_within(start, 5000, "Lookup");
     for (int i = 0; i < 3; i++) { // the second and third over the connections that replaced the first
         start = fake_now_ms();
         cr_assert(bkv_put(client, &id, &block, 1, 300, NULL, &err) == BKV_DEADLINE_EXCEEDED, "%s", err.message);
-        assert_within(start, 2000, "Put");
+        assert_within(start, 5000, "Put");
     }
     bkv_key_t key = fake_key(2, 0);
     bkv_record_t record;
     start = fake_now_ms();
     cr_assert(bkv_get(client, &id, &key, 1, NULL, 300, &record, &err) == BKV_DEADLINE_EXCEEDED, "%s", err.message);
-    assert_within(start, 2000, "Get");
+    assert_within(start, 5000, "Get");
 
     kill(process.pid, SIGCONT);
-    cr_assert(look_up(client, &id, 10000, &err) == BKV_OK, "%s", err.message);
+    cr_assert(look_up(client, &id, 30000, &err) == BKV_OK, "%s", err.message);
     bkv_put_result_t result = {0};
-    cr_assert(bkv_put(client, &id, &block, 1, 10000, &result, &err) == BKV_OK && result.stored_bytes == PAYLOAD, "%s",
+    cr_assert(bkv_put(client, &id, &block, 1, 30000, &result, &err) == BKV_OK && result.stored_bytes == PAYLOAD, "%s",
               err.message);
     bkv_client_destroy(client);
     unmap_block(&block);
@@ -119,16 +124,16 @@ Test(process, stopped_with_patient_calls) {
     cr_assert(bkv_queue_create(client, 4, &queue, NULL) == BKV_OK);
     process_stop(&process);
     for (uint64_t i = 0; i < 3; i++) {
-        cr_assert(bkv_put_submit(queue, i, &id, &block, 1, 30000, &results[i]) == BKV_OK);
+        cr_assert(bkv_put_submit(queue, i, &id, &block, 1, 60000, &results[i]) == BKV_OK);
     }
-    cr_assert(bkv_lookup_submit(queue, 3, &id, &key, 1, 30000, &resident, NULL) == BKV_OK);
+    cr_assert(bkv_lookup_submit(queue, 3, &id, &key, 1, 60000, &resident, NULL) == BKV_OK);
     uint64_t start = fake_now_ms();
     cr_assert(bkv_put(client, &id, &block, 1, 300, NULL, &err) == BKV_DEADLINE_EXCEEDED);
-    assert_within(start, 2000, "Put");
+    assert_within(start, 5000, "Put");
     kill(process.pid, SIGCONT);
     for (size_t count = 0; count < 4;) {
         bkv_completion_t completion;
-        cr_assert(bkv_queue_poll(queue, &completion, 1, 30000) == 1);
+        cr_assert(bkv_queue_poll(queue, &completion, 1, 60000) == 1);
         cr_assert(completion.error.status == BKV_OK, "%s", completion.error.message);
         count++;
     }
@@ -160,7 +165,7 @@ Test(process, destroy_while_stopped) {
     bkv_queue_destroy(queue);
     unmap_block(&block);
     bkv_client_destroy(client);
-    assert_within(start, 2000, "the end");
+    assert_within(start, 5000, "the end");
     process_kill(&process);
     fake_place_remove(&place);
 }
@@ -173,7 +178,7 @@ Test(process, killed_and_started_again) {
     process_fork(&first, &place, 1, start_fake);
     process_fork(&second, &place, 2, start_fake);
     process_start(&first);
-    bkv_client_t *client = fake_client(&place, 20000);
+    bkv_client_t *client = fake_client(&place, 40000);
     bkv_queue_t *queue = NULL;
     bkv_spec_id_t id = open_spec(client);
     bkv_put_t block = map_block();
@@ -193,10 +198,10 @@ Test(process, killed_and_started_again) {
     process_start(&second);
     for (size_t count = 0; count < 33; count++) {
         bkv_completion_t completion;
-        cr_assert(bkv_queue_poll(queue, &completion, 1, 20000) == 1);
+        cr_assert(bkv_queue_poll(queue, &completion, 1, 40000) == 1);
         cr_assert(completion.error.status == BKV_OK, "%s", completion.error.message);
     }
-    assert_within(start, 5000, "finding the new daemon");
+    assert_within(start, 20000, "finding the new daemon");
     cr_assert(result.stored_bytes == PAYLOAD && resident[0] && resident[31]);
     cr_assert(look_up(client, &id, 0, &err) == BKV_OK, "%s", err.message);
     bkv_queue_destroy(queue);

@@ -159,8 +159,8 @@ Test(queue, destroyed_with_calls_in_flight) {
     uint64_t start = fake_now_ms();
     bkv_queue_destroy(scene.queue);
     scene.queue = NULL;
-    cr_assert(fake_now_ms() - start < 2000);
-    cr_assert(bkv_queue_poll(other, &completion, 1, 5000) == 1);
+    cr_assert(fake_now_ms() - start < 5000);
+    cr_assert(bkv_queue_poll(other, &completion, 1, 20000) == 1);
     cr_assert(completion.tag == 7 && completion.error.status == BKV_DEADLINE_EXCEEDED, "%s", completion.error.message);
     bkv_queue_destroy(other);
     scene_close(&scene);

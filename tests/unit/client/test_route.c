@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #define KEYS      64
-#define SETTLE_MS 5000
+#define SETTLE_MS 20000
 
 typedef struct scene {
     herd_t herd;
@@ -41,7 +41,7 @@ static void scene_begin(scene_t *scene, uint32_t daemons, uint32_t replicas, boo
         scene->keys[i] = some_key(i);
     }
     bkv_client_options_t options = {.endpoint = all ? scene->herd.endpoints : scene->herd.daemons[0].endpoint,
-                                    .timeout_ms = 5000,
+                                    .timeout_ms = 15000,
                                     .transport = "inline",
                                     .route = true};
     cr_assert(bkv_client_create(&options, &scene->client, &err) == BKV_OK, "%s", err.message);
@@ -179,7 +179,7 @@ Test(route, asynchronous) {
     }
     cr_assert(bkv_lookup_submit(queue, 9, &scene.id, scene.keys, KEYS, 0, NULL, NULL) == BKV_BUSY, "a call in parts is one");
     for (int i = 0; i < 8; i++) {
-        cr_assert(bkv_queue_poll(queue, &done, 1, 5000) == 1 && done.error.status == BKV_OK, "%s", done.error.message);
+        cr_assert(bkv_queue_poll(queue, &done, 1, 20000) == 1 && done.error.status == BKV_OK, "%s", done.error.message);
         for (size_t j = 0; j < KEYS; j++) {
             check_record(&records[done.tag][j], &scene.keys[j]);
         }
@@ -214,10 +214,11 @@ Test(route, silent_owner) {
     scene.herd.daemons[2].mood = HERD_MUTE;
     uint64_t start = fake_now_ms();
     look_up_all(&scene);
-    cr_assert(fake_now_ms() - start < 4500);
+    cr_assert(fake_now_ms() - start < 10000);
+    forget_counts(&scene);
     start = fake_now_ms();
     look_up_all(&scene);
-    cr_assert(fake_now_ms() - start < 1000, "it is known by now");
+    cr_assert(fake_now_ms() - start < 5000 && scene.herd.daemons[2].lookups == 0, "it is known by now");
     scene.herd.daemons[2].mood = HERD_SERVES;
     settle(&scene);
     scene_end(&scene);
