@@ -14,7 +14,7 @@
 #ifdef __SANITIZE_THREAD__
 #define ASKING_TIMEOUT 2000
 #else
-#define ASKING_TIMEOUT 600
+#define ASKING_TIMEOUT 1000
 #endif
 
 typedef struct asking {

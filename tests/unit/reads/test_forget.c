@@ -37,15 +37,15 @@ Test(forget, everywhere_also_copies, .timeout = 60) {
     put_at(pool->peers[4].store, copied); // by no rule of placement's
     put_at(pool->store, copied);
     put_owned(pool, copied + 100);
-    forget_ms(pool, names, 20, 5000, had);
+    forget_ms(pool, names, 20, 20000, had);
     for (uint32_t i = 0; i < 20; i++) {
         cr_assert_eq(had[i], i < 10);
         cr_assert(!is_anywhere(pool, copied + i));
     }
     cr_assert(is_anywhere(pool, copied + 100));
-    forget_ms(pool, names, 20, 5000, had);
+    forget_ms(pool, names, 20, 20000, had);
     cr_assert(!had[0]);
-    forget_ms(pool, names, 0, 5000, had);
+    forget_ms(pool, names, 0, 20000, had);
     pool_free(pool);
 }
 
