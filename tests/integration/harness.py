@@ -21,7 +21,7 @@ from support.runner import run
 from support.wire import Client, pb
 
 Code = grpc.StatusCode
-SETTLE_S = 5.0  # the longest that anything asynchronous in the daemon may take to be seen
+SETTLE_S = 10.0  # the longest that anything asynchronous in the daemon may take to be seen
 
 # A small model that still has every trait: several layers and heads, key and value dims that differ, bf16.
 LAYERS, HEADS, KEY_DIM, VALUE_DIM, TOKENS = 3, 2, 64, 32, 128

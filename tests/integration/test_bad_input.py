@@ -16,6 +16,7 @@ from harness import (Case, Client, Code, Daemon, HEADS, KEY_DIM, LAYERS, SPEC, T
                      payload, pb, record, run, tensors, wire)
 
 MESSAGE, BLOCK, BATCH, SPECS = 4 << 20, 12 << 20, 64, 400
+OP_TIMEOUT_S = 8
 SIZE = len(payload(0))
 UNKNOWN = b"\xee" * 16
 BUSY = ("staging_bytes", "jobs_queued", "jobs_running")
@@ -39,7 +40,7 @@ class Neighbour:
         while not self.ending.wait(0.01):
             started = time.monotonic()
             try:
-                if self.client.get(self.spec_id, [key(0)], timeout=10) != self.want:
+                if self.client.get(self.spec_id, [key(0)], timeout=20) != self.want:
                     self.error = "wrong bytes"
             except grpc.RpcError as error:
                 self.error = str(error)
@@ -56,7 +57,7 @@ class Neighbour:
 
 class Bad(Case):
     options = dict(max_message=MESSAGE, max_block=BLOCK, max_batch=BATCH, max_specs=SPECS, arena="64M", slab="8M",
-                   staging="32M", op_timeout="3s")
+                   staging="32M", op_timeout=f"{OP_TIMEOUT_S}s")
 
     def setUp(self):
         super().setUp()
@@ -77,7 +78,7 @@ class Bad(Case):
         rounds = self.neighbour.rounds
         eventually(lambda: self.neighbour.rounds > rounds or self.neighbour.error, "the neighbour goes on")
         self.assertIsNone(self.neighbour.error)
-        self.assertLess(self.neighbour.slowest, 2.5)
+        self.assertLess(self.neighbour.slowest, OP_TIMEOUT_S - 2, "it waited for what the daemon waits for")
 
     def one_line(self, *statuses, error=None, text=""):
         """Exactly one log line since quiet(), with one of the statuses; the request id is the one that the client was told."""
@@ -428,26 +429,25 @@ class Bad(Case):
         """The client's deadline passes within a block; the daemon ends the call by itself, too."""
         def messages():
             yield pb.PutRequest(block=self.blocks(), data=payload(1)[:100])
-            time.sleep(1.5)
+            time.sleep(4)
 
         self.quiet()
-        self.assert_error(Code.DEADLINE_EXCEEDED, "", self.client.put_stream, messages(), timeout=0.4)
+        self.assert_error(Code.DEADLINE_EXCEEDED, "", self.client.put_stream, messages(), timeout=1.5)
         self.one_line("DEADLINE_EXCEEDED", text="deadline")
         self.unchanged()
 
     def test_call_without_a_deadline_ends_all_the_same(self):
-        """limits.op_timeout is 3 s here."""
         hold = threading.Event()
 
         def messages():
             yield pb.PutRequest(block=self.blocks(), data=payload(1)[:100])
-            hold.wait(20)
+            hold.wait(3 * OP_TIMEOUT_S)
 
         self.quiet()
         started = time.monotonic()
         self.assert_error(Code.DEADLINE_EXCEEDED, "deadline", self.client.put_stream, messages(), timeout=None)
         hold.set()
-        self.assertTrue(2 < time.monotonic() - started < 6)
+        self.assertTrue(OP_TIMEOUT_S - 1 < time.monotonic() - started < 2 * OP_TIMEOUT_S)
         self.one_line("DEADLINE_EXCEEDED", text="deadline")
         self.unchanged()
 
@@ -459,8 +459,8 @@ class Bad(Case):
         self.quiet()
         rss = self.daemon.rss()
         sleeper = self.connect()
-        stream = sleeper.records("Get", pb.GetRequest(spec_id=large, keys=[key(1)] * BATCH), timeout=2)
-        time.sleep(1)
+        stream = sleeper.records("Get", pb.GetRequest(spec_id=large, keys=[key(1)] * BATCH), timeout=4)
+        time.sleep(2)
         self.assertLess(self.daemon.rss() - rss, 32 << 20, "what is not read is not buffered")
         self.assertEqual(self.client.lookup(large, [key(1)]).prefix, 1)
         self.one_line("DEADLINE_EXCEEDED", text="deadline")

@@ -111,7 +111,7 @@ class Two(unittest.TestCase):
         print(f"   {load.calls} rounds of Put and Lookup, the slowest {load.slowest_s * 1e3:.0f} ms")
 
     def test_one_that_is_stopped_is_left_within_the_deadline(self):
-        client = self.connect(timeout_ms=4000)
+        client = self.connect(timeout_ms=8000)
         client.put([block(1)])
         self.daemons[0].signal(signal.SIGSTOP)
         self.addCleanup(self.daemons[0].signal, signal.SIGCONT)
@@ -120,11 +120,12 @@ class Two(unittest.TestCase):
         client.put([block(2)])
         first_s = time.monotonic() - start
         start = time.monotonic()
-        client.put([block(3)])
-        second_s = time.monotonic() - start
-        self.assertLess(first_s, 4)
-        self.assertLess(second_s, 2, "it asks the silent one first again")
-        print(f"   left after {first_s * 1e3:.0f} ms, then {second_s * 1e3:.0f} ms")
+        for number in range(10):
+            client.put([block(3 + number)])
+        then_s = (time.monotonic() - start) / 10
+        self.assertLess(first_s, 8)
+        self.assertLess(then_s, 0.6, "it asks the silent one first again, which takes more than a second")
+        print(f"   left after {first_s * 1e3:.0f} ms, then {then_s * 1e3:.0f} ms")
         self.daemons[0].signal(signal.SIGCONT)
         self.assert_back(client)
 

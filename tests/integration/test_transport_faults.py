@@ -18,10 +18,11 @@ HALF = WINDOW // 2
 GROWTH = 32 << 20  # of anonymous memory: staging, which is kept once it was used, and allocators; a leak would be more
 SANITIZED = bool(os.environ.get("SANITIZER"))
 ABORTED = 60 if os.environ.get("SANITIZER") == "tsan" else 1000  # whose copies take twenty times as long
+OP_TIMEOUT_S = 6
 
 
 class FaultCase(Case):
-    options = dict(op_timeout="3s", level="error", staging="16M")
+    options = dict(op_timeout=f"{OP_TIMEOUT_S}s", level="error", staging="16M")
 
     def setUp(self):
         super().setUp()
@@ -122,7 +123,7 @@ class Killed(FaultCase):
                                 place=window.place())
             call = self.client.channel.stream_unary(wire.SERVICE + "Put", pb.PutRequest.SerializeToString,
                                                     pb.PutResponse.FromString)
-            pending = call.future(iter([pb.PutRequest(block=block)]), timeout=5)
+            pending = call.future(iter([pb.PutRequest(block=block)]), timeout=20)
             if turn % 2:
                 time.sleep(0.002 * (turn % 5))
             window.connection.close()
@@ -160,8 +161,8 @@ class GivenUp(FaultCase):
         stats = self.client.stats()
         self.assertLess(stats["pinned"], 128, "one record each, and what gRPC has not let go of")
         started = time.monotonic()
-        eventually(lambda: self.client.stats()["calls_open"] == 1, "their deadline ends them", timeout_s=10)
-        self.assertLess(time.monotonic() - started, 6)
+        eventually(lambda: self.client.stats()["calls_open"] == 1, "their deadline ends them", timeout_s=3 * OP_TIMEOUT_S)
+        self.assertLess(time.monotonic() - started, 2 * OP_TIMEOUT_S)
         for stream in streams:
             stream.cancel()
         window.close()
@@ -213,7 +214,7 @@ class GivenUp(FaultCase):
                                  timeout=0.0003 * (number % 12), codec=pb.CODEC_BALANCE)
             except grpc.RpcError as error:
                 codes.add(error.code())
-            self.assertLess(time.monotonic() - started, 2)
+            self.assertLess(time.monotonic() - started, OP_TIMEOUT_S - 1)
         self.assertLessEqual(codes, {Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE})
         self.assertIn(Code.DEADLINE_EXCEEDED, codes)
         window.close()
@@ -262,7 +263,7 @@ class Flooded(FaultCase):
             while time.monotonic() < deadline:
                 with Client(self.daemon.target) as client:
                     window = Window(client, self.daemon.socket, WINDOW)
-                    (got, _), = window.get(self.spec_id, [key(0)], timeout=3)
+                    (got, _), = window.get(self.spec_id, [key(0)], timeout=OP_TIMEOUT_S)
                     wrong += [] if got.endswith(LARGE_RAW) else ["wrong bytes"]
                     window.close()
         finally:
@@ -278,12 +279,12 @@ class Flooded(FaultCase):
         self.assert_level()
 
     def test_silent_connections_are_closed(self):
-        silent = [Connection(self.daemon.socket, timeout_s=8) for _ in range(10)]
+        silent = [Connection(self.daemon.socket, timeout_s=30) for _ in range(10)]
         started = time.monotonic()
         for connection in silent:
             self.assertIsNone(connection.receive())
             connection.close()
-        self.assertLess(time.monotonic() - started, 6)
+        self.assertLess(time.monotonic() - started, 15)
         self.assert_level()
 
     def test_sessions_without_end(self):
@@ -308,7 +309,7 @@ class Flooded(FaultCase):
 class Ending(FaultCase):
     def test_sigterm_with_sessions_and_transfers(self):
         """The drain does not wait for sessions, and what is under way ends."""
-        with Daemon(op_timeout="3s", drain_timeout="3s") as daemon, Client(daemon.target) as client:
+        with Daemon(op_timeout="10s", drain_timeout="30s") as daemon, Client(daemon.target) as client:
             spec_id = client.open(**dict(model="end", layers=LARGE["layers"], kv_heads=LARGE["heads"], key_dim=64, value_dim=32,
                                          dtype=pb.DTYPE_BF16, block_tokens=TOKENS, codec=pb.CODEC_RAW)).spec_id
             windows = [Window(client, daemon.socket, WINDOW) for _ in range(3)]
@@ -319,7 +320,7 @@ class Ending(FaultCase):
             def work():
                 while not ending.is_set():
                     try:
-                        windows[0].put_there(spec_id, key(len(done)), len(LARGE_RAW), TOKENS, windows[0].place(), timeout=5)
+                        windows[0].put_there(spec_id, key(len(done)), len(LARGE_RAW), TOKENS, windows[0].place(), timeout=10)
                         done.append(True)
                     except grpc.RpcError:
                         return
@@ -328,8 +329,8 @@ class Ending(FaultCase):
             thread.start()
             eventually(lambda: len(done) > 5, "transfers")
             started = time.monotonic()
-            daemon.stop()
-            self.assertLess(time.monotonic() - started, 5)
+            daemon.stop(timeout_s=60)
+            self.assertLess(time.monotonic() - started, 20)
             ending.set()
             thread.join(10)
             for window in windows:
