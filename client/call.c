@@ -1,10 +1,10 @@
-// call.c - drives a call: attempts, retries, the result, and who is told. What is sent and received is up to operations/,
-// where to go to endpoints/, when to sleep and what to cancel to client.c, which thread runs this to drive.c.
+// call.c - the course of a call: its attempts, and after each what comes next; the result, and who is told. How an attempt goes is
+// attempt.c's business, what is sent and received operations/', where to go endpoints/', when to sleep and what to cancel
+// client.c's, which thread runs this drive.c's.
+#include "client/attempt.h"
 #include "client/client.h"
-#include "proto/handover.h"
 
 #include <assert.h>
-#include <grpc/byte_buffer.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,19 +18,11 @@
 // Time that an attempt must have left: with less, it would rather end by the deadline, and hide what those before it have heard.
 #define ATTEMPT_MS 50
 
-// gRPC counts in milliseconds: a deadline may pass a little early.
-#define ROUNDING_MS 5
-
-// What the daemon sends along with a failure (daemon/rpc/call.c), and how it says that a session has ended: of a Put's block with
-// "block[N]." before it.
-#define REQUEST_ID_KEY "bkv-request-id"
-#define SESSION_FIELD  "place.session: "
+// How the daemon says that a session has ended: of a Put's block with "block[N]." before it.
+#define SESSION_FIELD "place.session: "
 
 // How often a call looks for another session.
 #define REJOIN_MOST 3
-
-// Bytes of a message that only says where a payload lies.
-#define SMALL_MESSAGE 2048
 
 static const bkv_call_kind_t open_kind = {.method = BKV_CLIENT_SERVICE "Open", .shape = BKV_CALL_UNARY};
 
@@ -47,174 +39,7 @@ void bkv_call_conclude(bkv_call_t *call) {
     bkv_client_leave(client);
 }
 
-// ---- one attempt ----
-
-static void attempt_end(bkv_attempt_t *attempt);
-
-static void attempt_free(bkv_attempt_t *attempt) {
-    grpc_call_unref(attempt->grpc);
-    grpc_byte_buffer_destroy(attempt->message);
-    grpc_byte_buffer_destroy(attempt->prepared);
-    grpc_byte_buffer_destroy(attempt->received);
-    grpc_metadata_array_destroy(&attempt->initial);
-    grpc_metadata_array_destroy(&attempt->trailing);
-    grpc_slice_unref(attempt->details);
-    free(attempt);
-}
-
-static void batch_start(bkv_attempt_t *attempt, const grpc_op *ops, size_t count, bkv_call_tag_t *tag) {
-    BKV_HAND_OVER(tag);
-    grpc_call_error error = grpc_call_start_batch(attempt->grpc, ops, count, tag, NULL);
-    assert(error == GRPC_CALL_OK); // anything else is a batch that is wrong in itself
-    (void)error;
-}
-
-// One of the batches that make the result is back. The sending one does not count: a socket that blocks may keep it.
-static void batch_received(bkv_attempt_t *attempt) {
-    if (--attempt->waiting > 0) {
-        return;
-    }
-    if (attempt->sending) {
-        grpc_call_cancel(attempt->grpc, NULL); // answered early, or late: nobody wants the rest
-    }
-    attempt_end(attempt);
-    if (!attempt->sending) {
-        attempt_free(attempt);
-    }
-}
-
-static void take(bkv_attempt_t *attempt) {
-    bkv_call_t *call = attempt->call;
-    attempt->answered = true;
-    bkv_client_endpoint_heard(call, false);
-    if (attempt->kind->take != NULL && attempt->kind->take(call, attempt->received, &attempt->fault) != BKV_OK) {
-        grpc_call_cancel(attempt->grpc, NULL);
-    }
-}
-
-static void on_status(void *owner, bool ok) {
-    bkv_attempt_t *attempt = owner;
-    (void)ok; // the status says it
-    if (attempt->received != NULL && attempt->kind->shape != BKV_CALL_DOWNLOAD) {
-        take(attempt);
-    }
-    batch_received(attempt);
-}
-
-static void receive_next(bkv_attempt_t *attempt) {
-    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &attempt->received};
-    batch_start(attempt, &op, 1, &attempt->receive_tag);
-}
-
-static void on_receive(void *owner, bool ok) {
-    bkv_attempt_t *attempt = owner;
-    bool more = ok && attempt->received != NULL;
-    if (more) {
-        take(attempt);
-        grpc_byte_buffer_destroy(attempt->received);
-        attempt->received = NULL;
-    }
-    if (more && attempt->fault.status == BKV_OK) {
-        receive_next(attempt);
-    } else {
-        batch_received(attempt);
-    }
-}
-
-static void prepare(bkv_attempt_t *attempt) {
-    attempt->prepared = attempt->kind->next(attempt->call, &attempt->prepared_last);
-}
-
-// Whether a message may wait for the next and go out with it.
-static bool is_small(grpc_byte_buffer *message) {
-    return grpc_byte_buffer_length(message) <= SMALL_MESSAGE;
-}
-
-// Sends what is prepared; with the first message go the metadata that open the call.
-static void send_prepared(bkv_attempt_t *attempt, bool first) {
-    grpc_op ops[3];
-    memset(ops, 0, sizeof ops);
-    size_t n = 0;
-    attempt->message = attempt->prepared;
-    attempt->message_last = attempt->prepared_last;
-    attempt->prepared = NULL;
-    attempt->sending = true;
-    if (first) {
-        ops[n++].op = GRPC_OP_SEND_INITIAL_METADATA;
-    }
-    ops[n].op = GRPC_OP_SEND_MESSAGE;
-    ops[n].flags = first || attempt->message_last || !is_small(attempt->message) ? 0 : GRPC_WRITE_BUFFER_HINT;
-    ops[n++].data.send_message.send_message = attempt->message;
-    if (attempt->message_last) {
-        ops[n++].op = GRPC_OP_SEND_CLOSE_FROM_CLIENT;
-    }
-    batch_start(attempt, ops, n, &attempt->send_tag);
-}
-
-// The message after the next is made while the next is on its way.
-static void send_next(bkv_attempt_t *attempt) {
-    if (attempt->prepared == NULL) {
-        prepare(attempt);
-    }
-    send_prepared(attempt, false);
-    if (!attempt->message_last) {
-        prepare(attempt);
-    }
-}
-
-static void on_send(void *owner, bool ok) {
-    bkv_attempt_t *attempt = owner;
-    grpc_byte_buffer_destroy(attempt->message);
-    attempt->message = NULL;
-    attempt->sending = false;
-    if (attempt->call == NULL) {
-        attempt_free(attempt); // it was kept for this
-    } else if (ok && !attempt->message_last) {
-        send_next(attempt);
-    }
-}
-
-// A batch for the result, which is there when the call has ended; and for a download one for its messages.
-static void receive_all(bkv_attempt_t *attempt) {
-    bool download = attempt->kind->shape == BKV_CALL_DOWNLOAD;
-    grpc_op ops[3];
-    memset(ops, 0, sizeof ops);
-    ops[0].op = GRPC_OP_RECV_INITIAL_METADATA;
-    ops[0].data.recv_initial_metadata.recv_initial_metadata = &attempt->initial;
-    ops[1].op = GRPC_OP_RECV_STATUS_ON_CLIENT;
-    ops[1].data.recv_status_on_client.trailing_metadata = &attempt->trailing;
-    ops[1].data.recv_status_on_client.status = &attempt->code;
-    ops[1].data.recv_status_on_client.status_details = &attempt->details;
-    ops[2].op = GRPC_OP_RECV_MESSAGE;
-    ops[2].data.recv_message.recv_message = &attempt->received;
-    batch_start(attempt, ops, download ? 2 : 3, &attempt->status_tag);
-    // The driver may end and free the attempt as soon as all of `waiting` have been started, so not before this:
-    if (download) {
-        receive_next(attempt);
-    }
-}
-
-static bkv_attempt_t *attempt_create(bkv_call_t *call) {
-    bkv_attempt_t *attempt = calloc(1, sizeof *attempt);
-    if (attempt == NULL) {
-        return NULL;
-    }
-    const bkv_call_kind_t *kind = call->reopening ? &open_kind : call->kind;
-    attempt->call = call;
-    attempt->kind = kind;
-    attempt->send_tag = (bkv_call_tag_t){.run = on_send, .owner = attempt};
-    attempt->status_tag = (bkv_call_tag_t){.run = on_status, .owner = attempt};
-    attempt->receive_tag = (bkv_call_tag_t){.run = on_receive, .owner = attempt};
-    attempt->code = GRPC_STATUS_UNKNOWN;
-    attempt->details = grpc_empty_slice();
-    attempt->waiting = kind->shape == BKV_CALL_DOWNLOAD ? 2 : 1;
-    grpc_metadata_array_init(&attempt->initial);
-    grpc_metadata_array_init(&attempt->trailing);
-    attempt->grpc = grpc_channel_create_call(call->endpoint->channel, NULL, GRPC_PROPAGATE_DEFAULTS, call->client->completions,
-                                             grpc_slice_from_static_string(kind->method), NULL,
-                                             bkv_client_timespec(call->deadline_ns), NULL);
-    return attempt;
-}
+// ---- before an attempt ----
 
 // Where the next attempt goes. At another endpoint the call begins anew. The lock must be held.
 static void choose_endpoint(bkv_call_t *call) {
@@ -341,57 +166,20 @@ void bkv_call_start(bkv_call_t *call) {
         return;
     }
     call->attempts++;
-    bkv_attempt_t *attempt = attempt_create(call);
+    bkv_attempt_t *attempt = bkv_attempt_new(call, call->reopening ? &open_kind : call->kind, request);
+    grpc_slice_unref(request);
     if (attempt == NULL) {
-        grpc_slice_unref(request);
         bkv_fail(&call->error, BKV_RESOURCE_EXHAUSTED, "client: out of memory");
         bkv_call_conclude(call);
         return;
     }
-    if (attempt->kind->reset != NULL) {
-        attempt->kind->reset(call);
-    }
-    if (attempt->kind->next != NULL) {
-        prepare(attempt);
-    } else {
-        attempt->prepared = grpc_raw_byte_buffer_create(&request, 1);
-        attempt->prepared_last = true;
-    }
-    grpc_slice_unref(request);
     if (!attempt_publish(attempt)) {
         grpc_call_cancel(attempt->grpc, NULL); // before its first batch: they all end at once
     }
-    send_prepared(attempt, true);
-    receive_all(attempt);
+    bkv_attempt_start(attempt);
 }
 
 // ---- after an attempt ----
-
-// What the attempt came to, in our words.
-static bkv_error_t attempt_result(const bkv_attempt_t *attempt, bool cancelled, bool moving) {
-    const bkv_call_t *call = attempt->call;
-    bool late = bkv_client_now_ns() + ROUNDING_MS * NS_PER_MS >= call->deadline_ns;
-    bkv_error_t error = {.status = BKV_OK};
-    if (cancelled) {
-        bkv_fail(&error, BKV_CANCELLED, "cancelled by its caller");
-    } else if (attempt->fault.status != BKV_OK) {
-        error = attempt->fault;
-    } else if (attempt->code == GRPC_STATUS_CANCELLED && moving) {
-        bkv_fail(&error, BKV_BUSY, "%.150s: does not answer", call->endpoint->target.address);
-    } else if (attempt->code == GRPC_STATUS_OK && !attempt->answered && attempt->kind->shape != BKV_CALL_DOWNLOAD) {
-        // gRPC may drop a response that comes just as the deadline passes, but not its status.
-        bkv_fail(&error, late ? BKV_DEADLINE_EXCEEDED : BKV_INTERNAL, "%s: answered OK without a response",
-                 attempt->kind->method);
-    } else if (attempt->code == GRPC_STATUS_DEADLINE_EXCEEDED && late) {
-        bkv_fail(&error, BKV_DEADLINE_EXCEEDED, "not done within %u ms%s%.180s", call->timeout_ms,
-                 call->error.status != BKV_OK ? "; before: " : "", call->error.message);
-    } else if (attempt->code != GRPC_STATUS_OK) {
-        error.status = bkv_client_status((uint32_t)attempt->code);
-        bkv_client_text(GRPC_SLICE_START_PTR(attempt->details), GRPC_SLICE_LENGTH(attempt->details), error.message,
-                        sizeof error.message);
-    }
-    return error;
-}
 
 // NOT_FOUND, perhaps for the spec, because the daemon was restarted. True: the call goes on.
 static bool reopen(bkv_call_t *call, bool answered) {
@@ -426,16 +214,6 @@ static void reopen_end(bkv_call_t *call, grpc_byte_buffer *answer) {
     }
 }
 
-// Was it the daemon that ended the attempt, or gRPC at this end? The daemon names its request wherever it fails one, and only it
-// says OK. After an answer that makes no sense, its word counts for nothing.
-static bool daemon_answered(const bkv_attempt_t *attempt) {
-    bool named = false;
-    for (size_t i = 0; i < attempt->trailing.count; i++) {
-        named = named || grpc_slice_str_cmp(attempt->trailing.metadata[i].key, REQUEST_ID_KEY) == 0;
-    }
-    return attempt->fault.status == BKV_OK && (named || attempt->code == GRPC_STATUS_OK);
-}
-
 // The attempt uses no memory any more. True: the daemon knew nothing of the session, and the call is to be tried again with
 // another, or in the end without one.
 static bool settle(bkv_call_t *call, const bkv_attempt_t *attempt, bool answered) {
@@ -463,16 +241,16 @@ static void notice(bkv_call_t *call, bool answered) {
     }
 }
 
-// The result of an attempt is there: decides what comes next. The call goes on, or is gone, without the attempt.
-static void attempt_end(bkv_attempt_t *attempt) {
+// Decides what comes next. The call goes on, or is gone, without the attempt.
+void bkv_call_attempted(bkv_attempt_t *attempt) {
     bkv_call_t *call = attempt->call;
     pthread_mutex_lock(&call->client->lock);
     call->attempt = NULL;
     bool cancelled = call->cancelled, moving = call->moving;
     pthread_mutex_unlock(&call->client->lock);
-    call->error = attempt_result(attempt, cancelled, moving);
+    bkv_attempt_result(attempt, cancelled, moving, &call->error);
     attempt->call = NULL;
-    bool answered = daemon_answered(attempt);
+    bool answered = bkv_attempt_answered(attempt);
     notice(call, answered);
     if (settle(call, attempt, answered)) {
         bkv_call_start(call);

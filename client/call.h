@@ -1,11 +1,8 @@
 // call.h - one call of the API, from its start to its completion, over as many attempts as it takes.
 //
 // Each operation embeds a bkv_call_t as its first member and describes itself by a bkv_call_kind_t. call.c does what is
-// common: it makes an attempt (one gRPC call) at one of the client's endpoints, feeds it messages, takes in responses, and decides
-// when the attempt has ended whether that is the result, or to try again, after a pause or elsewhere, or to open the spec first.
-//
-// An attempt may outlive its call: where nobody reads at the other end, gRPC keeps a message that is half-way into the socket
-// for as long as the socket blocks, deadline or not. Nothing that gRPC is given is therefore the caller's memory.
+// common: it makes an attempt (one gRPC call, attempt.h) at one of the client's endpoints, and decides when that has ended whether it
+// is the result, or to try again, after a pause or elsewhere, or to open the spec first.
 //
 // Threads: a call is started by its caller's thread and then driven by one thread at a time (drive.c).
 #ifndef BKV_CLIENT_CALL_H
@@ -57,31 +54,13 @@ typedef struct bkv_call_kind {
     void (*start)(bkv_call_t *call);
 } bkv_call_kind_t;
 
+typedef struct bkv_attempt bkv_attempt_t; // attempt.h
+
 // A batch of gRPC operations under way: what the completion queue hands back.
-typedef struct bkv_attempt bkv_attempt_t;
 typedef struct bkv_call_tag {
     void (*run)(void *owner, bool ok);
     void *owner;
 } bkv_call_tag_t;
-
-// One gRPC call. Set up by whoever starts it, then the driver's.
-struct bkv_attempt {
-    bkv_call_t *call; // NULL: it has gone on without this attempt
-    const bkv_call_kind_t *kind;
-    grpc_call *grpc;
-    bkv_call_tag_t send_tag, status_tag, receive_tag;
-    bool sending;               // a batch that sends is not back
-    uint32_t waiting;           // batches that receive and are not back
-    grpc_byte_buffer *message;  // being sent
-    grpc_byte_buffer *prepared; // to be sent after it; NULL: not made yet
-    bool message_last, prepared_last;
-    grpc_byte_buffer *received;
-    grpc_metadata_array initial, trailing;
-    grpc_status_code code;
-    grpc_slice details;
-    bool answered;     // a response has come
-    bkv_error_t fault; // what was wrong with it
-};
 
 struct bkv_call {
     const bkv_call_kind_t *kind;
@@ -162,6 +141,9 @@ void bkv_call_start(bkv_call_t *call);
 
 // Its endpoint does not answer, and it has no attempt under way: tries elsewhere.
 void bkv_call_move(bkv_call_t *call);
+
+// An attempt has its result. The call goes on, or is gone, without it.
+void bkv_call_attempted(bkv_attempt_t *attempt);
 
 // Reports a call with what is in call->error. The call may be gone afterwards.
 void bkv_call_conclude(bkv_call_t *call);

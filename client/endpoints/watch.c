@@ -3,6 +3,7 @@
 //
 // All of it is the driver's work (drive.c). A look at the calls under way is taken every TICK_MS while there are any, and for a
 // second longer, so that a client that calls now and then need not wake its driver for each call.
+#include "client/attempt.h"
 #include "client/client.h"
 
 #include <stdatomic.h>
