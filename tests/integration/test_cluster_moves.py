@@ -5,11 +5,12 @@ import unittest
 
 import harness
 from harness import Daemon, eventually, key, payload, pb, run, wire
+from support import SLOWER
 from support.etcd import Etcd, free_port
 
 LEASE_S = 1
 PEER_TIMEOUT_S = 1
-MOVED_S = 30.0  # the longest that a repair of these few blocks may take on a busy machine
+MOVED_S = 30.0 * SLOWER  # the longest that a repair of these few blocks may take on a busy machine
 BLOCKS = 120
 
 
@@ -76,7 +77,7 @@ class Pool(unittest.TestCase):
         self.addCleanup(node.close)
         return node.start()
 
-    def wait_for_members(self, timeout_s=20):
+    def wait_for_members(self, timeout_s=20 * SLOWER):
         names = sorted(self.nodes)
         eventually(lambda: all(node.members() == names for node in self.nodes.values()), f"all see {names}", timeout_s)
 
@@ -162,7 +163,7 @@ class Moves(Pool):
 
 
 class Restart(Pool):
-    delay = "6s"
+    delay = f"{6 * SLOWER}s"
 
     def test_a_restart_within_the_delay_moves_nothing(self):
         node = self.add("d", arena_path=os.path.join(self.nodes["a"].daemon.folder, "arena-d"))

@@ -9,6 +9,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 # The build folder under test: `make BUILD=build-asan test` passes its own.
 BUILD = os.path.join(ROOT, os.environ.get("BUILD", "build"))
 
+# How much longer than usual what a test waits for may take: ThreadSanitizer's daemons are slow.
+SLOWER = 4 if os.environ.get("SANITIZER") == "tsan" else 1
+
 
 def built(*parts):
     """The path of something that make has built; a clear error when it has not."""
