@@ -2,7 +2,6 @@
 bkv shows the cluster, finds blocks and empties a node."""
 import json
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -27,15 +26,6 @@ def key(number):
 
 def block(number):
     return key(number), number * TOKENS, TOKENS, payload(number % 7), 0, 0
-
-
-def stopped(pid):
-    """Whether every thread of a process is stopped."""
-    states = []
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{thread}/stat", encoding="ascii") as file:
-            states.append(file.read().rsplit(")", 1)[1].split()[0])
-    return set(states) == {"T"}
 
 
 class Load:
@@ -113,9 +103,8 @@ class Two(unittest.TestCase):
     def test_one_that_is_stopped_is_left_within_the_deadline(self):
         client = self.connect(timeout_ms=8000)
         client.put([block(1)])
-        self.daemons[0].signal(signal.SIGSTOP)
-        self.addCleanup(self.daemons[0].signal, signal.SIGCONT)
-        eventually(lambda: stopped(self.daemons[0].process.pid), "all its threads have stopped")
+        self.addCleanup(self.daemons[0].thaw)
+        self.daemons[0].freeze()
         start = time.monotonic()
         client.put([block(2)])
         first_s = time.monotonic() - start
@@ -126,7 +115,7 @@ class Two(unittest.TestCase):
         self.assertLess(first_s, 8)
         self.assertLess(then_s, 0.6, "it asks the silent one first again, which takes more than a second")
         print(f"   left after {first_s * 1e3:.0f} ms, then {then_s * 1e3:.0f} ms")
-        self.daemons[0].signal(signal.SIGCONT)
+        self.daemons[0].thaw()
         self.assert_back(client)
 
     def test_records_in_shared_memory_outlive_their_daemon(self):

@@ -147,13 +147,14 @@ class Restart(unittest.TestCase):
         client = native.Client(daemon.target, transport="shm", window_bytes=4 << 20, timeout_ms=500, **SPEC)
         self.addCleanup(client.close)
         client.put([block(1)])
-        daemon.signal(19)  # SIGSTOP
+        self.addCleanup(daemon.thaw)
+        daemon.freeze()
         for _ in range(8):  # each loses what it named
             with self.assertRaisesRegex(native.Failure, "DEADLINE_EXCEEDED|BUSY"):
                 client.put([block(2)])
             with self.assertRaisesRegex(native.Failure, "DEADLINE_EXCEEDED|BUSY"):
                 client.get_raw([key(1)])
-        daemon.signal(18)  # SIGCONT
+        daemon.thaw()
         client.put([block(2)])
         records = client.get_raw([key(1), key(2)])
         self.assertEqual([bytes(one)[-64:] for one in record_bytes(records)], [payload(1)[-64:], payload(2)[-64:]])

@@ -8,8 +8,8 @@ from harness import Daemon, eventually, key, payload, pb, run, wire
 from support import SLOWER
 from support.etcd import Etcd, free_port
 
-LEASE_S = 1
-PEER_TIMEOUT_S = 1
+LEASE_S = 2
+PEER_TIMEOUT_S = 2
 MOVED_S = 30.0 * SLOWER  # the longest that a repair of these few blocks may take on a busy machine
 BLOCKS = 120
 

@@ -1,6 +1,5 @@
 """Reading from a pool of real daemons with a real etcd: what was put at one is found, got, folded, attended over, pinned and
 dropped at any other, and looks the same from each; with one standing still, one dead, and one that has hardly any room."""
-import signal
 import time
 import unittest
 
@@ -175,7 +174,7 @@ class Reads(Pool):
         keys = self.put_blocks(60)
         want = self.nodes["a"].client.get(self.spec_id, keys)
         self.settle()  # before, a Lookup waits for all who may have it
-        self.nodes["b"].daemon.signal(signal.SIGSTOP)
+        self.nodes["b"].daemon.freeze()
         try:
             took = []
             for name in ("a", "c") * 4:
@@ -191,25 +190,25 @@ class Reads(Pool):
             self.assertLess(took[len(took) // 2], 0.8 * PEER_TIMEOUT_S)
             self.assertLess(took[-1], PEER_TIMEOUT_S + 1.0)
         finally:
-            self.nodes["b"].daemon.signal(signal.SIGCONT)
+            self.nodes["b"].daemon.thaw()
 
     def test_with_all_others_standing_still_a_call_ends_in_time(self):
         keys = self.put_blocks(60)
         theirs = self.strangers(keys)["c"]
         for name in ("a", "b"):
-            self.nodes[name].daemon.signal(signal.SIGSTOP)
+            self.nodes[name].daemon.freeze()
         try:
             began = time.monotonic()
             _, _, _, error = self.nodes["c"].client.try_get(self.spec_id, theirs, timeout=0.5)
             self.assertEqual(error.code(), Code.DEADLINE_EXCEEDED)
-            self.assertLess(time.monotonic() - began, 1.0)
-            _, codes, _, error = self.nodes["c"].client.try_get(self.spec_id, keys, timeout=10)
+            self.assertLess(time.monotonic() - began, 0.9 * PEER_TIMEOUT_S)
+            _, codes, _, error = self.nodes["c"].client.try_get(self.spec_id, keys, timeout=30)
             self.assertEqual(error.code(), Code.UNAVAILABLE)
             self.assertEqual({one for one, code in zip(keys, codes) if code}, set(theirs), "what is here comes all the same")
-            self.assertLess(time.monotonic() - began, 5.0)
+            self.assertLess(time.monotonic() - began, 15.0)
         finally:
             for name in ("a", "b"):
-                self.nodes[name].daemon.signal(signal.SIGCONT)
+                self.nodes[name].daemon.thaw()
         self.assert_unpinned()
 
     def test_one_that_dies_costs_nothing(self):
@@ -217,7 +216,7 @@ class Reads(Pool):
         want = self.nodes["a"].client.get(self.spec_id, keys)
         self.nodes["b"].daemon.kill()
         self.nodes.pop("b")
-        end = time.monotonic() + 8  # past its lease and the repair
+        end = time.monotonic() + 10  # past its lease and the repair
         while time.monotonic() < end:
             for node in self.nodes.values():
                 self.assertEqual(node.client.get(self.spec_id, keys), want)

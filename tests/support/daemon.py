@@ -148,6 +148,28 @@ class Daemon:
     def signal(self, number):
         self.process.send_signal(number)
 
+    def freeze(self, timeout_s=10):
+        """SIGSTOP; returns when every thread stands still, which takes a moment."""
+        self.signal(signal.SIGSTOP)
+        deadline = time.monotonic() + timeout_s
+        while self._thread_states() != {"T"}:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not all threads stand still after {timeout_s} s")
+            time.sleep(0.005)
+
+    def thaw(self):
+        self.signal(signal.SIGCONT)
+
+    def _thread_states(self):
+        states, folder = set(), f"/proc/{self.process.pid}/task"
+        for thread in os.listdir(folder):
+            try:
+                with open(f"{folder}/{thread}/stat", encoding="ascii") as file:
+                    states.add(file.read().rsplit(")", 1)[1].split()[0])
+            except OSError:
+                pass  # it has ended meanwhile
+        return states
+
     def wait(self, timeout_s=30):
         """The exit status; AssertionError when it does not end or a sanitizer spoke."""
         try:
