@@ -102,7 +102,8 @@ static uint32_t share_of(const uint8_t *shares, uint32_t section) {
 // whether every token is kept.
 static bool spend(const bkv_shape_t *shape, bool weights, uint64_t bytes, const uint8_t *shares, bkv_section_t *sections) {
     uint32_t count = shape->layers * shape->heads, to_come = count;
-    uint64_t least = least_bytes(shape), shares_to_come = 0;
+    uint64_t least = least_bytes(shape), shares_to_come = 0, last = 0;
+    const bkv_section_t *same = NULL; // what `last` bytes were spent on: mostly, the next section has as many
     for (uint32_t i = 0; i < count; i++) {
         shares_to_come += share_of(shares, i);
     }
@@ -116,10 +117,14 @@ static bool spend(const bkv_shape_t *shape, bool weights, uint64_t bytes, const 
             mine = mine < least ? least : mine < most ? mine : most;
             mine = mine / BKV_RECORD_ALIGN * BKV_RECORD_ALIGN;
             uint32_t available = sections[i].key_offset;
-            if (!keep_all(shape, available, weights, mine, &sections[i])) {
+            if (same && mine == last && available == same->key_offset) {
+                sections[i] = *same;
+            } else if (!keep_all(shape, available, weights, mine, &sections[i])) {
                 keep_some(shape, available, mine, &sections[i]);
                 all = false;
             }
+            same = &sections[i];
+            last = mine;
             sections[i].key_offset = available;
             sections[i].index_kind = (uint8_t)bkv_index_choose(shape->tokens, sections[i].tokens);
             bytes -= section_bytes(shape, sections[i].tokens, sections[i].key_bits, sections[i].value_bits, weights);

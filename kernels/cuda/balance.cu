@@ -1,6 +1,7 @@
-// balance.cu - the balance codec, one thread block a head: K and V are read from memory once and stay in shared memory
-// until the record's planes are written. balance.c says why each stage is there; select.cuh has the first half, this
-// file the second: what is kept, the refit, and the planes. general.cu takes what does not fit.
+// balance.cu - the balance codec, one thread block a head: K stays in shared memory until the record's planes are written,
+// and V is read where it lies, from memory once and then from the cache. So two heads fit a multiprocessor, and one's waits,
+// of which a head has many and each other ones, are the other's turn. balance.c says why each stage is there; select.cuh has
+// the first half, this file the second: what is kept, the refit, and the planes. general.cu takes what does not fit.
 //
 // Against the reference: the walk goes over leaves of BKV_LEAF tokens with coins of its own, kernels are bfloat16, and the
 // refit is over the whole head, not each key group by itself.
@@ -12,40 +13,36 @@
 
 #define MASS_MIN 1e-20f
 
+// Thread blocks that a multiprocessor has under way, if its shared memory allows.
+#define HEADS_AT_ONCE 2
+
 // Blocks of one launch: the most that a grid's last extent may be.
 #define GRID_BLOCKS 65535u
 
 // Lists the kept and, of these, the walked, and writes the index.
 static __device__ void index_write(const head_t &head, const section_layout &at) {
     head_state &state = head.state;
-    uint32_t t = threadIdx.x, lane = t % 32, word = t / 32, below = (1u << lane) - 1;
-    uint32_t fate = t < head.tokens ? state.fate[t] : FATE_DROPPED;
-    if (t < HEAD_TOKENS) {
-        state.words[0][word] = __ballot_sync(~0u, fate != FATE_DROPPED);
-        state.words[1][word] = __ballot_sync(~0u, fate == FATE_WALKED);
-    }
+    uint32_t t = threadIdx.x, word = t / 32, fate = t < head.tokens ? state.fate[t] : FATE_DROPPED;
+    state.words[0][word] = __ballot_sync(~0u, fate != FATE_DROPPED);
+    state.words[1][word] = __ballot_sync(~0u, fate == FATE_WALKED);
     __syncthreads();
-    if (t < HEAD_TOKENS) {
-        uint32_t kept = __popc(state.words[0][word] & below), walked = __popc(state.words[1][word] & below);
-        for (uint32_t i = 0; i < word; i++) {
-            kept += __popc(state.words[0][i]);
-            walked += __popc(state.words[1][i]);
+    uint32_t kept = bits_before(state.words[0]), walked = bits_before(state.words[1]);
+    if (fate != FATE_DROPPED) {
+        state.kept[kept] = (uint8_t)t;
+        if (at.index_kind == BKV_INDEX_LIST) {
+            ((uint32_t *)at.key_plane)[kept] = t;
         }
-        if (fate != FATE_DROPPED) {
-            state.kept[kept] = (uint8_t)t;
-            if (at.index_kind == BKV_INDEX_LIST) {
-                ((uint32_t *)at.key_plane)[kept] = t;
-            }
-        }
-        if (fate == FATE_WALKED) {
-            state.walked[walked] = (uint8_t)t;
-        }
-        if (at.index_kind == BKV_INDEX_BITMAP && lane == 0 && t < head.tokens) {
-            ((uint32_t *)at.key_plane)[word] = state.words[0][word];
-        }
-        if (t == HEAD_TOKENS - 1) {
-            state.walked_count = walked + (fate == FATE_WALKED);
-        }
+    }
+    if (fate == FATE_WALKED) {
+        state.walked[walked] = (uint8_t)t;
+        state.place[t] = (uint8_t)walked;
+        state.pull[walked] = -0.5f * LOG2E * head.scale * state.square[t];
+    }
+    if (at.index_kind == BKV_INDEX_BITMAP && t % 32 == 0 && t < head.tokens) {
+        ((uint32_t *)at.key_plane)[word] = state.words[0][word];
+    }
+    if (t == HEAD_TOKENS - 1) {
+        state.walked_count = walked + (fate == FATE_WALKED);
     }
     __syncthreads();
 }
@@ -54,18 +51,14 @@ static __device__ void index_write(const head_t &head, const section_layout &at)
 static __device__ void weights_write(const head_t &head, const section_layout &at) {
     const head_state &state = head.state;
     uint32_t lane = threadIdx.x % 32;
-    float low = INFINITY, high = -INFINITY;
+    uint32_t least = ~0u, greatest = 0; // bits of positive floats, in the order of these
     for (uint32_t i = lane; i < at.tokens; i += 32) {
-        float weight = state.weight[state.kept[i]];
-        low = fminf(low, weight);
-        high = fmaxf(high, weight);
+        uint32_t weight = __float_as_uint(state.weight[state.kept[i]]);
+        least = min(least, weight);
+        greatest = max(greatest, weight);
     }
-    for (int other = 16; other > 0; other /= 2) {
-        low = fminf(low, __shfl_xor_sync(~0u, low, other));
-        high = fmaxf(high, __shfl_xor_sync(~0u, high, other));
-    }
-    low = logf(low);
-    high = logf(high);
+    float low = logf(__uint_as_float(__reduce_min_sync(~0u, least)));
+    float high = logf(__uint_as_float(__reduce_max_sync(~0u, greatest)));
     uint16_t base_half = half_saturated(low);
     float base = half_expand(base_half);
     uint16_t step_half = half_saturated(high > base ? (high - base) / 255.0f : 0.0f);
@@ -79,124 +72,199 @@ static __device__ void weights_write(const head_t &head, const section_layout &a
     }
 }
 
-// How much of each token every walked row answers for: a softmax of exp(-|key - row|^2 / (2 sqrt d)), |key|^2 cancelled.
-// One warp takes 16 tokens with all rows, at most 16 * TILES, and writes their shares to work[token][row]; protected tokens
-// give nothing away.
-template <class T, uint32_t TILES> static __device__ void refit_shares(const head_t &head) {
+// The shares of 16 tokens from products of keys with all rows; protected tokens give nothing away.
+template <class T, uint32_t TILES>
+static __device__ __forceinline__ void shares_write(const head_t &head, uint32_t first, T *work, float share[2 * TILES][4]) {
     const head_state &state = head.state;
-    uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16, rows = state.walked_count;
-    if (first >= head.padded) {
-        return;
-    }
-    float share[2 * TILES][4];
-    uint32_t keys = shared_address(head.keys), stride = share_stride(rows), row[TILES];
+    uint32_t lane = threadIdx.x % 32, stride = share_stride(state.walked_count);
+    uint32_t *to = (uint32_t *)(work + lane / 4 * stride + lane % 4 * 2);
+    float scale = head.scale * LOG2E;
 #pragma unroll
     for (uint32_t i = 0; i < 2 * TILES; i++) {
-        share[i][0] = share[i][1] = share[i][2] = share[i][3] = 0;
-        row[i / 2] = state.walked[min(i / 2 * 16 + lane / 16 * 8 + lane % 8, rows - 1)];
+        float2 pull = *(const float2 *)&state.pull[8 * i + lane % 4 * 2];
+        share[i][0] = share[i][0] * scale + pull.x;
+        share[i][1] = share[i][1] * scale + pull.y;
+        share[i][2] = share[i][2] * scale + pull.x;
+        share[i][3] = share[i][3] * scale + pull.y;
     }
-#pragma unroll 4
-    for (uint32_t k = 0; k < head.key_row / 32; k++) {
-        uint32_t a[4], b[4];
-        load_matrices(a, keys + swizzled(first + lane % 16, 2 * k + lane / 16, head.key_row));
 #pragma unroll
-        for (uint32_t tile = 0; tile < TILES; tile++) {
-            load_matrices(b, keys + swizzled(row[tile], 2 * k + lane / 8 % 2, head.key_row));
-            multiply<T>(share[2 * tile], a, b[0], b[1]);
-            multiply<T>(share[2 * tile + 1], a, b[2], b[3]);
+    for (uint32_t h = 0; h < 2; h++) { // token first + lane / 4, and 8 more
+        float top = -INFINITY, sum = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < 4 * TILES; i++) {
+            top = fmaxf(top, share[i / 2][2 * h + i % 2]);
         }
-    }
-    float scale = head.scale * LOG2E, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-#pragma unroll
-    for (uint32_t i = 0; i < 2 * TILES; i++) {
-#pragma unroll
-        for (uint32_t c = 0; c < 2; c++) {
-            uint32_t r = 8 * i + lane % 4 * 2 + c;
-            float half = r < rows ? -0.5f * scale * state.square[state.walked[r]] : -INFINITY;
-            share[i][c] = share[i][c] * scale + half;
-            share[i][c + 2] = share[i][c + 2] * scale + half;
-            top[0] = fmaxf(top[0], share[i][c]);
-            top[1] = fmaxf(top[1], share[i][c + 2]);
-        }
-    }
-#pragma unroll
-    for (uint32_t h = 0; h < 2; h++) {
-        top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
-        top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
 #pragma unroll
         for (uint32_t i = 0; i < 4 * TILES; i++) {
             float *at = &share[i / 2][2 * h + i % 2];
-            *at = exp2f(*at - top[h]);
-            sum[h] += *at;
+            *at = power_of_two(*at - top);
+            sum += *at;
         }
-        sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-        sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
         uint32_t token = first + lane / 4 + 8 * h;
         bool gives = token < head.tokens && state.fate[token] != FATE_PROTECTED;
-        sum[h] = gives ? 1.0f / sum[h] : 0.0f;
-    }
-    uint32_t *to = (uint32_t *)((T *)head.work + (first + lane / 4) * stride + lane % 4 * 2);
+        float inverse = gives ? __fdividef(1.0f, sum) : 0.0f;
 #pragma unroll
-    for (uint32_t i = 0; i < 2 * TILES; i++) {
-        if (8 * i < stride - 8) {
-            to[4 * i] = element<T>::pack(share[i][0] * sum[0], share[i][1] * sum[0]);
-            to[4 * i + 4 * stride] = element<T>::pack(share[i][2] * sum[1], share[i][3] * sum[1]); // 8 rows down
-        }
-    }
-}
-
-// The walked rows' new values, the means of all values by these shares: 8 channels a warp. They take the old values' place
-// once every warp has read these.
-template <class T, uint32_t TILES> static __device__ void refit_values(const head_t &head) {
-    const head_state &state = head.state;
-    uint32_t lane = threadIdx.x % 32, chunk = threadIdx.x / 32, rows = state.walked_count, stride = share_stride(rows);
-    uint32_t shares = shared_address(head.work), values = shared_address(head.values);
-    float fit[TILES][4] = {}, mass[TILES][4] = {};
-    bool takes = chunk < head.value_row / 16;
-#pragma unroll 4
-    for (uint32_t first = 0; takes && first < head.padded; first += 16) {
-        uint32_t b[2];
-        load_pair_transposed(b, values + swizzled(first + lane % 16, chunk, head.value_row));
-#pragma unroll
-        for (uint32_t tile = 0; tile < TILES; tile++) {
-            if (16 * tile < stride - 8) {
-                uint32_t a[4];
-                load_matrices_transposed(
-                    a, shares + ((first + lane / 16 * 8 + lane % 8) * stride + 16 * tile + lane / 8 % 2 * 8) * 2);
-                multiply<T>(fit[tile], a, b[0], b[1]);
-                multiply<T>(mass[tile], a, element<T>::ones, element<T>::ones);
+        for (uint32_t i = 0; i < 2 * TILES; i++) {
+            if (8 * i < stride - 8) { // stride: of 2 elements
+                to[4 * i + 4 * h * stride] = element<T>::pack(share[i][2 * h] * inverse, share[i][2 * h + 1] * inverse);
             }
         }
     }
-    __syncthreads();
+}
+
+// How much of tokens [start, end) every walked row answers for: a softmax of exp(-|key - row|^2 / (2 sqrt d)), |key|^2
+// cancelled. A warp takes 16 or 32 tokens with all rows, at most 16 * TILES, and writes their shares to work[token -
+// start][row].
+template <class T, uint32_t TILES> static __device__ void refit_shares(const head_t &head, uint32_t start, uint32_t end) {
+    const head_state &state = head.state;
+    uint32_t lane = threadIdx.x % 32, rows = state.walked_count, stride = share_stride(rows);
+    uint32_t keys = shared_address(head.keys), row[TILES];
 #pragma unroll
-    for (uint32_t i = 0; i < 2 * TILES; i++) {
-        uint32_t row = 8 * i + lane / 4, c = i % 2 * 2;
-        if (takes && row < rows && mass[i / 2][c] > MASS_MIN) {
-            float inverse = 1.0f / mass[i / 2][c];
-            *(uint32_t *)(head.values + swizzled(state.walked[row], chunk, head.value_row) + lane % 4 * 4) =
-                element<T>::pack(fit[i / 2][c] * inverse, fit[i / 2][c + 1] * inverse);
+    for (uint32_t i = 0; i < TILES; i++) {
+        row[i] = keys + head.key_at(state.walked[min(16 * i + lane / 16 * 8 + lane % 8, rows - 1)], lane / 8 % 2);
+    }
+    constexpr uint32_t EACH = share_span(16 * TILES) / 16 / HEAD_WARPS; // tiles of 16 tokens
+    uint32_t first = start + threadIdx.x / 32 * 16 * EACH, from[EACH];
+    float share[EACH][2 * TILES][4] = {};
+    if (first >= end) {
+        return;
+    }
+#pragma unroll
+    for (uint32_t e = 0; e < EACH; e++) { // past the last tile it is taken again, and not written
+        from[e] = keys + head.key_at(min(first + 16 * e, end - 16) + lane % 16, lane / 16);
+    }
+#pragma unroll 4
+    for (uint32_t k = 0; k < head.key_row; k += 32) {
+        uint32_t a[EACH][4], b[4];
+#pragma unroll
+        for (uint32_t e = 0; e < EACH; e++) {
+            load_matrices(a[e], from[e] + k);
+        }
+#pragma unroll
+        for (uint32_t tile = 0; tile < TILES; tile++) {
+            load_matrices(b, row[tile] + k);
+#pragma unroll
+            for (uint32_t e = 0; e < EACH; e++) {
+                multiply<T>(share[e][2 * tile], a[e], b[0], b[1]);
+                multiply<T>(share[e][2 * tile + 1], a[e], b[2], b[3]);
+            }
+        }
+    }
+#pragma unroll
+    for (uint32_t e = 0; e < EACH; e++) {
+        if (first + 16 * e < end) {
+            shares_write<T, TILES>(head, first + 16 * e, (T *)head.work + (first + 16 * e - start) * stride, share[e]);
         }
     }
 }
 
-template <class T, uint32_t TILES> static __device__ void refit(const head_t &head) {
-    refit_shares<T, TILES>(head);
-    __syncthreads();
-    refit_values<T, TILES>(head);
+// The low, or the high, elements of two pairs.
+static __device__ __forceinline__ uint32_t both_low(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x5410);
+}
+static __device__ __forceinline__ uint32_t both_high(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x7632);
+}
+
+// Where a lane is among the values: it takes a pair of its warp's 16 channels, and of each 16 tokens those at 0, 1, 8 and 9
+// from its own first one on.
+struct value_pairs {
+    const uint8_t *next;
+    uint32_t token;
+    bool takes;
+
+    __device__ __forceinline__ value_pairs(const head_t &head) {
+        uint32_t lane = threadIdx.x % 32, at = threadIdx.x / 32 * 32 + lane / 4 * 4;
+        token = lane % 4 * 2;
+        next = head.value(token) + at;
+        takes = at < head.value_row;
+    }
+    __device__ __forceinline__ void load(const head_t &head, uint32_t pair[4]) {
+        int64_t stride = head.values.stride;
+        const uint8_t *from[4] = {next, next + stride, next + 8 * stride, next + 9 * stride};
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            bool there = takes && (head.tokens == head.padded || token + i / 2 * 8 + i % 2 < head.tokens);
+            pair[i] = there ? __ldg((const uint32_t *)from[i]) : 0;
+        }
+        next += 16 * stride;
+        token += 16;
+    }
+};
+
+// The walked rows' new values, the means of all values by these shares: 16 channels a warp, of which a lane has a pair, so
+// that the columns of one product are the even channels, of the other the odd. They take the shares' place. Values are asked
+// for AHEAD times 16 tokens before their turn, the first ones before there are shares. Few rows leave registers to unroll it
+// all.
+template <class T, uint32_t TILES, uint32_t AHEAD> static __device__ void refit(const head_t &head) {
+    const head_state &state = head.state;
+    uint32_t lane = threadIdx.x % 32, rows = state.walked_count, stride = share_stride(rows);
+    uint32_t shares = shared_address(head.work) + ((lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8) * 2;
+    float fit[TILES][2][4] = {}, mass[TILES][4] = {};
+    uint32_t ahead[AHEAD][4] = {};
+    value_pairs pairs(head);
+#pragma unroll
+    for (uint32_t i = 0; i < AHEAD; i++) {
+        if (16 * i < head.padded) {
+            pairs.load(head, ahead[i]);
+        }
+    }
+    constexpr uint32_t span = share_span(16 * TILES);
+    for (uint32_t start = 0; start < head.padded; start += span) {
+        refit_shares<T, TILES>(head, start, min(start + span, head.padded));
+        __syncthreads();
+#pragma unroll(TILES <= 2 ? span / 16 / AHEAD : 1)
+        for (uint32_t several = start; pairs.takes && several < min(start + span, head.padded); several += 16 * AHEAD) {
+#pragma unroll
+            for (uint32_t i = 0; i < AHEAD; i++) {
+                uint32_t first = several + 16 * i, *pair = ahead[i];
+                uint32_t even[2] = {both_low(pair[0], pair[1]), both_low(pair[2], pair[3])};
+                uint32_t odd[2] = {both_high(pair[0], pair[1]), both_high(pair[2], pair[3])};
+                if (first + 16 * AHEAD < head.padded) {
+                    pairs.load(head, pair);
+                }
+#pragma unroll
+                for (uint32_t tile = 0; tile < TILES; tile++) {
+                    if (16 * tile < stride - 8 && first < head.padded) {
+                        uint32_t a[4];
+                        load_matrices_transposed(a, shares + ((first - start) * stride + 16 * tile) * 2);
+                        multiply<T>(fit[tile][0], a, even[0], even[1]);
+                        multiply<T>(fit[tile][1], a, odd[0], odd[1]);
+                        multiply<T>(mass[tile], a, element<T>::ones, element<T>::ones);
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 2 * TILES; i++) {
+        uint32_t row = 8 * i + lane / 4, c = i % 2 * 2, at = threadIdx.x / 32 * 32 + lane % 4 * 8;
+        if (pairs.takes && row < rows) {
+            float *even = &fit[i / 2][0][c], *odd = &fit[i / 2][1][c], inverse = __fdividef(1.0f, mass[i / 2][c]);
+            uint2 fresh = {element<T>::pack(even[0] * inverse, odd[0] * inverse),
+                           element<T>::pack(even[1] * inverse, odd[1] * inverse)};
+            bool none = !(mass[i / 2][c] > MASS_MIN);
+            *(uint2 *)(head.fit(row) + at) = none ? *(const uint2 *)(head.value(state.walked[row]) + at) : fresh;
+        }
+    }
     __syncthreads();
 }
 
 template <class T> static __device__ void refit_any(const head_t &head) {
     uint32_t rows = head.state.walked_count;
     if (rows <= 16) {
-        refit<T, 1>(head);
+        refit<T, 1, 4>(head);
     } else if (rows <= 32) {
-        refit<T, 2>(head);
+        refit<T, 2, 4>(head);
     } else if (rows <= 64) {
-        refit<T, 4>(head);
+        refit<T, 4, 2>(head);
     } else {
-        refit<T, HEAD_WALKED / 16>(head);
+        refit<T, HEAD_WALKED / 16, 2>(head);
     }
 }
 
@@ -213,68 +281,45 @@ template <class T> static __device__ void rows_write(const head_t &head, const s
     value_codes_any<T>(head, finder, at.value_bits, at.tokens, at.value_row, at.value_plane, at.value_plane + at.value_codes);
 }
 
-static __device__ void rows_prefetch(const head_t &head, rows_t rows, uint32_t row_bytes) {
-    uint32_t lines = row_bytes / 128, thread = threadIdx.x - HEAD_THREADS / 2;
-    for (uint32_t i = thread; i < head.tokens * lines; i += HEAD_THREADS / 2) {
-        prefetch_l2(rows.base + (int64_t)(i / lines) * rows.stride + i % lines * 128);
-    }
-}
+// The shape that most models have is known at compile time.
+#define COMMON_DIM 128
 
-// The next head that this multiprocessor is likely to get is brought nearer while half of the threads have nothing to do.
-static __device__ void next_prefetch(const head_t &head, uint32_t section, uint32_t number) {
-    uint32_t heads = head.job.shape.heads, sections = head.job.shape.layers * heads;
-    section += head.job.processors;
-    number += section / sections;
-    section %= sections;
-    if (number < head.job.count) {
-        const bkv_gpu_block_t &block = head.job.blocks[number];
-        rows_prefetch(head, head_rows(block, false, section / heads, section % heads), head.key_row);
-        rows_prefetch(head, head_rows(block, true, section / heads, section % heads), head.value_row);
-    }
-}
-
-template <class T>
-static __global__ void __launch_bounds__(HEAD_THREADS, 1)
+template <class T, bool COMMON>
+static __global__ void __launch_bounds__(HEAD_THREADS, HEADS_AT_ONCE)
     balance_kernel(const __grid_constant__ bkv_gpu_job_t job, uint32_t first_block) {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ head_state state;
     uint32_t heads = job.shape.heads, index = blockIdx.x, layer = blockIdx.y, number = first_block + blockIdx.z;
     uint32_t section = layer * heads + index;
     const bkv_gpu_block_t &block = job.blocks[number];
-    head_t head = {.job = job, .state = state, .tokens = job.shape.tokens, .padded = head_padded(job.shape.tokens)};
-    head.key_row = job.shape.key_dim * 2;
-    head.value_row = job.shape.value_dim * 2;
+    head_t head = {.job = job, .state = state};
+    head.tokens = COMMON ? HEAD_TOKENS : job.shape.tokens;
+    head.padded = head_padded(head.tokens);
+    head.key_row = COMMON ? 2 * COMMON_DIM : job.shape.key_dim * 2;
+    head.value_row = COMMON ? 2 * COMMON_DIM : job.shape.value_dim * 2;
     head.keys = shared;
-    head.values = head.keys + head.padded * head.key_row;
-    head.work = head.values + head.padded * head.value_row;
-    head.scale = rsqrtf((float)job.shape.key_dim);
+    head.work = shared + head.key_at(head.padded, 0);
+    head.values = head_rows(block, true, layer, index);
+    head.scale = rsqrtf((float)(head.key_row / 2));
     finder_t finder = {&job.status[number], layer, heads, index, false}, value_finder = finder;
     value_finder.value = true;
 
-    rows_load(head, head_rows(block, false, layer, index), false);
-    rows_load(head, head_rows(block, true, layer, index), true);
-    section_layout at = section_find(job, number, section);
-    section_plan plan = section_choose(job, block, at.tokens);
-    copy_wait<1>();
-    __syncthreads();
+    keys_load(head, head_rows(block, false, layer, index));
+    rows_prefetch(head, head.values, head.value_row);
+    if (threadIdx.x == 0) {
+        state.at = section_find(job, number, section);
+        state.plan = section_choose(job, block, state.at.tokens);
+        state.stream = random_head(job.seed, block.position, section);
+    }
     keys_measure<T>(head, finder);
     __syncthreads();
+    const section_layout &at = state.at;
     keys_mean<T>(head);
     __syncthreads();
     keys_score<T>(head);
+    tokens_protect(head, state.plan);
     __syncthreads();
-    scores_number(head, plan.first, random_head(job.seed, block.position, section));
-    scores_rank(head);
-    tokens_protect(head, plan.protect, plan.walked);
-    copy_wait<0>();
-    __syncthreads();
-    leaves_kernel<T>(head, value_finder);
-    __syncthreads();
-    if (threadIdx.x < HEAD_THREADS / 2) {
-        leaves_walk(head, plan.walked);
-    } else {
-        next_prefetch(head, section, number);
-    }
+    leaves_walk<T>(head, value_finder, state.plan.walked);
     __syncthreads();
     index_write(head, at);
     if (state.walked_count > 0) {
@@ -288,8 +333,8 @@ static __global__ void __launch_bounds__(HEAD_THREADS, 1)
 }
 
 static uint32_t shared_bytes(const bkv_gpu_job_t *job) {
-    uint32_t rows = head_padded(job->shape.tokens) * (job->shape.key_dim + job->shape.value_dim) * 2;
-    return rows + head_work_bytes(job->shape.tokens, job->shape.key_dim, job->walked);
+    uint32_t keys = head_padded(job->shape.tokens) * (job->shape.key_dim * 2 + ROW_GAP);
+    return keys + head_work_bytes(job->shape.tokens, job->shape.value_dim, job->walked);
 }
 
 // What is left of a thread block's shared memory beside head_state, in whole kilobytes.
@@ -297,11 +342,24 @@ static uint32_t dynamic_most(uint32_t shared_memory) {
     return (shared_memory - (uint32_t)sizeof(head_state)) / 1024 * 1024;
 }
 
+typedef void (*balance_kernel_t)(bkv_gpu_job_t, uint32_t);
+
+static balance_kernel_t kernel_for(bool bf16, bool common) {
+    if (common) {
+        return bf16 ? balance_kernel<__nv_bfloat16, true> : balance_kernel<__half, true>;
+    }
+    return bf16 ? balance_kernel<__nv_bfloat16, false> : balance_kernel<__half, false>;
+}
+
 extern "C" int bkv_gpu_balance_allow(uint32_t shared_memory) {
-    int bytes = (int)dynamic_most(shared_memory);
-    cudaError_t error = cudaFuncSetAttribute(balance_kernel<__nv_bfloat16>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error == cudaSuccess) {
-        error = cudaFuncSetAttribute(balance_kernel<__half>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaError_t error = cudaSuccess;
+    for (int i = 0; i < 4 && error == cudaSuccess; i++) {
+        balance_kernel_t kernel = kernel_for(i % 2, i / 2);
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)dynamic_most(shared_memory));
+        if (error == cudaSuccess) {
+            error =
+                cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        }
     }
     return (int)error;
 }
@@ -315,8 +373,9 @@ extern "C" bool bkv_gpu_balance_fits(const bkv_gpu_job_t *job) {
 }
 
 extern "C" int bkv_gpu_balance(const bkv_gpu_job_t *job, void *stream) {
-    void (*kernel)(bkv_gpu_job_t, uint32_t) =
-        job->shape.dtype == BKV_BF16 ? balance_kernel<__nv_bfloat16> : balance_kernel<__half>;
+    const bkv_shape_t *shape = &job->shape;
+    bool common = shape->key_dim == COMMON_DIM && shape->value_dim == COMMON_DIM && shape->tokens == HEAD_TOKENS;
+    balance_kernel_t kernel = kernel_for(shape->dtype == BKV_BF16, common);
     cudaError_t error = cudaSuccess;
     for (uint32_t first = 0; error == cudaSuccess && first < job->count; first += GRID_BLOCKS) {
         uint32_t left = job->count - first;

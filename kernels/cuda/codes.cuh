@@ -1,6 +1,6 @@
-// codes.cuh - internal: quantising a head's kept rows where they lie, in shared memory: what quant.cuh does anywhere,
-// with 16-bit minima and maxima and two multiply-adds a code. Codes that fall between two steps may differ from the
-// reference's by rounding; scales and zeros are chosen as there.
+// codes.cuh - internal: quantising a head's kept rows where they lie, keys and new values in shared memory: what quant.cuh
+// does anywhere, with 16-bit minima and maxima and two multiply-adds a code. Codes that fall between two steps may differ
+// from the reference's by rounding; scales and zeros are chosen as there.
 #ifndef BKV_CODES_CUDA_CUH
 #define BKV_CODES_CUDA_CUH
 
@@ -46,47 +46,43 @@ template <uint32_t BITS> struct code_packer {
     }
 };
 
-// The ranges of `count` kept rows from `first` on, channel by channel: a slice of the rows for each thread, then eight lanes
-// over the slices of a pair of channels. Leaves factor and term of every channel in state.channel, params in the record.
+// The ranges of `count` kept rows from `first` on, channel by channel: 16 channels a warp, each lane a sixteenth of the rows
+// of eight. Leaves factor and term of every channel in state.channel, params in the record. Greatest numbers are the least
+// ones of the other sign, so that after one exchange a lane looks for one sort only; from exchange to exchange half as many.
 template <class T>
 __device__ void key_ranges(const head_t &head, uint32_t first, uint32_t count, uint32_t bits, uint8_t *params) {
     head_state &state = head.state;
-    uint32_t chunks = head.key_row / 16, dim = chunks * 8, slices = HEAD_THREADS / chunks, lane = threadIdx.x % 32;
-    uint32_t chunk = threadIdx.x % chunks, slice = threadIdx.x / chunks, stride = range_stride(dim) / 2;
-    uint32_t *low = (uint32_t *)head.work, *high = low + slices * stride; // [slices][dim / 2] pairs
-    if (slice < slices && slice < count) {
-        uint4 row = head.chunk(false, state.kept[first + slice], chunk);
-        uint32_t least[4] = {row.x, row.y, row.z, row.w}, greatest[4] = {row.x, row.y, row.z, row.w};
-        for (uint32_t t = slice + slices; t < count; t += slices) {
-            row = head.chunk(false, state.kept[first + t], chunk);
+    uint32_t lane = threadIdx.x % 32;
+    for (uint32_t two = threadIdx.x / 32; two < head.key_row / 32; two += HEAD_WARPS) {
+        uint32_t least[4], greatest[4];
+        for (uint32_t t = min(lane / 2, count - 1), turn = 0; turn == 0 || t < count; t += 16, turn++) {
+            uint4 row = head.key(state.kept[first + t], 2 * two + lane % 2);
             uint32_t word[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                least[i] = element<T>::least(least[i], word[i]);
-                greatest[i] = element<T>::greatest(greatest[i], word[i]);
+                least[i] = turn == 0 ? word[i] : element<T>::least(least[i], word[i]);
+                greatest[i] = turn == 0 ? word[i] : element<T>::greatest(greatest[i], word[i]);
             }
         }
-        *(uint4 *)(low + slice * stride + 4 * chunk) = make_uint4(least[0], least[1], least[2], least[3]);
-        *(uint4 *)(high + slice * stride + 4 * chunk) = make_uint4(greatest[0], greatest[1], greatest[2], greatest[3]);
-    }
-    __syncthreads();
-    slices = min(slices, count);
-    for (uint32_t start = threadIdx.x / 32 * 4; start < dim / 2; start += 4 * HEAD_WARPS) {
-        uint32_t pair = start + lane % 4, eighth = min(lane / 4, slices - 1);
-        uint32_t least = low[eighth * stride + pair], greatest = high[eighth * stride + pair];
-        for (uint32_t s = eighth + 8; s < slices; s += 8) {
-            least = element<T>::least(least, low[s * stride + pair]);
-            greatest = element<T>::greatest(greatest, high[s * stride + pair]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t negative = greatest[i] ^ 0x80008000u;
+            uint32_t other = __shfl_xor_sync(~0u, lane < 16 ? negative : least[i], 16);
+            least[i] = element<T>::least(lane < 16 ? least[i] : negative, other);
         }
 #pragma unroll
-        for (int other = 4; other < 32; other *= 2) {
-            least = element<T>::least(least, __shfl_xor_sync(~0u, least, other));
-            greatest = element<T>::greatest(greatest, __shfl_xor_sync(~0u, greatest, other));
+        for (int i = 0; i < 2; i++) {
+            uint32_t other = __shfl_xor_sync(~0u, lane & 8 ? least[i] : least[i + 2], 8);
+            least[i] = element<T>::least(lane & 8 ? least[i + 2] : least[i], other);
         }
-        if (lane < 8) {
-            float2 from = element<T>::unpack(least), to = element<T>::unpack(greatest);
-            uint32_t channel = 2 * pair + lane / 4;
-            quant_params chosen = params_choose(lane < 4 ? from.x : from.y, lane < 4 ? to.x : to.y, bits);
+        uint32_t other = __shfl_xor_sync(~0u, lane & 4 ? least[0] : least[1], 4);
+        uint32_t pair = element<T>::least(lane & 4 ? least[1] : least[0], other);
+        pair = element<T>::least(pair, __shfl_xor_sync(~0u, pair, 2));
+        uint32_t far = __shfl_xor_sync(~0u, pair, 16) ^ 0x80008000u; // for lanes 0 to 15 the greatest
+        if (lane < 16) {
+            float2 from = element<T>::unpack(pair), to = element<T>::unpack(far);
+            uint32_t channel = 16 * two + lane % 2 * 8 + lane / 4 * 2 + lane / 2 % 2;
+            quant_params chosen = params_choose(lane & 2 ? from.y : from.x, lane & 2 ? to.y : to.x, bits);
             ((uint32_t *)params)[channel] = chosen.word;
             state.channel[channel] = code_pair(chosen, bits);
         }
@@ -109,7 +105,7 @@ __device__ void key_codes(const head_t &head, uint32_t first, uint32_t count, ui
 #pragma unroll
         for (uint32_t c = 0; c < 4; c++) {
             float row[8];
-            unpack_eight<T>(head.chunk(false, token, 4 * run + c), row);
+            unpack_eight<T>(head.key(token, 4 * run + c), row);
 #pragma unroll
             for (uint32_t i = 0; i < 8; i += 2) {
                 float4 two = *(const float4 *)&state.channel[32 * run + 8 * c + i];
@@ -121,8 +117,8 @@ __device__ void key_codes(const head_t &head, uint32_t first, uint32_t count, ui
     }
 }
 
-// Values of all kept rows: a warp takes 16 rows of one group of 64 channels, two lanes a row, warps in the opposite order to
-// keys. What the walk never saw is looked at here.
+// Values of all kept rows, a walked one's from the refit: a warp takes 16 rows of one group of 64 channels, two lanes a row,
+// warps in the opposite order to keys. What the walk never saw is looked at here.
 template <class T, uint32_t BITS>
 __device__ void value_codes(const head_t &head, finder_t finder, uint32_t count, uint32_t row_bytes, uint8_t *params,
                             uint8_t *codes) {
@@ -131,9 +127,11 @@ __device__ void value_codes(const head_t &head, finder_t finder, uint32_t count,
     for (uint32_t task = HEAD_WARPS - 1 - threadIdx.x / 32; task < tiles * groups; task += HEAD_WARPS) {
         uint32_t t = task % tiles * 16 + lane % 16, group = task / tiles, run = 2 * group + lane / 16;
         uint32_t token = state.kept[min(t, count - 1)], word[16];
+        bool walked = state.fate[token] == FATE_WALKED;
+        const uint4 *from = (const uint4 *)(walked ? head.fit(state.place[token]) : head.value(token)) + 4 * run;
 #pragma unroll
         for (uint32_t c = 0; c < 4; c++) {
-            *(uint4 *)(word + 4 * c) = head.chunk(true, token, 4 * run + c);
+            *(uint4 *)(word + 4 * c) = from[c];
         }
         uint32_t least = word[0], greatest = word[0];
         float squares = 0;
@@ -146,15 +144,15 @@ __device__ void value_codes(const head_t &head, finder_t finder, uint32_t count,
         }
         least = element<T>::least(least, __shfl_xor_sync(~0u, least, 16));
         greatest = element<T>::greatest(greatest, __shfl_xor_sync(~0u, greatest, 16));
-        if (!(squares < SQUARES_SAFE) && state.fate[token] == FATE_PROTECTED) {
-            row_find<T>(head.values, head.value_row, finder, token);
+        if (!(squares < SQUARES_SAFE) && !walked) {
+            row_find<T>(head.value(token), head.value_row, finder, token);
         }
         if (t >= count) {
             __syncwarp();
             continue;
         }
-        float2 from = element<T>::unpack(least), to = element<T>::unpack(greatest);
-        quant_params chosen = params_choose(fminf(from.x, from.y), fmaxf(to.x, to.y), BITS);
+        float2 low = element<T>::unpack(least), high = element<T>::unpack(greatest);
+        quant_params chosen = params_choose(fminf(low.x, low.y), fmaxf(high.x, high.y), BITS);
         float2 both = code_pair(chosen, BITS);
         if (lane < 16) {
             ((uint32_t *)params)[t * groups + group] = chosen.word;

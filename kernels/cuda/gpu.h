@@ -78,8 +78,8 @@ static inline
 }
 
 // What one launch of these two takes travels as kernel arguments, which are copied at the call: no host memory need live on.
-#define BKV_GPU_SETUP_BLOCKS 28
-#define BKV_GPU_UPLOAD_BYTES 3584
+#define BKV_GPU_SETUP_BLOCKS 64
+#define BKV_GPU_UPLOAD_BYTES 8192
 
 // Bytes [first, first + count) of the job's preamble.
 int bkv_gpu_upload(const bkv_gpu_job_t *job, const uint8_t *bytes, uint32_t first, uint32_t count, void *stream);

@@ -1,6 +1,5 @@
 // mma.cuh - internal: the instructions for which CUDA C++ has no name: asynchronous copies, matrix loads, tensor core
-// products (PTX ISA 8.x, sm_80). Rows in shared memory are swizzled: 16-byte chunk c of row r lies at place c ^ (r & 7) of
-// its row, so that the same chunk of eight consecutive rows is in eight different bank groups.
+// products (PTX ISA 8.x, sm_80).
 #ifndef BKV_MMA_CUDA_CUH
 #define BKV_MMA_CUDA_CUH
 
@@ -12,21 +11,41 @@ __device__ __forceinline__ uint32_t shared_address(const void *at) {
     return (uint32_t)__cvta_generic_to_shared(at);
 }
 
-// Byte offset of a chunk in a matrix whose rows are `row_bytes` long, a multiple of 128.
-__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk, uint32_t row_bytes) {
-    return row * row_bytes + ((chunk ^ (row & 7)) << 4);
+// A copy of `bytes` bytes, a multiple of 16, to shared memory, of which `arrived`, an 8-byte word of shared memory, is told.
+// Before there were such copies (sm_80) a lane copies 16 bytes at a time, and waits for its own.
+__device__ __forceinline__ void arrivals_begin(uint64_t *arrived, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+                 "fence.proxy.async.shared::cta;\n\t"
+                 "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrived)),
+                 "r"(bytes)
+                 : "memory");
+#endif
 }
 
-__device__ __forceinline__ void copy_async(uint32_t shared, const void *global) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+__device__ __forceinline__ void copy_row(uint32_t shared, const uint8_t *global, uint32_t bytes, uint64_t *arrived) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                 "l"(global), "r"(bytes), "r"(shared_address(arrived))
+                 : "memory");
+#else
+    for (uint32_t at = 0; at < bytes; at += 16) {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared + at), "l"(global + at) : "memory");
+    }
+#endif
 }
 
-__device__ __forceinline__ void copy_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int PENDING> __device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+// Waits until all that was announced is there. All lanes of the warp, as each sees what it waited for.
+__device__ __forceinline__ void arrivals_wait(uint64_t *arrived) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n\t.reg .pred done;\n"
+                 "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n\t@!done bra again;\n\t}" ::"r"(
+                     shared_address(arrived))
+                 : "memory");
+#else
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+    __syncwarp();
 }
 
 __device__ __forceinline__ void prefetch_l2(const void *global) {
@@ -48,12 +67,11 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t out[4], uint32
                  : "memory");
 }
 
-// The same for two; lanes 16 to 31 give no address.
-__device__ __forceinline__ void load_pair_transposed(uint32_t out[2], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(out[0]), "=r"(out[1])
-                 : "r"(address)
-                 : "memory");
+// Two to the power of `value`; denormal results are 0.
+__device__ __forceinline__ float power_of_two(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
 }
 
 // sum += a (16 x 16) b (16 x 8), elements bfloat16 or float16, sums float. Lane l holds sums of row l / 4, columns
@@ -62,15 +80,15 @@ template <class T> __device__ __forceinline__ void multiply(float sum[4], const 
 
 template <>
 __device__ __forceinline__ void multiply<__nv_bfloat16>(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <> __device__ __forceinline__ void multiply<__half>(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // What differs between the two 16-bit types.
