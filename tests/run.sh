@@ -39,13 +39,14 @@ for suite in "$@"; do
     unit)
         for binary in "$BUILD"/tests/unit-*; do
             echo "-- $binary"
-            "$binary" --jobs 2 --timeout 300 2>&1 | tee "$log"
+            # Without --verbose criterion is silent about what is skipped.
+            "$binary" --jobs 2 --timeout 300 --verbose 2>&1 | sed -u -e 's/\x1b\[[0-9;]*m//g' -e '/^\[\(RUN \|PASS\)\]/d' | tee "$log"
             status=$?
             # criterion closes with "[====] Synthesis: Tested: 12 | Passing: 12 | Failing: 0 | Crashing: 0"
-            line=$(sed -e 's/\x1b\[[0-9;]*m//g' "$log" | grep 'Synthesis' | tail -n 1 |
+            line=$(grep -a 'Synthesis' "$log" | tail -n 1 |
                 sed -E 's/.*Passing: *([0-9]+).*Failing: *([0-9]+).*Crashing: *([0-9]+).*/\1 \2 \3/')
             read -r p f c <<<"${line:-0 0 1}"
-            tally "$status" "$p passed, $((f + c)) failed"
+            tally "$status" "$p passed, $((f + c)) failed, $(grep -ac '^\[SKIP\]' "$log") skipped"
         done
         ;;
     integration | e2e | cluster)
