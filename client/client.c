@@ -1,7 +1,7 @@
 // client.c - creates and destroys clients, and knows their calls: those in flight, those on a pause between attempts, those to
 // be cancelled. What a call does is call.c's, which thread drives it drive.c's, by which memory payloads move memory/'s.
-#include "client/attempt.h"
 #include "client/client.h"
+#include "client/attempt.h"
 
 #include <assert.h>
 #include <errno.h>
