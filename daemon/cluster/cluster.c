@@ -295,12 +295,13 @@ void bkv_cluster_drain_self(bkv_cluster_t *cluster, bkv_drain_order_t order, bkv
     }
     const bkv_view_t *view = bkv_membership_view(cluster->membership);
     bool draining = view->self != BKV_NO_MEMBER && view->members[view->self].place.draining;
-    bkv_view_give(view);
     bkv_mover_progress_t mover;
     bkv_mover_get_progress(cluster->mover, &mover);
+    bool of_this = mover.view == view->version; // and not of a drain before, that was undone in between
+    bkv_view_give(view);
     *progress = (bkv_drain_progress_t){
         .draining = order == BKV_DRAIN_ASK ? draining : order == BKV_DRAIN_BEGIN,
-        .done = draining && mover.handed_over && order != BKV_DRAIN_UNDO,
+        .done = draining && mover.handed_over && of_this && order != BKV_DRAIN_UNDO,
         .left_keys = mover.left_keys,
         .left_bytes = mover.left_bytes,
         .moved_keys = mover.moved_keys,

@@ -300,6 +300,7 @@ void bkv_mover_get_progress(bkv_mover_t *mover, bkv_mover_progress_t *progress) 
         .moved_keys = mover->moved_keys,
         .moved_bytes = mover->moved_bytes,
         .handed_over = mover->draining && clean && !due && !mover->owing,
+        .view = mover->seen,
         .settled = clean ? mover->settled_hash : 0,
     };
     bool waits_to_drain = mover->draining && !progress->handed_over && !mover->passing && progress->left_keys == 0;

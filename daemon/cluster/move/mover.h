@@ -38,6 +38,7 @@ typedef struct bkv_mover_progress {
     uint64_t left_keys, left_bytes;   // estimates: of this pass, what is planned and not yet sent
     uint64_t moved_keys, moved_bytes; // since the last drain began, or the start
     bool handed_over;                 // this member drains, and all that it held is with its present owners
+    uint64_t view;                    // the version of the view that this is about: the latest that the mover has looked at
     uint64_t settled;                 // as in proto/peer.proto
 } bkv_mover_progress_t;
 
