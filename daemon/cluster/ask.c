@@ -69,6 +69,17 @@ static void hear(bkv_ask_t *ask) {
     ask->heard_us = bkv_now_us();
 }
 
+// [lock] What it did not bring, and nobody else is asked for, goes on. Not what other questions did not bring: they pass that on
+// themselves, all together.
+static void pass_on(bkv_ask_t *ask) {
+    ask->failed = 0;
+    for (uint32_t i = 0; i < ask->count; i++) {
+        bkv_sought_t *sought = &ask->reading->sought[ask->items[i].key];
+        sought->due = sought->due || (ask->items[i].ended && !sought->settled && sought->asked == 0);
+    }
+    bkv_reading_pass_on(ask->reading);
+}
+
 static void *on_begin(void *user, uint32_t index, uint64_t tenant, uint64_t bytes, uint64_t ttl_ms) {
     bkv_ask_t *ask = user;
     bkv_reading_t *reading = ask->reading;
@@ -76,8 +87,7 @@ static void *on_begin(void *user, uint32_t index, uint64_t tenant, uint64_t byte
     pthread_mutex_lock(&reading->lock);
     hear(ask);
     if (ask->failed > 0) { // those before this one need not wait for it
-        ask->failed = 0;
-        bkv_reading_pass_on(reading);
+        pass_on(ask);
     }
     bool wanted = !reading->sought[item->key].settled;
     bkv_reading_unlock(reading);
@@ -140,7 +150,7 @@ static void on_done(void *user, const bkv_error_t *error) {
     if (bkv_alarm_cancel(reading->cluster->alarms, &ask->alarm)) {
         atomic_fetch_sub(&reading->refs, 1); // not the last one: this question's is still there
     }
-    bkv_reading_pass_on(reading);
+    pass_on(ask);
     bkv_reading_unlock(reading);
     bkv_reading_unref(reading);
 }
@@ -167,11 +177,11 @@ static void hedge(bkv_ask_t *ask) {
         bkv_sought_t *sought = &reading->sought[ask->items[i].key];
         if (!ask->items[i].ended && !sought->settled && sought->asked == 1 &&
             sought->next < reading->owners.of[ask->items[i].key].count) {
-            sought->again = true;
+            sought->due = true;
             bkv_cluster_count(&reading->cluster->counters.remote_hedged_total, 1);
         }
     }
-    bkv_reading_pass_on(reading);
+    pass_on(ask);
 }
 
 static void on_alarm(void *user) {

@@ -69,10 +69,10 @@ static void choose(bkv_reading_t *reading, uint32_t key, bool late) {
     bkv_sought_t *sought = &reading->sought[key];
     const bkv_owned_t *owned = &reading->owners.of[key];
     sought->to = NOBODY;
-    if (sought->settled || (sought->asked > 0 && !sought->again)) {
+    if (sought->settled || !sought->due) {
         return;
     }
-    sought->again = false;
+    sought->due = false;
     assert(reading->making != NULL);
     if (sought->next < owned->count && !late) {
         sought->to = owned->owners[sought->next++];
@@ -83,8 +83,8 @@ static void choose(bkv_reading_t *reading, uint32_t key, bool late) {
     }
 }
 
-// [lock] Puts a key that has been chosen into its owner's question.
-static void add(bkv_reading_t *reading, uint32_t key) {
+// [lock] Puts a key that has been chosen into its owner's question. False: no memory for one.
+static bool add(bkv_reading_t *reading, uint32_t key) {
     bkv_sought_t *sought = &reading->sought[key];
     bkv_making_t *making = &reading->making[sought->to];
     if (making->ask == NULL) {
@@ -93,10 +93,11 @@ static void add(bkv_reading_t *reading, uint32_t key) {
     if (making->ask != NULL) {
         bkv_ask_add(making->ask, key);
         sought->asked++;
-    } else {
-        sought->unheard = true;
-        sought->to = NOBODY;
+        return true;
     }
+    sought->unheard = sought->due = true;
+    sought->to = NOBODY;
+    return false;
 }
 
 // [lock] False: the owner is not to be asked now.
@@ -108,7 +109,7 @@ static bool start(bkv_reading_t *reading, bkv_ask_t *ask) {
         bkv_sought_t *sought = &reading->sought[ask->items[i].key];
         sought->asked--;
         sought->unheard |= !ask->owner->gone;
-        sought->again = sought->asked > 0; // it was a hedge
+        sought->due = true;
     }
     return false;
 }
@@ -123,7 +124,7 @@ void bkv_reading_pass_on(bkv_reading_t *reading) {
         }
         for (uint32_t i = 0; i < reading->count; i++) {
             if (reading->sought[i].to != NOBODY) {
-                add(reading, i);
+                all &= add(reading, i);
             }
         }
         for (uint32_t i = 0; i < reading->count; i++) {
@@ -196,6 +197,7 @@ static bkv_reading_t *reading_new(bkv_cluster_t *cluster, const bkv_name_t *name
     for (uint32_t i = 0; i < count; i++) {
         if (found[i].status == BKV_NOT_FOUND) {
             reading->sought[reading->count].place = i;
+            reading->sought[reading->count].due = true;
             reading->names[reading->count++] = names[i];
         }
     }

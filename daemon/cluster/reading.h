@@ -24,7 +24,7 @@ typedef struct bkv_sought {
     uint16_t to;    // the owner that it is asked of next; only while questions are being put together
     uint8_t next;   // of its owners, the first that has not been asked
     uint8_t asked;  // questions under way
-    bool again;     // is to be asked of one more owner, although a question is under way
+    bool due;       // is to be asked of its next owner
     bool settled;   // found[place] has been written, and is the caller's now
     bool damaged;   // it came from somebody, and not as it should be
     bool unheard;   // somebody who may have it did not answer
@@ -81,7 +81,7 @@ struct bkv_ask {
     bkv_alarm_t alarm;
     uint64_t heard_us;     // when something last began or ended
     uint64_t coming_bytes; // of records that have begun to come, and not ended
-    uint32_t failed;       // ended otherwise than well since keys were last passed on
+    uint32_t failed;       // ended otherwise than well since its keys were last passed on
     bool ended;
     uint32_t count;
     bkv_ask_item_t items[];
@@ -93,7 +93,7 @@ struct bkv_ask {
 // caller.
 bool bkv_reading_take(bkv_reading_t *reading, const bkv_ask_t *ask, uint32_t key, bkv_outcome_t outcome, const bkv_pin_t *pin);
 
-// [lock] Asks the next owner of every key that needs one.
+// [lock] Asks the next owner of every key that is due.
 void bkv_reading_pass_on(bkv_reading_t *reading);
 
 // [lock] Takes the lock off, and does what has become due: tells the caller when all is settled, gives the peers back when no
