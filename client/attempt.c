@@ -200,7 +200,7 @@ void bkv_attempt_start(bkv_attempt_t *attempt) {
 
 // ---- its end ----
 
-void bkv_attempt_result(const bkv_attempt_t *attempt, bool cancelled, bool moving, bkv_error_t *error) {
+bkv_error_t bkv_attempt_result(const bkv_attempt_t *attempt, bool cancelled, bool moving) {
     const bkv_call_t *call = attempt->call;
     bool late = bkv_client_now_ns() + ROUNDING_MS * NS_PER_MS >= call->deadline_ns;
     bkv_error_t result = {.status = BKV_OK};
@@ -222,7 +222,7 @@ void bkv_attempt_result(const bkv_attempt_t *attempt, bool cancelled, bool movin
         bkv_client_text(GRPC_SLICE_START_PTR(attempt->details), GRPC_SLICE_LENGTH(attempt->details), result.message,
                         sizeof result.message);
     }
-    *error = result;
+    return result;
 }
 
 // The daemon names its request wherever it fails one, and only it says OK. After an answer that makes no sense, its word counts

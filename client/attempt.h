@@ -33,8 +33,8 @@ bkv_attempt_t *bkv_attempt_new(bkv_call_t *call, const bkv_call_kind_t *kind, gr
 // From here on it is driven by whoever takes its completions, and frees itself.
 void bkv_attempt_start(bkv_attempt_t *attempt);
 
-// What it came to, in our words. cancelled, moving: as of its call. *error may be that of the call's attempt before it.
-void bkv_attempt_result(const bkv_attempt_t *attempt, bool cancelled, bool moving, bkv_error_t *error);
+// What it came to, in our words. cancelled, moving: as of its call, whose error is still that of the attempt before it.
+bkv_error_t bkv_attempt_result(const bkv_attempt_t *attempt, bool cancelled, bool moving);
 
 // Was it the daemon that ended it, or gRPC at this end?
 bool bkv_attempt_answered(const bkv_attempt_t *attempt);

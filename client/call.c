@@ -248,7 +248,7 @@ void bkv_call_attempted(bkv_attempt_t *attempt) {
     call->attempt = NULL;
     bool cancelled = call->cancelled, moving = call->moving;
     pthread_mutex_unlock(&call->client->lock);
-    bkv_attempt_result(attempt, cancelled, moving, &call->error);
+    call->error = bkv_attempt_result(attempt, cancelled, moving);
     attempt->call = NULL;
     bool answered = bkv_attempt_answered(attempt);
     notice(call, answered);
