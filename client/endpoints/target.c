@@ -2,6 +2,7 @@
 #include "client/endpoints/target.h"
 
 #include "proto/address.h"
+#include "proto/grpc_arg.h"
 #include "proto/pem.h"
 
 #include <assert.h>
@@ -204,30 +205,22 @@ void bkv_client_target_deinit(bkv_client_target_t *target) {
     *target = (bkv_client_target_t){0};
 }
 
-static grpc_arg int_arg(const char *key, int value) {
-    return (grpc_arg){.type = GRPC_ARG_INTEGER, .key = (char *)key, .value.integer = value};
-}
-
-static grpc_arg string_arg(const char *key, const char *value) {
-    return (grpc_arg){.type = GRPC_ARG_STRING, .key = (char *)key, .value.string = (char *)value};
-}
-
 grpc_channel *bkv_client_target_connect(const bkv_client_target_t *target) {
     grpc_arg args[] = {
-        int_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0), // $http_proxy would apply to 127.0.0.1 as well
-        int_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
-        int_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1), // two clients, two connections
-        int_arg(GRPC_ARG_ENABLE_RETRIES, 0),            // call.c retries; gRPC's own would hold on to payloads
-        int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RECEIVE_MAX),
-        int_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, -1),
-        int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0), // nobody compresses here but to make us run out of memory
-        int_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, RECONNECT_FIRST_MS),
-        int_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, RECONNECT_LONGEST_MS),
-        int_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_TIMEOUT_MS), // despite its name
-        int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS),
-        int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_TIMEOUT_MS),
-        string_arg(GRPC_ARG_PRIMARY_USER_AGENT_STRING, "libbalancekv/" BKV_VERSION),
-        string_arg(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, target->tls_name),
+        bkv_int_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0), // $http_proxy would apply to 127.0.0.1 as well
+        bkv_int_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
+        bkv_int_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1), // two clients, two connections
+        bkv_int_arg(GRPC_ARG_ENABLE_RETRIES, 0),            // call.c retries; gRPC's own would hold on to payloads
+        bkv_int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RECEIVE_MAX),
+        bkv_int_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, -1),
+        bkv_int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0), // nobody compresses here but to make us run out of memory
+        bkv_int_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, RECONNECT_FIRST_MS),
+        bkv_int_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, RECONNECT_LONGEST_MS),
+        bkv_int_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_TIMEOUT_MS), // despite its name
+        bkv_int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS),
+        bkv_int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_TIMEOUT_MS),
+        bkv_string_arg(GRPC_ARG_PRIMARY_USER_AGENT_STRING, "libbalancekv/" BKV_VERSION),
+        bkv_string_arg(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, target->tls_name),
     };
     size_t count = sizeof args / sizeof args[0] - (target->tls_name == NULL ? 1 : 0);
     const grpc_channel_args channel_args = {.num_args = count, .args = args};

@@ -14,6 +14,7 @@
 #include "daemon/observe/log.h"
 #include "daemon/rpc/call.h"
 #include "daemon/rpc/listen.h"
+#include "proto/grpc_arg.h"
 #include "proto/handover.h"
 
 #include <assert.h>
@@ -167,24 +168,20 @@ static int clamp_int(uint64_t value) {
     return value > INT_MAX ? INT_MAX : (int)value;
 }
 
-static grpc_arg int_arg(const char *key, int value) {
-    return (grpc_arg){.type = GRPC_ARG_INTEGER, .key = (char *)key, .value.integer = value};
-}
-
 static grpc_server *make_server(const bkv_server_config_t *config) {
     grpc_arg list[] = {
-        int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, clamp_int(config->max_message)),
-        int_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS, clamp_int((uint64_t)config->max_calls + SPARE_STREAMS)),
-        int_arg(GRPC_ARG_ALLOW_REUSEPORT, 0), // a port in use is an error, not shared
-        int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_COMPRESSION, 0),
-        int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0), // a few KiB may unfold to gigabytes; see wire.c
+        bkv_int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, clamp_int(config->max_message)),
+        bkv_int_arg(GRPC_ARG_MAX_CONCURRENT_STREAMS, clamp_int((uint64_t)config->max_calls + SPARE_STREAMS)),
+        bkv_int_arg(GRPC_ARG_ALLOW_REUSEPORT, 0), // a port in use is an error, not shared
+        bkv_int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_COMPRESSION, 0),
+        bkv_int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0), // a few KiB may unfold to gigabytes; see wire.c
         // Clients may ping as they like, and connections whose peer is gone do not stay.
-        int_arg(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0),
-        int_arg(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0),
-        int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, 60000),
-        int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000),
-        int_arg(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
-        int_arg(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 10000),
+        bkv_int_arg(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0),
+        bkv_int_arg(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0),
+        bkv_int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, 60000),
+        bkv_int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000),
+        bkv_int_arg(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
+        bkv_int_arg(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 10000),
     };
     const grpc_channel_args args = {.num_args = sizeof(list) / sizeof(list[0]), .args = list};
     return grpc_server_create(&args, NULL);

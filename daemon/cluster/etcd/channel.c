@@ -2,6 +2,7 @@
 #include "daemon/cluster/etcd/internal.h"
 
 #include "proto/address.h"
+#include "proto/grpc_arg.h"
 #include "proto/pem.h"
 
 #include <stdlib.h>
@@ -83,29 +84,21 @@ static bkv_status_t make_credentials(const bkv_etcd_options_t *options, grpc_cha
 
 // ---- channels ----
 
-static grpc_arg int_arg(const char *key, int value) {
-    return (grpc_arg){.type = GRPC_ARG_INTEGER, .key = (char *)key, .value.integer = value};
-}
-
-static grpc_arg string_arg(const char *key, const char *value) {
-    return (grpc_arg){.type = GRPC_ARG_STRING, .key = (char *)key, .value.string = (char *)value};
-}
-
 static grpc_channel *make_channel(const char *endpoint, const char *tls_name, grpc_channel_credentials *credentials) {
     grpc_arg args[] = {
-        int_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0), // $http_proxy would apply to 127.0.0.1 as well
-        int_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
-        int_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1),
-        int_arg(GRPC_ARG_ENABLE_RETRIES, 0), // call.c repeats, elsewhere
-        int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RECEIVE_MAX),
-        int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0),
-        int_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, RECONNECT_FIRST_MS),
-        int_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, RECONNECT_LONGEST_MS),
-        int_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_MS), // despite its name
-        int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, PING_MS),
-        int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, PING_TIMEOUT_MS),
-        string_arg(GRPC_ARG_PRIMARY_USER_AGENT_STRING, "balancekvd/" BKV_VERSION),
-        string_arg(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, tls_name),
+        bkv_int_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0), // $http_proxy would apply to 127.0.0.1 as well
+        bkv_int_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
+        bkv_int_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1),
+        bkv_int_arg(GRPC_ARG_ENABLE_RETRIES, 0), // call.c repeats, elsewhere
+        bkv_int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RECEIVE_MAX),
+        bkv_int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0),
+        bkv_int_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, RECONNECT_FIRST_MS),
+        bkv_int_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, RECONNECT_LONGEST_MS),
+        bkv_int_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_MS), // despite its name
+        bkv_int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, PING_MS),
+        bkv_int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, PING_TIMEOUT_MS),
+        bkv_string_arg(GRPC_ARG_PRIMARY_USER_AGENT_STRING, "balancekvd/" BKV_VERSION),
+        bkv_string_arg(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, tls_name),
     };
     const grpc_channel_args channel_args = {.num_args = sizeof(args) / sizeof(args[0]) - (set(tls_name) ? 0 : 1), .args = args};
     return grpc_channel_create(endpoint, credentials, &channel_args);

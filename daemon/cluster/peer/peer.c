@@ -4,6 +4,7 @@
 #include "daemon/cluster/peer/verbs.h"
 #include "daemon/observe/log.h"
 #include "proto/address.h"
+#include "proto/grpc_arg.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -34,32 +35,24 @@ static const char *address_of(const bkv_member_t *member) {
 
 // ---- channel ----
 
-static grpc_arg int_arg(const char *key, int value) {
-    return (grpc_arg){.type = GRPC_ARG_INTEGER, .key = (char *)key, .value.integer = value};
-}
-
-static grpc_arg string_arg(const char *key, const char *value) {
-    return (grpc_arg){.type = GRPC_ARG_STRING, .key = (char *)key, .value.string = (char *)value};
-}
-
 static grpc_channel *make_channel(const bkv_peers_t *peers, const char *address) {
     grpc_arg args[] = {
-        int_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0),
-        int_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
-        int_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL,
-                1),                          // a member that starts again is another peer, with a connection of its own
-        int_arg(GRPC_ARG_ENABLE_RETRIES, 0), // who asks decides; gRPC's own would hold on to payloads
-        int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RECEIVE_MAX),
-        int_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, -1),
-        int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0), // nobody compresses here but to make us run out of memory
-        int_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, RECONNECT_FIRST_MS),
-        int_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, RECONNECT_LONGEST_MS),
-        int_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_MS), // despite its name
-        int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, PING_MS),
-        int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, PING_TIMEOUT_MS),
-        int_arg(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0),
-        string_arg(GRPC_ARG_PRIMARY_USER_AGENT_STRING, "balancekvd/" BKV_VERSION),
-        string_arg(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, peers->tls_name),
+        bkv_int_arg(GRPC_ARG_ENABLE_HTTP_PROXY, 0),
+        bkv_int_arg(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
+        bkv_int_arg(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL,
+                    1),                          // a member that starts again is another peer, with a connection of its own
+        bkv_int_arg(GRPC_ARG_ENABLE_RETRIES, 0), // who asks decides; gRPC's own would hold on to payloads
+        bkv_int_arg(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RECEIVE_MAX),
+        bkv_int_arg(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, -1),
+        bkv_int_arg(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0), // nobody compresses here but to make us run out of memory
+        bkv_int_arg(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, RECONNECT_FIRST_MS),
+        bkv_int_arg(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, RECONNECT_LONGEST_MS),
+        bkv_int_arg(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CONNECT_MS), // despite its name
+        bkv_int_arg(GRPC_ARG_KEEPALIVE_TIME_MS, PING_MS),
+        bkv_int_arg(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, PING_TIMEOUT_MS),
+        bkv_int_arg(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0),
+        bkv_string_arg(GRPC_ARG_PRIMARY_USER_AGENT_STRING, "balancekvd/" BKV_VERSION),
+        bkv_string_arg(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, peers->tls_name),
     };
     const grpc_channel_args channel_args = {.num_args = sizeof(args) / sizeof(args[0]) - (peers->tls_name != NULL ? 0 : 1),
                                             .args = args};
