@@ -73,8 +73,12 @@ class Reads(unittest.TestCase):
         self.put()
 
     @classmethod
-    def wait_for_members(cls):
-        eventually(lambda: len(cls.here.members()) == 2 and cls.here.members() == cls.there.members(), "both are members", 20)
+    def wait_for_members(cls, before=()):
+        """Until both know both, as they are now: the record of a member that was killed stays until its lease ends."""
+        def known():
+            members = cls.here.members()
+            return len(members) == 2 and members == cls.there.members() and members != before
+        eventually(known, "both are members", 20)
 
     def put(self):
         self.there.client.open(**SPEC)
@@ -193,10 +197,11 @@ class Reads(unittest.TestCase):
         thread.start()
         try:
             time.sleep(0.5)
+            before = self.here.members()
             self.there.daemon.kill()
             time.sleep(2)
             self.there.start()
-            self.wait_for_members()
+            self.wait_for_members(before)
         finally:
             stop.set()
             thread.join()
