@@ -9,6 +9,7 @@ from support import SLOWER
 from support.etcd import Etcd, free_port
 
 LEASE_S = 2
+LONG_LEASE_S = 60  # of one that is to be back before it ends
 PEER_TIMEOUT_S = 2
 MOVED_S = 30.0 * SLOWER  # the longest that a repair of these few blocks may take on a busy machine
 BLOCKS = 120
@@ -19,8 +20,8 @@ class Node:
 
     def __init__(self, name, etcd, delay, **options):
         self.name, port = name, free_port()
-        self.daemon = Daemon(node=name, etcd=etcd.endpoint, tcp=f"127.0.0.1:{port}", lease=f"{LEASE_S}s",
-                             peer_timeout=f"{PEER_TIMEOUT_S}s", repair_delay=delay, **{"arena": "64M", **options})
+        self.daemon = Daemon(node=name, etcd=etcd.endpoint, tcp=f"127.0.0.1:{port}", repair_delay=delay,
+                             peer_timeout=f"{PEER_TIMEOUT_S}s", **{"arena": "64M", "lease": f"{LEASE_S}s", **options})
         self.client, self.local = wire.Client(f"127.0.0.1:{port}"), wire.Client(self.daemon.target)
 
     def start(self):
@@ -39,6 +40,9 @@ class Node:
     def members(self):
         reply = self.cluster()
         return sorted(member.id for member in reply.members) if reply.state == "member" else []
+
+    def epoch_of(self, name):
+        return {member.id: member.epoch for member in self.cluster().members}.get(name)
 
     def owners(self, spec_id, keys):
         reply = self.client.unary("Where", pb.WhereRequest(spec_id=spec_id, keys=keys), pb.WhereResponse)
@@ -80,6 +84,17 @@ class Pool(unittest.TestCase):
     def wait_for_members(self, timeout_s=20 * SLOWER):
         names = sorted(self.nodes)
         eventually(lambda: all(node.members() == names for node in self.nodes.values()), f"all see {names}", timeout_s)
+
+    def kill_and_restart(self, node):
+        """Long before its lease ends: all know of its new epoch, and nobody has missed it."""
+        others = [other for other in self.nodes.values() if other is not node]
+        epoch = others[0].epoch_of(node.name)
+        node.daemon.kill()
+        node.start()
+        eventually(lambda: all(other.epoch_of(node.name) != epoch for other in others), "all see it again", LONG_LEASE_S / 2)
+        self.wait_for_members()
+        for other in others:
+            self.assertNotIn(f"{node.name} is gone", other.daemon.log_text())
 
     def settle(self):
         """Until nothing is to be moved any more."""
@@ -132,6 +147,15 @@ class Moves(Pool):
         sent = self.sent() - before
         self.assertLessEqual(sent, lost + 40, f"{lost} replicas were lost, and {sent} records sent")
 
+    def test_one_killed_that_is_back_at_once_without_its_memory_gets_it_again(self):
+        node = self.add("d", lease=f"{LONG_LEASE_S}s")
+        self.wait_for_members()
+        self.put(self.nodes["a"], 0, BLOCKS)
+        self.settle()
+        self.assertGreater(len(node.have(self.names)), BLOCKS // 5)
+        self.kill_and_restart(node)
+        eventually(lambda: self.missing() == [], "every owner has its blocks", MOVED_S)
+
     def test_a_newcomer_gets_its_share_and_no_more(self):
         self.put(self.nodes["a"], 0, BLOCKS)
         self.settle()
@@ -176,6 +200,20 @@ class Restart(Pool):
         node.daemon.stop()
         node.start()
         self.wait_for_members()
+        self.assertEqual(node.have(self.names), held)
+        self.settle()
+        self.assertEqual(self.sent() - before, 0)
+        self.assertEqual(self.missing(), [])
+
+    def test_one_killed_that_is_back_at_once_with_its_memory_moves_nothing(self):
+        node = self.add("d", lease=f"{LONG_LEASE_S}s", arena_path=os.path.join(self.nodes["a"].daemon.folder, "arena-d"))
+        self.wait_for_members()
+        self.put(self.nodes["a"], 0, BLOCKS)
+        held = node.have(self.names)
+        self.assertGreater(len(held), BLOCKS // 5)
+        self.settle()
+        before = self.sent() - node.stat("repair_sent_total")
+        self.kill_and_restart(node)
         self.assertEqual(node.have(self.names), held)
         self.settle()
         self.assertEqual(self.sent() - before, 0)

@@ -74,7 +74,7 @@ class Reads(unittest.TestCase):
 
     @classmethod
     def wait_for_members(cls, before=()):
-        """Until both know both, as they are now: the record of a member that was killed stays until its lease ends."""
+        """Until both know both, as they are now: what a killed member has left in etcd stands there until it registers anew."""
         def known():
             members = cls.here.members()
             return len(members) == 2 and members == cls.there.members() and members != before

@@ -19,6 +19,7 @@ typedef struct bkv_registration {
     bool asking, kicked; // a question is on its way; after its answer, ask the next one at once
     bool configured;     // `cluster` is what etcd says
     bool registered;     // the record is there, under `lease`
+    bool admitted;       // it once was
     bool leaving, left;
     int64_t lease;           // 0: none
     uint64_t lease_until_ms; // confirmed until

@@ -13,9 +13,9 @@
 // When etcd itself stands still, nobody can keep a lease alive. Members that vanish just after trouble with etcd are therefore
 // believed to be gone only some seconds later (roster.c), when those that live have registered again.
 //
-// An id belongs to who holds the lease of its record. A daemon that finds its id taken waits until that record is gone, which
-// after a crash takes ttl_s at most (after an orderly leave no time), and in the case of two daemons with one id for ever; it
-// says so in status and log.
+// An id belongs to who holds the lease of its record. A daemon that starts where one of its id was killed, with the same
+// addresses, takes its place at once, under a new epoch. Any other daemon that finds its id taken waits until that record is gone,
+// ttl_s at most after a crash and in the case of two daemons with one id for ever; it says so in status and log.
 //
 // Seed of placement and replicas are kept in etcd as well: who comes first writes them, all others take what is there. If etcd
 // has lost everything, the members write the same again.

@@ -158,7 +158,20 @@ static void blocked(bkv_membership_t *membership, const bkv_member_t *other) {
     next_in(membership, registration->ttl_s * 1000ull);
 }
 
-// Something is there that was not expected: of this daemon, perhaps by a first attempt of this very question, or of another.
+// What a daemon that was killed has left here, and its lease would keep for a while: it had the very addresses on which this one
+// listens, and nobody can share them. Only a daemon that has not been a member yet believes that: two whose hosts have the same
+// addresses by mistake would put each other out for ever.
+static bool left_behind(bkv_membership_t *membership, const bkv_member_t *there) {
+    pthread_mutex_lock(&membership->lock);
+    const bkv_member_t *self = &membership->self;
+    bool same = self->address_count > 0 && self->address_count == there->address_count &&
+                memcmp(self->addresses, there->addresses, sizeof(self->addresses)) == 0;
+    pthread_mutex_unlock(&membership->lock);
+    return same && !membership->registration.admitted;
+}
+
+// Something is there that was not expected: of this daemon, perhaps by a first attempt of this very question or from before it was
+// killed, or of another.
 static void write_refused(bkv_membership_t *membership, const bkv_etcd_reply_t *reply) {
     bkv_registration_t *registration = &membership->registration;
     bkv_member_t there;
@@ -174,6 +187,9 @@ static void write_refused(bkv_membership_t *membership, const bkv_etcd_reply_t *
     uint64_t epoch = is_record ? there.place.epoch : 0;
     if (!is_record || epoch == registration->epoch || epoch == registration->last_epoch) {
         next_in(membership, 0); // nonsense and what is our own is written over
+    } else if (left_behind(membership, &there)) {
+        bkv_log(BKV_LOG_INFO, 0, "cluster: takes the place of the daemon that was killed here");
+        next_in(membership, 0);
     } else {
         blocked(membership, &there);
     }
@@ -187,7 +203,7 @@ static void write_done(bkv_membership_t *membership, const bkv_etcd_reply_t *rep
     }
     registration->revision = reply->revision;
     registration->written = registration->sent;
-    registration->registered = true;
+    registration->registered = registration->admitted = true;
     registration->failures = 0;
     bkv_membership_set_state(membership, BKV_MEMBERSHIP_MEMBER, NULL);
     next_in(membership, registration->written != registration->wanted ? 0 : keep_every_ms(registration));

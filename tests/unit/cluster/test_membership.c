@@ -38,19 +38,25 @@ static bkv_member_t named(const char *id) {
     return self;
 }
 
-static void node_start_for(node_t *node, const etcd_server_t *server, const char *id, uint32_t replicas, uint32_t ttl_s) {
+static void node_start_as(node_t *node, const etcd_server_t *server, const bkv_member_t *self, uint32_t replicas,
+                          uint32_t ttl_s) {
     bkv_error_t err;
     atomic_store(&node->changes, 0);
     atomic_store(&node->shrinks, 0);
     node->etcd = asker_create(server);
     const bkv_membership_config_t config = {.etcd = node->etcd,
                                             .cluster = "test",
-                                            .self = named(id),
+                                            .self = *self,
                                             .ttl_s = ttl_s,
                                             .replicas = replicas,
                                             .on_change = on_change,
                                             .user = node};
     cr_assert_eq(bkv_membership_create(&config, &node->membership, &err), BKV_OK, "%s", err.message);
+}
+
+static void node_start_for(node_t *node, const etcd_server_t *server, const char *id, uint32_t replicas, uint32_t ttl_s) {
+    const bkv_member_t self = named(id);
+    node_start_as(node, server, &self, replicas, ttl_s);
 }
 
 static void node_start(node_t *node, const etcd_server_t *server, const char *id, uint32_t replicas) {
@@ -397,7 +403,9 @@ Test(membership, an_id_belongs_to_who_holds_it, .timeout = 60) {
     node_start_for(&first, &server, "a", 2, LONG_S);
     wait_for_members(&first, "a");
     uint64_t epoch = status_of(&first).epoch;
-    node_start(&second, &server, "a", 2);
+    bkv_member_t elsewhere = named("a");
+    snprintf(elsewhere.addresses[0], sizeof(elsewhere.addresses[0]), "another.example:7420");
+    node_start_as(&second, &server, &elsewhere, 2, TTL_S);
     wait_for_state(&second, BKV_MEMBERSHIP_BLOCKED);
     cr_assert_not_null(strstr(status_of(&second).trouble.message, "a.example:7420"), "%s", status_of(&second).trouble.message);
     sleep(LONG_S + TTL_S);
@@ -407,6 +415,51 @@ Test(membership, an_id_belongs_to_who_holds_it, .timeout = 60) {
     uint64_t start_ms = bkv_now_ms();
     wait_for_state(&second, BKV_MEMBERSHIP_MEMBER);
     cr_assert_lt(bkv_now_ms() - start_ms, LONG_S * 500);
+    node_crash(&first);
+    node_crash(&second);
+    etcd_server_clear(&server);
+}
+
+// The daemon was killed, and its lease goes on; the new one has its addresses.
+Test(membership, who_starts_where_it_was_killed_takes_its_place_at_once, .timeout = 60) {
+    etcd_server_t server;
+    node_t first = {0}, second = {0}, other = {0};
+    server_up(&server);
+    node_start_for(&first, &server, "a", 2, LONG_S);
+    node_start_for(&other, &server, "b", 2, LONG_S);
+    wait_for_members(&other, "a b");
+    uint64_t epoch = member_seen(&other, "a").place.epoch, start_ms = bkv_now_ms();
+    node_crash(&first);
+    node_start_for(&second, &server, "a", 2, LONG_S);
+    wait_for_state(&second, BKV_MEMBERSHIP_MEMBER);
+    while (member_seen(&other, "a").place.epoch == epoch) {
+        cr_assert_lt(bkv_now_ms() - start_ms, WAIT_MS);
+        usleep(10000);
+    }
+    cr_assert_lt(bkv_now_ms() - start_ms, LONG_S * 500);
+    cr_assert_eq(member_seen(&other, "a").place.epoch, status_of(&second).epoch);
+    sleep(LONG_S); // the first one's lease ends, and nothing with it
+    cr_assert_eq(status_of(&second).state, BKV_MEMBERSHIP_MEMBER);
+    cr_assert_eq(atomic_load(&other.shrinks), 0);
+    node_crash(&second);
+    node_crash(&other);
+    etcd_server_clear(&server);
+}
+
+// Two daemons with one id and, by mistake, the same addresses: the later one has it, and they do not take it from each other.
+Test(membership, an_id_and_an_address_given_twice_change_hands_once, .timeout = 60) {
+    etcd_server_t server;
+    node_t first = {0}, second = {0};
+    server_up(&server);
+    node_start_for(&first, &server, "a", 2, LONG_S);
+    wait_for_state(&first, BKV_MEMBERSHIP_MEMBER);
+    node_start_for(&second, &server, "a", 2, LONG_S);
+    wait_for_state(&second, BKV_MEMBERSHIP_MEMBER);
+    wait_for_state(&first, BKV_MEMBERSHIP_BLOCKED);
+    uint64_t epoch = status_of(&second).epoch;
+    sleep(LONG_S + TTL_S);
+    cr_assert_eq(status_of(&first).state, BKV_MEMBERSHIP_BLOCKED);
+    cr_assert(status_of(&second).state == BKV_MEMBERSHIP_MEMBER && status_of(&second).epoch == epoch);
     node_crash(&first);
     node_crash(&second);
     etcd_server_clear(&server);
