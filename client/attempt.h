@@ -1,30 +1,18 @@
-// attempt.h - one gRPC call, made for a call of the API: it is fed messages, its responses are taken in, and its end is told to
-// call.c (bkv_call_attempted).
-//
-// An attempt may outlive its call: where nobody reads at the other end, gRPC keeps a message that is half-way into the socket
-// for as long as the socket blocks, deadline or not. Nothing that gRPC is given is therefore the caller's memory.
+// attempt.h - one exchange with a daemon, made for a call of the API: it is fed the call's messages, its responses are taken in, and
+// its end is told to call.c (bkv_call_attempted). It may outlive its call (proto/exchange.h): nothing that gRPC is given is therefore
+// the caller's memory.
 #ifndef BKV_CLIENT_ATTEMPT_H
 #define BKV_CLIENT_ATTEMPT_H
 
 #include "client/call.h"
 
-// One gRPC call. Set up by whoever starts it, then the driver's.
+// Set up by whoever starts it, then the driver's.
 struct bkv_attempt {
-    bkv_call_t *call; // NULL: it has gone on without this attempt
+    bkv_exchange_t exchange;
+    bkv_call_t *call; // until it is over
     const bkv_call_kind_t *kind;
-    grpc_call *grpc;
-    bkv_call_tag_t send_tag, status_tag, receive_tag;
-    bool sending;               // a batch that sends is not back
-    uint32_t waiting;           // batches that receive and are not back
-    grpc_byte_buffer *message;  // being sent
-    grpc_byte_buffer *prepared; // to be sent after it; NULL: not made yet
-    bool message_last, prepared_last;
-    grpc_byte_buffer *received;
-    grpc_metadata_array initial, trailing;
-    grpc_status_code code;
-    grpc_slice details;
-    bool answered;     // a response has come
-    bkv_error_t fault; // what was wrong with it
+    grpc_slice request; // counted; the only message where kind->next makes none
+    bkv_error_t fault;  // of a response
 };
 
 // At call->endpoint, with its first message: what the kind makes, or the request, which stays the caller's. NULL: out of memory.

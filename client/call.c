@@ -24,7 +24,7 @@
 // How often a call looks for another session.
 #define REJOIN_MOST 3
 
-static const bkv_call_kind_t open_kind = {.method = BKV_CLIENT_SERVICE "Open", .shape = BKV_CALL_UNARY};
+static const bkv_call_kind_t open_kind = {.method = BKV_CLIENT_SERVICE "Open", .shape = BKV_UNARY};
 
 void bkv_call_conclude(bkv_call_t *call) {
     bkv_client_t *client = call->client;
@@ -174,7 +174,7 @@ void bkv_call_start(bkv_call_t *call) {
         return;
     }
     if (!attempt_publish(attempt)) {
-        grpc_call_cancel(attempt->grpc, NULL); // before its first batch: they all end at once
+        grpc_call_cancel(attempt->exchange.grpc, NULL); // before its first batch: they all end at once
     }
     bkv_attempt_start(attempt);
 }
@@ -249,7 +249,6 @@ void bkv_call_attempted(bkv_attempt_t *attempt) {
     bool cancelled = call->cancelled, moving = call->moving;
     pthread_mutex_unlock(&call->client->lock);
     call->error = bkv_attempt_result(attempt, cancelled, moving);
-    attempt->call = NULL;
     bool answered = bkv_attempt_answered(attempt);
     notice(call, answered);
     if (settle(call, attempt, answered)) {
@@ -259,8 +258,8 @@ void bkv_call_attempted(bkv_attempt_t *attempt) {
     } else if (call->error.status == BKV_NOT_FOUND && call->kind->one_has_it && bkv_client_endpoint_ask_next(call)) {
         bkv_call_start(call);
     } else if (call->error.status == BKV_OK && call->reopening) {
-        reopen_end(call, attempt->received);
-    } else if (call->error.status != BKV_NOT_FOUND || !reopen(call, attempt->answered)) {
+        reopen_end(call, attempt->exchange.received);
+    } else if (call->error.status != BKV_NOT_FOUND || !reopen(call, attempt->exchange.answered)) {
         bkv_call_conclude(call);
     }
 }

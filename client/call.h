@@ -11,6 +11,7 @@
 #include "client/balancekv.h"
 #include "client/memory/window.h"
 #include "client/wire.h"
+#include "proto/exchange.h"
 
 #include <grpc/grpc.h>
 #include <pthread.h>
@@ -21,15 +22,9 @@ typedef struct bkv_client_endpoint bkv_client_endpoint_t;
 
 #define BKV_CALL_OWNERS 4 // as many as a block may have
 
-typedef enum bkv_call_shape {
-    BKV_CALL_UNARY,    // one message each way
-    BKV_CALL_UPLOAD,   // many out, one back
-    BKV_CALL_DOWNLOAD, // one out, many back
-} bkv_call_shape_t;
-
 typedef struct bkv_call_kind {
     const char *method; // "/package.Service/Method"
-    bkv_call_shape_t shape;
+    bkv_exchange_shape_t shape;
     bool names_spec; // call->spec_id means something
     bool may_miss;   // NOT_FOUND may also be about a key
     bool fail_fast;  // UNAVAILABLE is a result, not a reason to wait and try again
@@ -55,12 +50,6 @@ typedef struct bkv_call_kind {
 } bkv_call_kind_t;
 
 typedef struct bkv_attempt bkv_attempt_t; // attempt.h
-
-// A batch of gRPC operations under way: what the completion queue hands back.
-typedef struct bkv_call_tag {
-    void (*run)(void *owner, bool ok);
-    void *owner;
-} bkv_call_tag_t;
 
 struct bkv_call {
     const bkv_call_kind_t *kind;

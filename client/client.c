@@ -173,8 +173,8 @@ static size_t collect(bkv_client_t *client, const bkv_queue_t *queue, grpc_call 
             call->timer_next = *paused;
             *paused = call;
         } else if (call->attempt != NULL) {
-            grpc_call_ref(call->attempt->grpc);
-            running[(*count)++] = call->attempt->grpc;
+            grpc_call_ref(call->attempt->exchange.grpc);
+            running[(*count)++] = call->attempt->exchange.grpc;
         }
     }
     pthread_mutex_unlock(&client->lock);

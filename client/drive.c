@@ -24,7 +24,7 @@
 // ---- an event that does nothing but end the driver's wait: an empty batch, which gRPC hands back at once ----
 
 typedef struct kick {
-    bkv_call_tag_t tag;
+    bkv_batch_tag_t tag;
     grpc_call *grpc;
 } kick_t;
 
@@ -40,7 +40,7 @@ static void kick_driver(bkv_client_t *client) {
     if (kick == NULL) {
         abort(); // as gRPC does without memory
     }
-    kick->tag = (bkv_call_tag_t){.run = on_kick, .owner = kick};
+    kick->tag = (bkv_batch_tag_t){.run = on_kick, .owner = kick};
     kick->grpc =
         grpc_channel_create_call(client->endpoints[0]->channel, NULL, GRPC_PROPAGATE_DEFAULTS, client->completions,
                                  grpc_slice_from_static_string("/wake"), NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
@@ -71,7 +71,7 @@ static bool step(bkv_client_t *client, const bkv_call_t *call) {
     gpr_timespec until = next_ns == UINT64_MAX ? gpr_inf_future(GPR_CLOCK_MONOTONIC) : bkv_client_timespec(next_ns);
     grpc_event event = grpc_completion_queue_next(client->completions, until, NULL);
     if (event.type == GRPC_OP_COMPLETE) {
-        bkv_call_tag_t *tag = event.tag;
+        bkv_batch_tag_t *tag = event.tag;
         BKV_TAKE_OVER(tag);
         tag->run(tag->owner, event.success != 0);
     }

@@ -41,24 +41,3 @@ ProtobufCBinaryData bkv_client_spec_bytes(const bkv_spec_id_t *id) {
 ProtobufCBinaryData bkv_client_session_bytes(const bkv_client_window_t *window) {
     return (ProtobufCBinaryData){.len = 16, .data = (uint8_t *)bkv_client_window_session(window)};
 }
-
-bkv_status_t bkv_client_status(uint32_t grpc_code) {
-    switch (grpc_code) {
-#define X(name, code, text)                                                                                                    \
-    case code:                                                                                                                 \
-        return BKV_##name;
-        BKV_STATUS_LIST(X)
-#undef X
-    default:
-        return BKV_INTERNAL;
-    }
-}
-
-void bkv_client_text(const void *text, size_t length, char *out, size_t room) {
-    const unsigned char *from = text;
-    size_t n = length < room - 1 ? length : room - 1;
-    for (size_t i = 0; i < n; i++) {
-        out[i] = (char)(from[i] < 0x20 || from[i] == 0x7f ? ' ' : from[i]);
-    }
-    out[n] = '\0';
-}

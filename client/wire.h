@@ -20,10 +20,4 @@ ProtobufCBinaryData *bkv_client_key_list(const bkv_key_t *keys, size_t count);
 ProtobufCBinaryData bkv_client_spec_bytes(const bkv_spec_id_t *id);
 ProtobufCBinaryData bkv_client_session_bytes(const bkv_client_window_t *window);
 
-// The bkv_status_t of a gRPC status code; codes that are none of ours become INTERNAL.
-bkv_status_t bkv_client_status(uint32_t grpc_code);
-
-// Copies text from a peer into an error, without what a terminal might act on.
-void bkv_client_text(const void *text, size_t length, char *out, size_t room);
-
 #endif

@@ -1,4 +1,4 @@
-# proto/: protobuf-c code made from the .proto files, never committed, and what both ends share: RDMA, placement, TLS files.
+# proto/: protobuf-c code made from the .proto files, never committed, and what both ends share: gRPC calls, RDMA, placement, TLS files.
 PROTO_SRC := $(wildcard proto/*.proto)
 PROTO_GEN := $(PROTO_SRC:proto/%.proto=$(BUILD)/proto/%.pb-c.c)
 BOTH_SRC := $(wildcard proto/*.c)

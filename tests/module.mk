@@ -26,6 +26,9 @@ $(BUILD)/tests/unit-rpc: LDFLAGS += $(addprefix -Wl$(comma)--wrap=bkv_cluster_,f
 # The pipeline's cache of records on a GPU meets the same fake GPU as the transports do.
 $(BUILD)/tests/unit-pipeline: $(addprefix $(BUILD)/obj/tests/unit/transport/,fake_gpu.o fake_gpu_work.o)
 
+# The other end of an exchange is the one that the cluster's tests have.
+$(BUILD)/tests/unit-proto: $(BUILD)/obj/tests/unit/cluster/impostor.o
+
 .PHONY: test test-run unit integration e2e demo demo-run bench bench-run soak
 ## test: set up, build, then run every test
 test: setup

@@ -1,6 +1,7 @@
 // get.c - Get into GPU memory: the daemon says of each record where in the room it lies.
 #include "client/device/device.h"
 
+#include "proto/answer.h"
 #include "proto/chunk.h"
 
 #include <assert.h>
@@ -81,8 +82,8 @@ static bkv_status_t take_head(get_call_t *get, const Balancekv__V1__RecordChunk 
     get->index = (size_t)head->index + 1;
     if (head->code != 0) {
         char text[160];
-        bkv_client_text(head->message, strlen(head->message), text, sizeof text);
-        record_fail(get, head->index, bkv_client_status(head->code), text);
+        bkv_answer_text(head->message, strlen(head->message), text, sizeof text);
+        record_fail(get, head->index, bkv_answer_status(head->code), text);
         return BKV_OK;
     }
     if (head->key.len != BKV_KEY_BYTES || memcmp(head->key.data, get->records[head->index].key.bytes, BKV_KEY_BYTES) != 0) {
@@ -132,7 +133,7 @@ static void get_clean(bkv_call_t *call) {
 
 static const bkv_call_kind_t get_kind = {
     .method = BKV_CLIENT_SERVICE "Get",
-    .shape = BKV_CALL_DOWNLOAD,
+    .shape = BKV_DOWNLOAD,
     .names_spec = true,
     .reset = get_reset,
     .next = get_next,

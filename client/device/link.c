@@ -3,6 +3,7 @@
 // process lives.
 #include "client/device/device.h"
 
+#include "proto/answer.h"
 #include "proto/fd_socket.h"
 
 #include <errno.h>
@@ -85,8 +86,8 @@ static bkv_status_t tell(int connection, bkv_fd_op_t op, const uint8_t *session,
     }
     if (answer.status != BKV_OK) {
         char text[sizeof answer.message + 1];
-        bkv_client_text(answer.message, strnlen(answer.message, sizeof answer.message), text, sizeof text);
-        return bkv_fail(err, bkv_client_status(answer.status), "cuda-ipc: fd socket: %s", text);
+        bkv_answer_text(answer.message, strnlen(answer.message, sizeof answer.message), text, sizeof text);
+        return bkv_fail(err, bkv_answer_status(answer.status), "cuda-ipc: fd socket: %s", text);
     }
     return BKV_OK;
 }

@@ -158,7 +158,7 @@ static void put_clean(bkv_call_t *call) {
 
 static const bkv_call_kind_t put_kind = {
     .method = BKV_CLIENT_SERVICE "Put",
-    .shape = BKV_CALL_UPLOAD,
+    .shape = BKV_UPLOAD,
     .names_spec = true,
     .reset = put_reset,
     .next = put_next,

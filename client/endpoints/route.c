@@ -138,7 +138,7 @@ static bkv_status_t ask_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_er
 
 static const bkv_call_kind_t ask_kind = {
     .method = BKV_CLIENT_SERVICE "Cluster",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .take = ask_take,
     .clean = ask_clean,
 };

@@ -118,8 +118,8 @@ static size_t collect(bkv_client_endpoint_t *endpoint, grpc_call **running) {
         if (call->endpoint == endpoint && call->attempt != NULL && !call->cancelled && !call->moving &&
             bkv_client_endpoint_others(call)) {
             call->moving = true;
-            grpc_call_ref(call->attempt->grpc);
-            running[count++] = call->attempt->grpc;
+            grpc_call_ref(call->attempt->exchange.grpc);
+            running[count++] = call->attempt->exchange.grpc;
         }
     }
     pthread_mutex_unlock(&endpoint->client->lock);

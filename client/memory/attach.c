@@ -13,7 +13,7 @@
 
 static const bkv_call_kind_t detach_kind = {
     .method = BKV_CLIENT_SERVICE "Detach",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .fail_fast = true,
 };
 
@@ -69,7 +69,7 @@ static bkv_status_t attach_take(bkv_call_t *call, grpc_byte_buffer *message, bkv
 
 static const bkv_call_kind_t attach_kind = {
     .method = BKV_CLIENT_SERVICE "Attach",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .fail_fast = true,
     .take = attach_take,
     .clean = attach_clean,

@@ -3,6 +3,7 @@
 // The connection to the fd socket holds the session, for as long as this process lives or until it leaves.
 #include "client/memory/window.h"
 #include "client/wire.h"
+#include "proto/answer.h"
 #include "proto/fd_socket.h"
 
 #include <errno.h>
@@ -150,8 +151,8 @@ static bkv_status_t answer_check(const bkv_fd_message_t *answer, const uint8_t *
     }
     if (answer->status != BKV_OK) {
         char text[sizeof answer->message + 1];
-        bkv_client_text(answer->message, strnlen(answer->message, sizeof answer->message), text, sizeof text);
-        return bkv_fail(err, bkv_client_status(answer->status), "shm: fd socket: %s", text);
+        bkv_answer_text(answer->message, strnlen(answer->message, sizeof answer->message), text, sizeof text);
+        return bkv_fail(err, bkv_answer_status(answer->status), "shm: fd socket: %s", text);
     }
     if (fd < 0) {
         return bkv_fail(err, BKV_UNIMPLEMENTED, "shm: fd socket: the answer has no descriptor");

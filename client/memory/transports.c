@@ -36,7 +36,7 @@ static bkv_status_t transports_take(bkv_call_t *call, grpc_byte_buffer *message,
 
 static const bkv_call_kind_t transports_kind = {
     .method = BKV_CLIENT_SERVICE "Stats",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .take = transports_take,
 };
 

@@ -37,7 +37,7 @@ static bkv_status_t attend_take(bkv_call_t *call, grpc_byte_buffer *message, bkv
 
 static const bkv_call_kind_t attend_kind = {
     .method = BKV_CLIENT_SERVICE "Attend",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .names_spec = true,
     .may_miss = true,
     .take = attend_take,

@@ -35,21 +35,21 @@ static bkv_status_t kept_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_e
 
 static const bkv_call_kind_t cluster_kind = {
     .method = BKV_CLIENT_SERVICE "Cluster",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .take = kept_take,
     .clean = kept_clean,
 };
 
 static const bkv_call_kind_t where_kind = {
     .method = BKV_CLIENT_SERVICE "Where",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .take = kept_take,
     .clean = kept_clean,
 };
 
 static const bkv_call_kind_t drain_kind = {
     .method = BKV_CLIENT_SERVICE "Drain",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .take = kept_take,
     .clean = kept_clean,
 };

@@ -7,6 +7,7 @@
 // find nothing but a daemon that lies, and that one can as well lie in the sum.
 #include "client/operations/fetch.h"
 
+#include "proto/answer.h"
 #include "proto/chunk.h"
 
 #include <assert.h>
@@ -120,11 +121,11 @@ static bkv_status_t take_missing(bkv_fetch_t *fetch, const Balancekv__V1__Record
     if (fetch->received > 0) {
         return bkv_fail(err, BKV_INTERNAL, "record %zu: given up by the daemon half-way", fetch->index);
     }
-    record_fail(record, bkv_client_status(head->code));
+    record_fail(record, bkv_answer_status(head->code));
     fetch->open = false;
     if (fetch->first.status == BKV_OK) {
         char text[160];
-        bkv_client_text(head->message, strlen(head->message), text, sizeof text);
+        bkv_answer_text(head->message, strlen(head->message), text, sizeof text);
         bkv_fail(&fetch->first, record->status, "keys[%zu]: %s", number_of(fetch, fetch->index), text);
     }
     return BKV_OK;
@@ -368,7 +369,7 @@ static void fetch_clean(bkv_call_t *call) {
 
 const bkv_call_kind_t bkv_fetch_get = {
     .method = BKV_CLIENT_SERVICE "Get",
-    .shape = BKV_CALL_DOWNLOAD,
+    .shape = BKV_DOWNLOAD,
     .names_spec = true,
     .reset = fetch_reset,
     .next = fetch_next,
@@ -380,7 +381,7 @@ const bkv_call_kind_t bkv_fetch_get = {
 
 const bkv_call_kind_t bkv_fetch_fold = {
     .method = BKV_CLIENT_SERVICE "Fold",
-    .shape = BKV_CALL_DOWNLOAD,
+    .shape = BKV_DOWNLOAD,
     .names_spec = true,
     .may_miss = true,
     .reset = fetch_reset,

@@ -44,7 +44,7 @@ static bkv_status_t lookup_take(bkv_call_t *call, grpc_byte_buffer *message, bkv
 
 static const bkv_call_kind_t lookup_kind = {
     .method = BKV_CLIENT_SERVICE "Lookup",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .names_spec = true,
     .take = lookup_take,
 };

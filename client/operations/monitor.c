@@ -27,7 +27,7 @@ static bkv_status_t ping_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_e
 
 static const bkv_call_kind_t ping_kind = {
     .method = "/grpc.health.v1.Health/Check",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .fail_fast = true,
     .take = ping_take,
 };
@@ -88,7 +88,7 @@ static bkv_status_t stats_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_
 
 static const bkv_call_kind_t stats_kind = {
     .method = BKV_CLIENT_SERVICE "Stats",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .take = stats_take,
     .clean = stats_clean,
 };

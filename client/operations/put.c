@@ -213,7 +213,7 @@ static bkv_status_t put_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_er
 
 static const bkv_call_kind_t put_kind = {
     .method = BKV_CLIENT_SERVICE "Put",
-    .shape = BKV_CALL_UPLOAD,
+    .shape = BKV_UPLOAD,
     .names_spec = true,
     .reset = put_reset,
     .next = put_next,

@@ -1,6 +1,7 @@
 // specs.c - Open, and the memory of opened specs: it lets call.c open them again after a restart of the daemon, and get.c guess
 // how large their records are.
 #include "client/client.h"
+#include "proto/answer.h"
 
 #include <assert.h>
 #include <stdlib.h>
@@ -191,7 +192,7 @@ static bkv_limits_t limits_of(const Balancekv__V1__OpenResponse *response) {
         .max_block_bytes = response->max_block_bytes,
         .max_batch = response->max_batch,
     };
-    bkv_client_text(response->backend, strlen(response->backend), limits.backend, sizeof limits.backend);
+    bkv_answer_text(response->backend, strlen(response->backend), limits.backend, sizeof limits.backend);
     return limits;
 }
 
@@ -232,7 +233,7 @@ static bkv_status_t open_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_e
 
 static const bkv_call_kind_t open_kind = {
     .method = BKV_CLIENT_SERVICE "Open",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .take = open_take,
 };
 

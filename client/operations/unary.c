@@ -39,7 +39,7 @@ static bkv_status_t pin_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_er
 
 static const bkv_call_kind_t pin_kind = {
     .method = BKV_CLIENT_SERVICE "Pin",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .names_spec = true,
     .may_miss = true,
     .take = pin_take,
@@ -90,7 +90,7 @@ static void unpin_finish(bkv_call_t *call) {
 
 static const bkv_call_kind_t unpin_kind = {
     .method = BKV_CLIENT_SERVICE "Unpin",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .one_has_it = true,
     .take = unpin_take,
     .finish = unpin_finish,
@@ -122,7 +122,7 @@ static bkv_status_t drop_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_e
 
 static const bkv_call_kind_t drop_kind = {
     .method = BKV_CLIENT_SERVICE "Drop",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .names_spec = true,
     .take = drop_take,
 };
@@ -140,7 +140,7 @@ static bkv_status_t warm_take(bkv_call_t *call, grpc_byte_buffer *message, bkv_e
 
 static const bkv_call_kind_t warm_kind = {
     .method = BKV_CLIENT_SERVICE "Warm",
-    .shape = BKV_CALL_UNARY,
+    .shape = BKV_UNARY,
     .names_spec = true,
     .take = warm_take,
 };

@@ -4,6 +4,7 @@
 #include "daemon/observe/clock.h"
 #include "daemon/observe/log.h"
 #include "daemon/rpc/status.h"
+#include "proto/answer.h"
 #include "proto/handover.h"
 
 #include <assert.h>
@@ -13,8 +14,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define REQUEST_ID_KEY "bkv-request-id"
 
 // Health and Stats are still answered beyond max_calls, so that an overloaded daemon can be told from a dead one; but not
 // without bound either.
@@ -195,7 +194,7 @@ void bkv_call_finish(bkv_call_t *call, grpc_byte_buffer *last) {
     if (failed) {
         char text[24];
         snprintf(text, sizeof(text), "%" PRIu64, call->id);
-        request_id.key = grpc_slice_from_static_string(REQUEST_ID_KEY);
+        request_id.key = grpc_slice_from_static_string(BKV_ANSWER_REQUEST_ID);
         request_id.value = grpc_slice_from_copied_string(text);
     }
     ops[count++] = (grpc_op){

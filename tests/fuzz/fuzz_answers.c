@@ -194,7 +194,7 @@ static void say_chunk(const bkv_peer_fetch_t *fetch, const uint8_t *message, siz
 }
 
 static void say_all(const bkv_peer_call_t *call, const uint8_t *message, size_t length) {
-    if (call->kind->shape == BKV_PEER_DOWNLOAD) {
+    if (call->kind->shape == BKV_DOWNLOAD) {
         say_chunk((const bkv_peer_fetch_t *)call, message, length);
     } else if (run.question == HAVE) {
         say_have(message, length);
@@ -233,7 +233,7 @@ static void receive_part(bkv_peer_call_t *call) {
     const uint8_t *message;
     size_t length;
     bool well, came = next_message(&message, &length, &well);
-    if (call->kind->shape != BKV_PEER_DOWNLOAD) {
+    if (call->kind->shape != BKV_DOWNLOAD) {
         well = came && take(call, message, length);
     } else {
         while (came && take(call, message, length)) {

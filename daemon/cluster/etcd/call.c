@@ -7,6 +7,7 @@
 
 #include "daemon/observe/clock.h"
 #include "etcd.pb-c.h"
+#include "proto/answer.h"
 
 #include <assert.h>
 #include <grpc/byte_buffer.h>
@@ -45,28 +46,13 @@ static bool says(grpc_slice details, const char *words) {
 }
 
 static bkv_status_t status_of(grpc_status_code code) {
-    switch ((int)code) {
-#define X(name, number, text)                                                                                                  \
-    case number:                                                                                                               \
-        return BKV_##name;
-        BKV_STATUS_LIST(X)
-#undef X
-    case GRPC_STATUS_OUT_OF_RANGE: // a revision that was compacted away
-        return BKV_FAILED_PRECONDITION;
-    default:
-        return BKV_INTERNAL;
-    }
+    bool compacted = code == GRPC_STATUS_OUT_OF_RANGE; // a revision that was
+    return compacted ? BKV_FAILED_PRECONDITION : bkv_answer_status((uint32_t)code);
 }
 
-// Text from outside, made fit to be printed.
 static void describe(grpc_slice details, bkv_status_t status, bkv_error_t *error) {
     char text[BKV_MESSAGE_MAX];
-    size_t length = GRPC_SLICE_LENGTH(details) < sizeof(text) - 1 ? GRPC_SLICE_LENGTH(details) : sizeof(text) - 1;
-    for (size_t i = 0; i < length; i++) {
-        unsigned char c = GRPC_SLICE_START_PTR(details)[i];
-        text[i] = (char)(c < 0x20 || c >= 0x7f ? ' ' : c);
-    }
-    text[length] = '\0';
+    bkv_answer_text(GRPC_SLICE_START_PTR(details), GRPC_SLICE_LENGTH(details), text, sizeof(text));
     bkv_fail(error, status, "%s%.200s", strncmp(text, "etcdserver: ", 12) == 0 ? "" : "etcd: ", text);
 }
 

@@ -121,14 +121,14 @@ static void about_clean(bkv_peer_call_t *call) {
 }
 
 #define HAVE                                                                                                                   \
-    .method = BKV_PEER_SERVICE "Have", .shape = BKV_PEER_UNARY, .next = have_next, .take = have_take, .more = about_more,      \
+    .method = BKV_PEER_SERVICE "Have", .shape = BKV_UNARY, .next = have_next, .take = have_take, .more = about_more,           \
     .finish = have_finish, .clean = about_clean
 
 static const bkv_peer_kind_t have_few = {HAVE, .small = true};
 static const bkv_peer_kind_t have_many = {HAVE};
 static const bkv_peer_kind_t forget_kind = {
     .method = BKV_PEER_SERVICE "Forget",
-    .shape = BKV_PEER_UNARY,
+    .shape = BKV_UNARY,
     .next = forget_next,
     .take = forget_take,
     .more = about_more,
@@ -219,7 +219,7 @@ static question_t *question_new(bkv_peer_t *peer, const char *method, const Prot
     if (question != NULL) {
         question->kind = (bkv_peer_kind_t){
             .method = method,
-            .shape = BKV_PEER_UNARY,
+            .shape = BKV_UNARY,
             .small = true,
             .next = question_next,
             .take = question_take,
@@ -303,7 +303,7 @@ static void probe_finish(bkv_peer_call_t *call) {
 
 static const bkv_peer_kind_t probe_kind = {
     .method = BKV_PEER_SERVICE "Have",
-    .shape = BKV_PEER_UNARY,
+    .shape = BKV_UNARY,
     .probes = true,
     .next = probe_next,
     .take = probe_take,

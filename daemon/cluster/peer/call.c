@@ -129,7 +129,7 @@ void bkv_peer_call_cancel(bkv_peer_call_t *call) {
     grpc_call *grpc = NULL;
     pthread_mutex_lock(&call->lane->lock);
     if (!atomic_exchange(&call->cancelled, true) && call->attempt != NULL) {
-        grpc = call->attempt->grpc;
+        grpc = call->attempt->exchange.grpc;
         grpc_call_ref(grpc);
     }
     pthread_mutex_unlock(&call->lane->lock);
@@ -143,8 +143,8 @@ static bool lane_cancel(bkv_peer_lane_t *lane, const bkv_peer_t *peer) {
     pthread_mutex_lock(&lane->lock);
     for (bkv_peer_call_t *call = lane->calls; call != NULL && count < CANCEL_STEP; call = call->next_call) {
         if ((peer == NULL || call->peer == peer) && !atomic_exchange(&call->cancelled, true) && call->attempt != NULL) {
-            found[count++] = call->attempt->grpc;
-            grpc_call_ref(call->attempt->grpc);
+            found[count++] = call->attempt->exchange.grpc;
+            grpc_call_ref(call->attempt->exchange.grpc);
         }
     }
     pthread_mutex_unlock(&lane->lock);
@@ -168,8 +168,8 @@ static bool lane_watch(bkv_peer_lane_t *lane, uint64_t now_ms) {
         if (attempt != NULL && !attempt->silent &&
             now_ms >= atomic_load(&attempt->progress_ms) + atomic_load(&attempt->way_ms) + lane->peers->timeout_ms) {
             attempt->silent = true;
-            found[count++] = attempt->grpc;
-            grpc_call_ref(attempt->grpc);
+            found[count++] = attempt->exchange.grpc;
+            grpc_call_ref(attempt->exchange.grpc);
         }
     }
     pthread_mutex_unlock(&lane->lock);

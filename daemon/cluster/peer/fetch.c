@@ -255,7 +255,7 @@ static void fetch_clean(bkv_peer_call_t *call) {
 
 static const bkv_peer_kind_t fetch_kind = {
     .method = BKV_PEER_SERVICE "Fetch",
-    .shape = BKV_PEER_DOWNLOAD,
+    .shape = BKV_DOWNLOAD,
     .next = fetch_next,
     .take = fetch_take,
     .more = fetch_more,

@@ -7,9 +7,8 @@
 // device.h (what both share).
 //
 // A call is one question of a caller's, from its start to its `done`. It is put as one or more attempts, each a gRPC call, one
-// after the other: a question about more names than go into one message has several parts. An attempt may outlive its call:
-// where a peer does not read, gRPC keeps a message that is half-way into the socket for as long as the socket blocks, deadline
-// or not. So what gRPC has been given is the attempt's, and a record that is being sent counts its own holders.
+// after the other: a question about more names than go into one message has several parts. An attempt may outlive its call (see
+// proto/exchange.h), so a record that is being sent counts its own holders.
 //
 // Threads. A lane is a completion queue and the thread that takes from it, and all of a call happens on one lane: so its
 // callbacks come one after the other, and only what marks itself [lock] below needs one. Locks are leaves: none is held while gRPC
@@ -19,6 +18,7 @@
 
 #include "daemon/cluster/peer/peers.h"
 #include "daemon/cluster/peer/pulse.h"
+#include "proto/exchange.h"
 
 #include <grpc/grpc.h>
 #include <grpc/grpc_security.h>
@@ -85,22 +85,10 @@ struct bkv_peer {
 
 // ---- calls (call.c) ----
 
-// One batch of gRPC operations: what the completion queue gives back.
-typedef struct bkv_peer_tag {
-    void (*run)(void *self, bool ok);
-    void *self;
-} bkv_peer_tag_t;
-
-typedef enum bkv_peer_shape {
-    BKV_PEER_UNARY,    // one message each way
-    BKV_PEER_UPLOAD,   // many out, one back
-    BKV_PEER_DOWNLOAD, // one out, many back
-} bkv_peer_shape_t;
-
 // An operation. All of these run on the call's lane, but the first `next` of a call, which its starter runs.
 typedef struct bkv_peer_kind {
     const char *method;
-    bkv_peer_shape_t shape;
+    bkv_exchange_shape_t shape;
     bool probes; // is put to a suspected peer
     bool small;  // the time that it takes is the peer's latency
     bool raw;    // its error is the peer's own, and none of those that peers.h names
@@ -127,28 +115,16 @@ struct bkv_peer_call {
     bkv_peer_call_t *next_call, **previous; // [lane->lock] among the lane's
 };
 
-// One gRPC call of a call. Set up by whoever starts it, then its lane's.
+// One exchange of a call, which may outlive it (proto/exchange.h). Set up by whoever starts it, then its lane's.
 typedef struct bkv_peer_attempt {
+    bkv_exchange_t exchange;
     bkv_peers_t *peers;
-    bkv_peer_call_t *call; // NULL: it has gone on without this attempt
-    grpc_call *grpc;
-    bkv_peer_tag_t send_tag, status_tag, receive_tag;
-    bool sending;               // a batch that sends is not back
-    uint32_t waiting;           // batches that receive and are not back
-    grpc_byte_buffer *message;  // being sent
-    grpc_byte_buffer *prepared; // to be sent after it
-    bool is_prepared, last;     // last: nothing follows what was prepared, or, where nothing is, what was sent
-    grpc_byte_buffer *received;
-    grpc_metadata_array initial, trailing;
-    grpc_status_code code;
-    grpc_slice details;
+    bkv_peer_call_t *call; // until it is over
     uint64_t started_us;
     _Atomic uint64_t progress_ms; // when something last came of it
     _Atomic uint64_t way_ms;      // how long what it has sent may be on its way, beyond the timeout
-    uint64_t sent_bytes;
-    bool answered;     // a message has come
-    bool silent;       // nothing came for too long: it was given up
-    bkv_error_t fault; // of a message that came, or that could not be made
+    bool silent;                  // nothing came for too long: it was given up
+    bkv_error_t fault;            // of a message that came, or that could not be made
 } bkv_peer_attempt_t;
 
 // Zeroed memory of that size, which begins with a call. NULL: no memory.

@@ -32,9 +32,9 @@ static void *lane_run(void *argument) {
             return NULL;
         }
         if (event.type == GRPC_OP_COMPLETE) {
-            bkv_peer_tag_t *tag = event.tag;
+            bkv_batch_tag_t *tag = event.tag;
             BKV_TAKE_OVER(tag);
-            tag->run(tag->self, event.success != 0);
+            tag->run(tag->owner, event.success != 0);
         }
         uint64_t now_ms = bkv_now_ms();
         if (now_ms >= look_ms) {

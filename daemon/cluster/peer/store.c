@@ -7,6 +7,7 @@
 
 #include "daemon/observe/clock.h"
 #include "peer.pb-c.h"
+#include "proto/answer.h"
 #include "proto/chunk.h"
 #include "proto/handover.h"
 
@@ -147,18 +148,6 @@ static void count_stored(storing_t *storing, uint32_t index) {
     atomic_fetch_add(&peer->peers->counters.peer_stored_bytes_total, storing->lengths[index]);
 }
 
-static bkv_status_t result_of(uint32_t code) {
-    switch (code) {
-#define X(name, number, text)                                                                                                  \
-    case number:                                                                                                               \
-        return BKV_##name;
-        BKV_STATUS_LIST(X)
-#undef X
-    default:
-        return BKV_INTERNAL;
-    }
-}
-
 static bkv_status_t store_take(bkv_peer_call_t *call, grpc_byte_buffer *message, bkv_error_t *err) {
     storing_t *storing = (storing_t *)call;
     Balancekv__Cluster__V1__StoreResponse *response =
@@ -166,7 +155,7 @@ static bkv_status_t store_take(bkv_peer_call_t *call, grpc_byte_buffer *message,
     bool whole = storing->parcel == NULL && storing->next == storing->at + storing->part;
     bool good = response != NULL && whole && response->n_codes == storing->sent_count;
     for (uint32_t i = 0; good && i < storing->sent_count; i++) {
-        storing->results[storing->sent[i]] = result_of(response->codes[i]);
+        storing->results[storing->sent[i]] = bkv_answer_status(response->codes[i]);
         if (response->codes[i] == BKV_OK) {
             count_stored(storing, storing->sent[i]);
         }
@@ -202,7 +191,7 @@ static void store_clean(bkv_peer_call_t *call) {
 
 static const bkv_peer_kind_t store_kind = {
     .method = BKV_PEER_SERVICE "Store",
-    .shape = BKV_PEER_UPLOAD,
+    .shape = BKV_UPLOAD,
     .next = store_next,
     .take = store_take,
     .more = store_more,
