@@ -10,7 +10,6 @@
 struct bkv_repair {
     bkv_succession_t succession;
     uint16_t self; // in succession.now
-    char id[BKV_MEMBER_NAME_MAX];
     bkv_repair_list_t list;
     void *store;
     uint64_t cursor;
@@ -129,8 +128,6 @@ bkv_status_t bkv_repair_create(const bkv_placement_t *was, const bkv_placement_t
         free(made);
         return status;
     }
-    assert(strlen(self) < sizeof(made->id));
-    memcpy(made->id, self, strlen(self) + 1);
     made->self = bkv_placement_find(now, self);
     made->list = list;
     made->store = store;
@@ -144,18 +141,6 @@ void bkv_repair_destroy(bkv_repair_t *repair) {
         bkv_succession_deinit(&repair->succession);
         free(repair);
     }
-}
-
-bkv_status_t bkv_repair_aim(bkv_repair_t *repair, const bkv_placement_t *now, bkv_error_t *err) {
-    bkv_succession_t next;
-    bkv_status_t status = bkv_succession_init(&next, repair->succession.was, now, err);
-    if (status == BKV_OK) {
-        bkv_succession_deinit(&repair->succession);
-        repair->succession = next;
-        repair->self = bkv_placement_find(now, repair->id);
-        begin_pass(repair);
-    }
-    return status;
 }
 
 // The next key of the store; NULL: there is none.

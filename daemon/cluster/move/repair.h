@@ -75,13 +75,10 @@ typedef struct bkv_repair_progress {
 
 typedef struct bkv_repair bkv_repair_t;
 
-// The placements must live until the repair is destroyed, or aimed elsewhere. self: the daemon's id. One thread at a time.
+// The placements must live until the repair is destroyed. self: the daemon's id. One thread at a time.
 bkv_status_t bkv_repair_create(const bkv_placement_t *was, const bkv_placement_t *now, const char *self, bkv_repair_list_t list,
                                void *store, bkv_repair_t **repair, bkv_error_t *err);
 void bkv_repair_destroy(bkv_repair_t *repair); // NULL: nothing
-
-// The placement has changed again: begins a new pass towards it. On failure the repair is as before.
-bkv_status_t bkv_repair_aim(bkv_repair_t *repair, const bkv_placement_t *now, bkv_error_t *err);
 
 // The next keys for which something must be done, up to capacity; looks at no more than `most` keys for it, so that a caller is
 // never away for long (0 with *more: ask again). 0 without *more: the pass is over.
