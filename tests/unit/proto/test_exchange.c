@@ -174,6 +174,7 @@ Test(exchange, an_upload_arrives_as_it_was_made, .timeout = 60) {
         ask(&fixture, &asker, BKV_UPLOAD, PATIENCE_S);
         cr_assert(asker.exchange.code == GRPC_STATUS_OK && asker.exchange.answered && !asker.exchange.given_up);
         cr_assert(asker.taken == 1 && asker.lengths[0] == 1);
+        tear_down(&fixture); // and with it the server's thread
         cr_assert(fixture.script.seen == 7 && !fixture.script.damaged);
         uint64_t bytes = 0;
         for (uint32_t i = 0; i < asker.count; i++) {
@@ -181,7 +182,6 @@ Test(exchange, an_upload_arrives_as_it_was_made, .timeout = 60) {
             bytes += asker.sizes[i];
         }
         cr_assert(asker.exchange.sent_bytes == bytes && asker.sent > 0);
-        tear_down(&fixture);
     }
 }
 
@@ -207,7 +207,8 @@ Test(exchange, the_end_is_the_daemons_word_or_grpcs, .timeout = 60) {
     set_up(&fixture, &(script_t){.read_most = NEVER, .code = GRPC_STATUS_UNAVAILABLE});
     ask(&fixture, &refused, BKV_UNARY, PATIENCE_S);
     cr_assert(refused.exchange.code == GRPC_STATUS_UNAVAILABLE && refused.named && !refused.exchange.answered);
-    fixture.script.code = GRPC_STATUS_UNKNOWN; // says nothing
+    tear_down(&fixture);
+    set_up(&fixture, &(script_t){.read_most = NEVER, .code = GRPC_STATUS_UNKNOWN}); // says nothing
     ask(&fixture, &unheard, BKV_UNARY, 0.3);
     cr_assert(unheard.exchange.code == GRPC_STATUS_DEADLINE_EXCEEDED && !unheard.named && !unheard.exchange.answered);
     tear_down(&fixture);
