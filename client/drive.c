@@ -10,7 +10,6 @@
 // A caller that drives cannot be held up by a daemon that does not read: gRPC's sockets do not block, what is half-way into one
 // waits in an attempt of its own (call.h), and gRPC's timers end the wait of whoever polls.
 #include "client/client.h"
-#include "proto/handover.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -44,10 +43,7 @@ static void kick_driver(bkv_client_t *client) {
     kick->grpc =
         grpc_channel_create_call(client->endpoints[0]->channel, NULL, GRPC_PROPAGATE_DEFAULTS, client->completions,
                                  grpc_slice_from_static_string("/wake"), NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
-    BKV_HAND_OVER(&kick->tag);
-    grpc_call_error error = grpc_call_start_batch(kick->grpc, NULL, 0, &kick->tag, NULL);
-    assert(error == GRPC_CALL_OK);
-    (void)error;
+    bkv_batch_start(kick->grpc, NULL, 0, &kick->tag);
 }
 
 // Where nobody drives, whoever does next looks at the timers first.
@@ -71,9 +67,7 @@ static bool step(bkv_client_t *client, const bkv_call_t *call) {
     gpr_timespec until = next_ns == UINT64_MAX ? gpr_inf_future(GPR_CLOCK_MONOTONIC) : bkv_client_timespec(next_ns);
     grpc_event event = grpc_completion_queue_next(client->completions, until, NULL);
     if (event.type == GRPC_OP_COMPLETE) {
-        bkv_batch_tag_t *tag = event.tag;
-        BKV_TAKE_OVER(tag);
-        tag->run(tag->owner, event.success != 0);
+        bkv_batch_back(&event);
     }
     return event.type != GRPC_QUEUE_SHUTDOWN;
 }

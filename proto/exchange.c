@@ -12,11 +12,17 @@
 // A message that is no longer may wait for the next one and go out with it.
 #define SMALL_MESSAGE 2048
 
-static void batch_start(bkv_exchange_t *exchange, const grpc_op *ops, size_t count, bkv_batch_tag_t *tag) {
+void bkv_batch_start(grpc_call *call, const grpc_op *ops, size_t count, bkv_batch_tag_t *tag) {
     BKV_HAND_OVER(tag);
-    grpc_call_error error = grpc_call_start_batch(exchange->grpc, ops, count, tag, NULL);
-    assert(error == GRPC_CALL_OK); // anything else is a batch that is wrong in itself
+    grpc_call_error error = grpc_call_start_batch(call, ops, count, tag, NULL);
+    assert(error == GRPC_CALL_OK);
     (void)error;
+}
+
+void bkv_batch_back(const grpc_event *event) {
+    bkv_batch_tag_t *tag = event->tag;
+    BKV_TAKE_OVER(tag);
+    tag->run(tag->owner, event->success != 0);
 }
 
 static void give_up(bkv_exchange_t *exchange) {
@@ -65,7 +71,7 @@ static void on_status(void *owner, bool ok) {
 
 static void receive_next(bkv_exchange_t *exchange) {
     grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &exchange->received};
-    batch_start(exchange, &op, 1, &exchange->receive_tag);
+    bkv_batch_start(exchange->grpc, &op, 1, &exchange->receive_tag);
 }
 
 static void on_receive(void *owner, bool ok) {
@@ -96,7 +102,7 @@ static void receive_all(bkv_exchange_t *exchange) {
     ops[1].data.recv_status_on_client.status_details = &exchange->details;
     ops[2].op = GRPC_OP_RECV_MESSAGE;
     ops[2].data.recv_message.recv_message = &exchange->received;
-    batch_start(exchange, ops, download ? 2 : 3, &exchange->status_tag);
+    bkv_batch_start(exchange->grpc, ops, download ? 2 : 3, &exchange->status_tag);
     // The exchange may be gone as soon as all of `waiting` have been started, so not before this:
     if (download) {
         receive_next(exchange);
@@ -122,6 +128,8 @@ static void send_prepared(bkv_exchange_t *exchange, bool first) {
     exchange->sending = true;
     if (first) {
         ops[n].flags = exchange->metadata_flags;
+        ops[n].data.send_initial_metadata.metadata = exchange->metadata;
+        ops[n].data.send_initial_metadata.count = exchange->metadata_count;
         ops[n++].op = GRPC_OP_SEND_INITIAL_METADATA;
     }
     if (exchange->message != NULL) {
@@ -134,7 +142,7 @@ static void send_prepared(bkv_exchange_t *exchange, bool first) {
     if (exchange->last) {
         ops[n++].op = GRPC_OP_SEND_CLOSE_FROM_CLIENT;
     }
-    batch_start(exchange, ops, n, &exchange->send_tag);
+    bkv_batch_start(exchange->grpc, ops, n, &exchange->send_tag);
 }
 
 // The message after the next is made while the next is on its way.
@@ -201,7 +209,7 @@ void bkv_exchange_start(bkv_exchange_t *exchange) {
     exchange->empty = true;
     exchange->waiting = 1;
     exchange->status_tag.run = on_nothing;
-    batch_start(exchange, NULL, 0, &exchange->status_tag);
+    bkv_batch_start(exchange->grpc, NULL, 0, &exchange->status_tag);
 }
 
 void bkv_exchange_deinit(bkv_exchange_t *exchange) {

@@ -20,6 +20,12 @@ typedef struct bkv_batch_tag {
     void *owner;
 } bkv_batch_tag_t;
 
+// Anything but OK is a batch that is wrong in itself.
+void bkv_batch_start(grpc_call *call, const grpc_op *ops, size_t count, bkv_batch_tag_t *tag);
+
+// Does what is to be done when a batch is back: of an event that completes one.
+void bkv_batch_back(const grpc_event *event);
+
 typedef enum bkv_exchange_shape {
     BKV_UNARY,    // one message each way
     BKV_UPLOAD,   // many out, one back
@@ -47,7 +53,11 @@ struct bkv_exchange {
     const bkv_exchange_hooks_t *hooks;
     bkv_exchange_shape_t shape;
     grpc_call *grpc;
-    uint32_t metadata_flags; // the owner's to set before the start: of the initial metadata
+
+    // The owner's to set before the start: what the call begins with, kept until it is gone; and its flags.
+    grpc_metadata *metadata;
+    size_t metadata_count;
+    uint32_t metadata_flags;
 
     // The owner's to read in its hooks.
     uint64_t sent_bytes;        // given to gRPC

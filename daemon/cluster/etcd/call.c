@@ -1,8 +1,7 @@
 // call.c - one call, from its start to its end, over as many attempts as it takes: which endpoint, when again, with which
 // token. What is in the messages is kv.c's.
 //
-// An attempt may outlive its call: where a peer does not read, gRPC keeps a message that is half-way into the socket for as
-// long as the socket blocks, deadline or not. An attempt therefore owns all that gRPC has been given.
+// An attempt may outlive its call (proto/exchange.h), and therefore owns all that gRPC has been given.
 #include "daemon/cluster/etcd/internal.h"
 
 #include "daemon/observe/clock.h"
@@ -21,19 +20,12 @@
 #define ROUNDING_MS 5
 
 struct bkv_etcd_attempt {
+    bkv_exchange_t exchange;
     bkv_etcd_t *etcd;
     bkv_etcd_call_t *call; // NULL: it has gone on without this attempt
     uint32_t endpoint;
-    grpc_call *grpc;
-    bkv_etcd_tag_t send_tag, result_tag;
-    uint32_t pending; // batches that are not back
-    grpc_byte_buffer *request, *response;
     grpc_metadata metadata[BKV_ETCD_METADATA];
-    size_t metadata_count;
     char *token; // that was sent; NULL: none
-    grpc_metadata_array initial, trailing;
-    grpc_status_code code;
-    grpc_slice details;
 };
 
 static void on_timer(void *self);
@@ -89,31 +81,32 @@ bkv_etcd_verdict_t bkv_etcd_judge(grpc_status_code code, grpc_slice details, bkv
 
 // ---- an attempt ----
 
-static void attempt_free(bkv_etcd_attempt_t *attempt) {
+static void attempt_over(bkv_etcd_attempt_t *attempt);
+
+static grpc_byte_buffer *on_next(bkv_exchange_t *exchange, bool *last) {
+    *last = true;
+    return grpc_byte_buffer_copy(((bkv_etcd_attempt_t *)exchange)->call->request);
+}
+
+static bool on_take(bkv_exchange_t *exchange, grpc_byte_buffer *message) {
+    (void)exchange, (void)message; // which the status may make nothing of
+    return true;
+}
+
+static void on_over(bkv_exchange_t *exchange) {
+    attempt_over((bkv_etcd_attempt_t *)exchange);
+}
+
+static void on_gone(bkv_exchange_t *exchange) {
+    bkv_etcd_attempt_t *attempt = (bkv_etcd_attempt_t *)exchange;
     attempt->etcd->attempt_count--;
-    grpc_call_unref(attempt->grpc);
-    grpc_byte_buffer_destroy(attempt->request);
-    grpc_byte_buffer_destroy(attempt->response);
-    bkv_etcd_metadata_free(attempt->metadata, attempt->metadata_count);
-    grpc_metadata_array_destroy(&attempt->initial);
-    grpc_metadata_array_destroy(&attempt->trailing);
-    grpc_slice_unref(attempt->details);
+    bkv_exchange_deinit(exchange);
+    bkv_etcd_metadata_free(attempt->metadata, exchange->metadata_count);
     free(attempt->token);
     free(attempt);
 }
 
-static void attempt_batch_back(bkv_etcd_attempt_t *attempt) {
-    if (--attempt->pending == 0) {
-        attempt_free(attempt);
-    }
-}
-
-static void on_sent(void *self, bool ok) {
-    (void)ok; // the status says it
-    attempt_batch_back(self);
-}
-
-static void on_result(void *self, bool ok);
+static const bkv_exchange_hooks_t hooks = {.next = on_next, .take = on_take, .over = on_over, .gone = on_gone};
 
 static bkv_etcd_attempt_t *attempt_new(bkv_etcd_call_t *call, uint64_t deadline_ms) {
     bkv_etcd_t *etcd = call->etcd;
@@ -121,49 +114,20 @@ static bkv_etcd_attempt_t *attempt_new(bkv_etcd_call_t *call, uint64_t deadline_
     if (attempt == NULL) {
         return NULL;
     }
-    *attempt = (bkv_etcd_attempt_t){
-        .etcd = etcd,
-        .call = call,
-        .endpoint = etcd->current,
-        .send_tag = {.run = on_sent, .self = attempt},
-        .result_tag = {.run = on_result, .self = attempt},
-        .pending = 2,
-        .code = GRPC_STATUS_UNKNOWN,
-        .details = grpc_empty_slice(),
-        .request = grpc_byte_buffer_copy(call->request),
-        .token = etcd->token != NULL ? strdup(etcd->token) : NULL,
-    };
-    attempt->grpc =
-        grpc_channel_create_call(etcd->channels[etcd->current], NULL, GRPC_PROPAGATE_DEFAULTS, etcd->completions,
-                                 grpc_slice_from_static_string(call->kind->method), NULL, bkv_etcd_timespec(deadline_ms), NULL);
-    attempt->metadata_count = bkv_etcd_metadata(etcd, attempt->metadata);
-    grpc_metadata_array_init(&attempt->initial);
-    grpc_metadata_array_init(&attempt->trailing);
+    attempt->etcd = etcd;
+    attempt->call = call;
+    attempt->endpoint = etcd->current;
+    attempt->token = etcd->token != NULL ? strdup(etcd->token) : NULL;
+    bkv_exchange_t *exchange = &attempt->exchange;
+    bkv_exchange_init(exchange, &hooks, BKV_UNARY,
+                      grpc_channel_create_call(etcd->channels[etcd->current], NULL, GRPC_PROPAGATE_DEFAULTS, etcd->completions,
+                                               grpc_slice_from_static_string(call->kind->method), NULL,
+                                               bkv_etcd_timespec(deadline_ms), NULL));
+    exchange->metadata = attempt->metadata;
+    exchange->metadata_count = bkv_etcd_metadata(etcd, attempt->metadata);
+    bkv_exchange_prepare(exchange); // without memory gRPC ends the process
     etcd->attempt_count++;
     return attempt;
-}
-
-// Two batches: what is received does not wait for what is sent.
-static void attempt_start(bkv_etcd_attempt_t *attempt) {
-    grpc_op send[3], receive[3];
-    memset(send, 0, sizeof(send));
-    memset(receive, 0, sizeof(receive));
-    send[0].op = GRPC_OP_SEND_INITIAL_METADATA;
-    send[0].data.send_initial_metadata.metadata = attempt->metadata;
-    send[0].data.send_initial_metadata.count = attempt->metadata_count;
-    send[1].op = GRPC_OP_SEND_MESSAGE;
-    send[1].data.send_message.send_message = attempt->request;
-    send[2].op = GRPC_OP_SEND_CLOSE_FROM_CLIENT;
-    receive[0].op = GRPC_OP_RECV_INITIAL_METADATA;
-    receive[0].data.recv_initial_metadata.recv_initial_metadata = &attempt->initial;
-    receive[1].op = GRPC_OP_RECV_MESSAGE;
-    receive[1].data.recv_message.recv_message = &attempt->response;
-    receive[2].op = GRPC_OP_RECV_STATUS_ON_CLIENT;
-    receive[2].data.recv_status_on_client.trailing_metadata = &attempt->trailing;
-    receive[2].data.recv_status_on_client.status = &attempt->code;
-    receive[2].data.recv_status_on_client.status_details = &attempt->details;
-    bkv_etcd_batch(attempt->grpc, send, 3, &attempt->send_tag);
-    bkv_etcd_batch(attempt->grpc, receive, 3, &attempt->result_tag);
 }
 
 // ---- the end of a call ----
@@ -172,7 +136,7 @@ static void call_free(bkv_etcd_t *etcd, bkv_etcd_call_t *call) {
     bkv_etcd_timer_stop(etcd, &call->timer);
     if (call->attempt != NULL) {
         call->attempt->call = NULL;
-        grpc_call_cancel(call->attempt->grpc, NULL);
+        grpc_call_cancel(call->attempt->exchange.grpc, NULL);
     }
     if (call->previous != NULL) {
         call->previous->next = call->next;
@@ -297,7 +261,7 @@ static void call_next(bkv_etcd_call_t *call) {
         call_conclude(call, &error, NULL);
         return;
     }
-    attempt_start(call->attempt);
+    bkv_exchange_start(&call->attempt->exchange);
 }
 
 // A pause is over, or the time for which a login was waited for.
@@ -345,31 +309,27 @@ void bkv_etcd_call_answer(bkv_etcd_call_t *call, grpc_byte_buffer *message) {
     protobuf_c_message_free_unpacked(response, NULL);
 }
 
-static void on_result(void *self, bool ok) {
-    (void)ok; // the status says it
-    bkv_etcd_attempt_t *attempt = self;
+static void attempt_over(bkv_etcd_attempt_t *attempt) {
+    const bkv_exchange_t *exchange = &attempt->exchange;
     bkv_etcd_call_t *call = attempt->call;
-    if (call != NULL) {
-        call->attempt = NULL;
-        attempt->call = NULL;
-        if (attempt->code == GRPC_STATUS_OK) {
-            bkv_etcd_call_answer(call, attempt->response);
-        } else {
-            bkv_etcd_verdict_t verdict = bkv_etcd_judge(attempt->code, attempt->details, &call->last);
-            if (verdict == BKV_ETCD_RETRY) {
-                bkv_etcd_endpoint_failed(attempt->etcd, attempt->endpoint);
-                try_again(call);
-            } else if (verdict == BKV_ETCD_LOGIN) {
-                login_again(call, attempt->token);
-            } else {
-                call_conclude(call, &call->last, NULL);
-            }
-        }
+    if (call == NULL) {
+        return;
     }
-    if (attempt->pending == 2) {
-        grpc_call_cancel(attempt->grpc, NULL); // what has not been sent is no longer wanted
+    call->attempt = NULL;
+    attempt->call = NULL;
+    if (exchange->code == GRPC_STATUS_OK) {
+        bkv_etcd_call_answer(call, exchange->received);
+        return;
     }
-    attempt_batch_back(attempt);
+    bkv_etcd_verdict_t verdict = bkv_etcd_judge(exchange->code, exchange->details, &call->last);
+    if (verdict == BKV_ETCD_RETRY) {
+        bkv_etcd_endpoint_failed(attempt->etcd, attempt->endpoint);
+        try_again(call);
+    } else if (verdict == BKV_ETCD_LOGIN) {
+        login_again(call, attempt->token);
+    } else {
+        call_conclude(call, &call->last, NULL);
+    }
 }
 
 bkv_status_t bkv_etcd_call_start(bkv_etcd_t *etcd, const bkv_etcd_kind_t *kind, const ProtobufCMessage *request, int64_t lease,

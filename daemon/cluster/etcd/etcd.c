@@ -42,13 +42,6 @@ uint64_t bkv_etcd_pause_ms(bkv_etcd_t *etcd, uint32_t attempt) {
     return ms / 2 + *x % (ms / 2);
 }
 
-void bkv_etcd_batch(grpc_call *call, const grpc_op *ops, size_t count, bkv_etcd_tag_t *tag) {
-    BKV_HAND_OVER(tag);
-    grpc_call_error error = grpc_call_start_batch(call, ops, count, tag, NULL);
-    assert(error == GRPC_CALL_OK);
-    (void)error;
-}
-
 // An endpoint without a leader shall say so instead of waiting for one.
 size_t bkv_etcd_metadata(const bkv_etcd_t *etcd, grpc_metadata metadata[BKV_ETCD_METADATA]) {
     size_t count = 0;
@@ -246,9 +239,7 @@ static bool completion_take(bkv_etcd_t *etcd, uint64_t until_ms) {
     gpr_timespec until = until_ms == UINT64_MAX ? gpr_inf_future(GPR_CLOCK_MONOTONIC) : bkv_etcd_timespec(until_ms);
     grpc_event event = grpc_completion_queue_next(etcd->completions, until, NULL);
     if (event.type == GRPC_OP_COMPLETE) {
-        bkv_etcd_tag_t *tag = event.tag;
-        BKV_TAKE_OVER(tag);
-        tag->run(tag->self, event.success != 0);
+        bkv_batch_back(&event);
     }
     return event.type != GRPC_QUEUE_SHUTDOWN;
 }
@@ -317,7 +308,7 @@ bkv_status_t bkv_etcd_create(const bkv_etcd_options_t *options, bkv_etcd_t **etc
     locks_init(made);
     made->attempt_ms = options->attempt_ms != 0 ? options->attempt_ms : ATTEMPT_MS;
     made->posts_end = &made->posts;
-    made->wake_tag = (bkv_etcd_tag_t){.run = on_wake, .self = made};
+    made->wake_tag = (bkv_batch_tag_t){.run = on_wake, .owner = made};
     made->jitter = (bkv_now_us() ^ (uint64_t)(uintptr_t)made) | 1;
     bkv_status_t status = bkv_etcd_connect(made, options, err);
     if (status == BKV_OK) {

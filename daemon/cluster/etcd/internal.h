@@ -8,6 +8,7 @@
 #define BKV_ETCD_INTERNAL_H
 
 #include "daemon/cluster/etcd/etcd.h"
+#include "proto/exchange.h"
 
 #include <grpc/grpc.h>
 #include <grpc/grpc_security.h>
@@ -15,12 +16,6 @@
 #include <pthread.h>
 
 #define BKV_ETCD_TOKEN_MAX 4096
-
-// One batch of gRPC operations: what the completion queue gives back.
-typedef struct bkv_etcd_tag {
-    void (*run)(void *self, bool ok);
-    void *self;
-} bkv_etcd_tag_t;
 
 typedef struct bkv_etcd_posted {
     bkv_etcd_run_t run;
@@ -47,7 +42,7 @@ struct bkv_etcd {
     bool waking, closing;                  // [lock]
     bool quiet, ended, abandoned;          // [lock] no more callbacks; no more thread; the thread frees the client
 
-    bkv_etcd_tag_t wake_tag;
+    bkv_batch_tag_t wake_tag;
     uint32_t current;                   // endpoint in use
     uint32_t call_count, attempt_count; // attempts: those that gRPC has not given back, streams of watches included
     bool shutting;                      // no new attempts
@@ -65,9 +60,6 @@ gpr_timespec bkv_etcd_timespec(uint64_t ms); // of a bkv_now_ms
 
 // A pause before attempt number `attempt` (1: the second): doubles from 50 ms to 1 s, half of it random.
 uint64_t bkv_etcd_pause_ms(bkv_etcd_t *etcd, uint32_t attempt);
-
-// Starts a batch; anything but OK is a batch that is wrong in itself.
-void bkv_etcd_batch(grpc_call *call, const grpc_op *ops, size_t count, bkv_etcd_tag_t *tag);
 
 // Fills the metadata that every call begins with; returns how many. The token is copied.
 #define BKV_ETCD_METADATA 2

@@ -28,7 +28,7 @@ typedef struct stream {
     bkv_etcd_watch_t *watch; // NULL: it has left
     uint32_t endpoint;
     grpc_call *grpc;
-    bkv_etcd_tag_t send_tag, receive_tag, status_tag;
+    bkv_batch_tag_t send_tag, receive_tag, status_tag;
     uint32_t pending; // batches that are not back
     bool sending;
     uint64_t heard_ms; // when something was last received
@@ -255,9 +255,9 @@ static void stream_batch_back(stream_t *stream) {
     }
 }
 
-static void stream_batch(stream_t *stream, const grpc_op *ops, size_t count, bkv_etcd_tag_t *tag) {
+static void stream_batch(stream_t *stream, const grpc_op *ops, size_t count, bkv_batch_tag_t *tag) {
     stream->pending++;
-    bkv_etcd_batch(stream->grpc, ops, count, tag);
+    bkv_batch_start(stream->grpc, ops, count, tag);
 }
 
 static void on_sent(void *self, bool ok) {
@@ -324,9 +324,9 @@ static stream_t *stream_new(bkv_etcd_watch_t *watch) {
         .etcd = etcd,
         .watch = watch,
         .endpoint = etcd->current,
-        .send_tag = {.run = on_sent, .self = stream},
-        .receive_tag = {.run = on_received, .self = stream},
-        .status_tag = {.run = on_status, .self = stream},
+        .send_tag = {.run = on_sent, .owner = stream},
+        .receive_tag = {.run = on_received, .owner = stream},
+        .status_tag = {.run = on_status, .owner = stream},
         .heard_ms = bkv_now_ms(),
         .code = GRPC_STATUS_UNKNOWN,
         .details = grpc_empty_slice(),

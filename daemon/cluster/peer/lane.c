@@ -6,7 +6,6 @@
 #include "daemon/cluster/peer/internal.h"
 
 #include "daemon/observe/clock.h"
-#include "proto/handover.h"
 
 #include <signal.h>
 #include <unistd.h>
@@ -32,9 +31,7 @@ static void *lane_run(void *argument) {
             return NULL;
         }
         if (event.type == GRPC_OP_COMPLETE) {
-            bkv_batch_tag_t *tag = event.tag;
-            BKV_TAKE_OVER(tag);
-            tag->run(tag->owner, event.success != 0);
+            bkv_batch_back(&event);
         }
         uint64_t now_ms = bkv_now_ms();
         if (now_ms >= look_ms) {
