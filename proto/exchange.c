@@ -54,7 +54,7 @@ static void batch_received(bkv_exchange_t *exchange) {
 }
 
 static void take(bkv_exchange_t *exchange) {
-    if (!exchange->hooks->take(exchange, exchange->received)) {
+    if (exchange->hooks->take != NULL && !exchange->hooks->take(exchange, exchange->received)) {
         give_up(exchange);
     }
     exchange->answered = true;

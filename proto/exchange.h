@@ -40,7 +40,7 @@ typedef struct bkv_exchange_hooks {
     grpc_byte_buffer *(*next)(bkv_exchange_t *exchange, bool *last);
     // A message has gone into somebody's buffers. Optional.
     void (*sent)(bkv_exchange_t *exchange);
-    // A response, which stays the exchange's. False: the exchange is given up.
+    // A response, which stays the exchange's. False: the exchange is given up. Optional.
     bool (*take)(bkv_exchange_t *exchange, grpc_byte_buffer *message);
     // It is over, with code, details and trailing metadata; nothing but `gone` follows.
     void (*over)(bkv_exchange_t *exchange);

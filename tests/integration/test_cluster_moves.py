@@ -189,35 +189,30 @@ class Moves(Pool):
 class Restart(Pool):
     delay = f"{6 * SLOWER}s"
 
-    def test_a_restart_within_the_delay_moves_nothing(self):
-        node = self.add("d", arena_path=os.path.join(self.nodes["a"].daemon.folder, "arena-d"))
+    def restart_moves_nothing(self, restart, **options):
+        """A member whose arena outlives it; restart(node) ends it and starts it again."""
+        node = self.add("d", arena_path=os.path.join(self.nodes["a"].daemon.folder, "arena-d"), **options)
         self.wait_for_members()
         self.put(self.nodes["a"], 0, BLOCKS)
         held = node.have(self.names)
         self.assertGreater(len(held), BLOCKS // 5)
         self.settle()
         before = self.sent() - node.stat("repair_sent_total")
-        node.daemon.stop()
-        node.start()
-        self.wait_for_members()
+        restart(node)
         self.assertEqual(node.have(self.names), held)
         self.settle()
         self.assertEqual(self.sent() - before, 0)
         self.assertEqual(self.missing(), [])
 
+    def test_a_restart_within_the_delay_moves_nothing(self):
+        def stop_and_start(node):
+            node.daemon.stop()
+            node.start()
+            self.wait_for_members()
+        self.restart_moves_nothing(stop_and_start)
+
     def test_one_killed_that_is_back_at_once_with_its_memory_moves_nothing(self):
-        node = self.add("d", lease=f"{LONG_LEASE_S}s", arena_path=os.path.join(self.nodes["a"].daemon.folder, "arena-d"))
-        self.wait_for_members()
-        self.put(self.nodes["a"], 0, BLOCKS)
-        held = node.have(self.names)
-        self.assertGreater(len(held), BLOCKS // 5)
-        self.settle()
-        before = self.sent() - node.stat("repair_sent_total")
-        self.kill_and_restart(node)
-        self.assertEqual(node.have(self.names), held)
-        self.settle()
-        self.assertEqual(self.sent() - before, 0)
-        self.assertEqual(self.missing(), [])
+        self.restart_moves_nothing(self.kill_and_restart, lease=f"{LONG_LEASE_S}s")
 
 
 if __name__ == "__main__":

@@ -81,20 +81,11 @@ bkv_etcd_verdict_t bkv_etcd_judge(grpc_status_code code, grpc_slice details, bkv
 
 // ---- an attempt ----
 
-static void attempt_over(bkv_etcd_attempt_t *attempt);
+static void on_over(bkv_exchange_t *exchange);
 
 static grpc_byte_buffer *on_next(bkv_exchange_t *exchange, bool *last) {
     *last = true;
     return grpc_byte_buffer_copy(((bkv_etcd_attempt_t *)exchange)->call->request);
-}
-
-static bool on_take(bkv_exchange_t *exchange, grpc_byte_buffer *message) {
-    (void)exchange, (void)message; // which the status may make nothing of
-    return true;
-}
-
-static void on_over(bkv_exchange_t *exchange) {
-    attempt_over((bkv_etcd_attempt_t *)exchange);
 }
 
 static void on_gone(bkv_exchange_t *exchange) {
@@ -106,7 +97,7 @@ static void on_gone(bkv_exchange_t *exchange) {
     free(attempt);
 }
 
-static const bkv_exchange_hooks_t hooks = {.next = on_next, .take = on_take, .over = on_over, .gone = on_gone};
+static const bkv_exchange_hooks_t hooks = {.next = on_next, .over = on_over, .gone = on_gone};
 
 static bkv_etcd_attempt_t *attempt_new(bkv_etcd_call_t *call, uint64_t deadline_ms) {
     bkv_etcd_t *etcd = call->etcd;
@@ -309,8 +300,8 @@ void bkv_etcd_call_answer(bkv_etcd_call_t *call, grpc_byte_buffer *message) {
     protobuf_c_message_free_unpacked(response, NULL);
 }
 
-static void attempt_over(bkv_etcd_attempt_t *attempt) {
-    const bkv_exchange_t *exchange = &attempt->exchange;
+static void on_over(bkv_exchange_t *exchange) {
+    bkv_etcd_attempt_t *attempt = (bkv_etcd_attempt_t *)exchange;
     bkv_etcd_call_t *call = attempt->call;
     if (call == NULL) {
         return;

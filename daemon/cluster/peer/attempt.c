@@ -10,7 +10,7 @@
 #define BUFFERED_MOST (16u << 20)
 #define SLOW_LINK     4096 // bytes a millisecond
 
-static void attempt_end(bkv_peer_attempt_t *attempt);
+static void on_over(bkv_exchange_t *exchange);
 
 static grpc_byte_buffer *on_next(bkv_exchange_t *exchange, bool *last) {
     bkv_peer_attempt_t *attempt = (bkv_peer_attempt_t *)exchange;
@@ -40,10 +40,6 @@ static bool on_take(bkv_exchange_t *exchange, grpc_byte_buffer *message) {
     }
     bkv_peer_heard(call->peer, bkv_now_ms());
     return attempt->fault.status == BKV_OK && call->kind->take(call, message, &attempt->fault) == BKV_OK;
-}
-
-static void on_over(bkv_exchange_t *exchange) {
-    attempt_end((bkv_peer_attempt_t *)exchange);
 }
 
 static void on_gone(bkv_exchange_t *exchange) {
@@ -175,7 +171,8 @@ static void attempt_judge(const bkv_peer_attempt_t *attempt) {
 }
 
 // The result of an attempt is there: the call goes on, or is gone, without it.
-static void attempt_end(bkv_peer_attempt_t *attempt) {
+static void on_over(bkv_exchange_t *exchange) {
+    bkv_peer_attempt_t *attempt = (bkv_peer_attempt_t *)exchange;
     bkv_peer_call_t *call = attempt->call;
     pthread_mutex_lock(&call->lane->lock);
     call->attempt = NULL;
